@@ -26,15 +26,16 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# About one minute, for use between two edits; `make test` takes 10 to 20 minutes.
+# Fast tests, for use between two edits. They take about one minute on 2 cores, and
+# `make test` takes 10 to 20 minutes.
 quick: install
 	$(PYTEST) -m "not slow and not processes and $(PLAIN)"
 
 test: lint
 	$(PYTEST) -m "$(PLAIN)"
 
-# Tests that need PyTorch, libtpu, ONNX or Chromium, and long tests. They run in a separate
-# environment, because other tests check that these packages are optional.
+# Long tests, and tests that need PyTorch, libtpu, ONNX or Chromium. They run in a separate
+# environment, because the tests of `make test` check that these packages are optional.
 test-extras: .venv-extras/installed
 	.venv-extras/bin/python -m pytest -n auto --dist worksteal -m "torch or extras or browser"
 

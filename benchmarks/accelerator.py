@@ -12,10 +12,10 @@ The command runs these parts, most important first:
 - one part for each entry of `STEPS` and, on a GPU, of `FLAGS`: benchmarks.train_step
   for pretraining, finetuning ("classify ...") or inference.
 
-Every part is a separate process. If a part fails, or takes longer than `--limit`
-seconds, this is reported, and the next part starts. After each part the results are
-written to results/accelerator_PLATFORM.json. Results of parts that `--only` excludes
-are kept. The exit code is 1 if a part failed.
+Every part is a separate process. A part that fails, or takes longer than `--limit`
+seconds, is reported, and the next part starts. After each part, the results are written
+to results/accelerator_PLATFORM.json. Results of parts that `--only` excludes are kept.
+The exit code is 1 if a selected part failed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TAIL = 30  # number of last lines of a failed part's output in the results
 
 
 class Step(NamedTuple):
-    """Variant of a step: overrides "KEY=VALUE", XLA flags, options of `train_step`."""
+    """Variant of a step: overrides KEY=VALUE, XLA flags, flags of `train_step`."""
 
     overrides: tuple[str, ...] = ()
     xla_flags: str = ""
@@ -61,8 +61,8 @@ STEPS = {
     "remat": Step(("model.remat=True",)),
     "scan": Step(("model.scan_blocks=True",)),
 }
-# Suffix of a part -> rows of `benchmarks.peers`. All rows in one part would exceed the
-# time limit.
+# Suffix of a part's name -> rows of `benchmarks.peers`. There are two parts per job,
+# because one part with all rows would exceed the time limit.
 PEERS = {
     "": ("hivit_jax", "torch", "torch, compiled"),
     ", others": ("hivit_jax", "ViT-B, compiled", "Swin-B, compiled"),
@@ -85,8 +85,8 @@ def parts_for(platform: str, batch: int, rounds: int, steps: int) -> dict[str, A
     base = {"JAX_PLATFORMS": "cpu" if platform == "cpu" else f"{platform},cpu"}
     tests = (*python, "pytest", "-q", "-p", "no:xdist")
     counts = f"--rounds={rounds}", f"--steps={steps}", f"--batch={batch}"
-    # Tests compile many small programs. Without this flag, XLA:GPU times several
-    # algorithms for every matrix product in them.
+    # Without this flag, XLA:GPU times several algorithms for every matrix product in
+    # the many small programs that the tests compile.
     cuda_only = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}
     in_tests = base | (cuda_only if platform == "cuda" else {})
     parts = {name: ((*tests, path), in_tests) for name, path in TESTS.items()}
@@ -110,8 +110,8 @@ def run_part(
 ) -> dict[str, Any]:
     """Run a part and return its result as JSON values.
 
-    For a benchmark, the function adds the flag ``--out`` to the command. "result" is
-    the content of this file, or None if there is no file.
+    The flag ``--out FILE`` is added to the command of a benchmark. "result" is the
+    content of FILE, or None if there is no file.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -157,18 +157,18 @@ def row(name: str, part: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run all parts and return the exit code."""
+    """Run the selected parts and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--platform", choices=("cuda", "tpu", "cpu"), default="cuda")
-    text = "default: all parts; see --list. The first word of several names, such as "
-    text += "peers, selects all of them"
+    text = "default: all parts; see --list. The first words of several names, such as "
+    text += "peers, select all parts with these names"
     add("--only", nargs="+", metavar="PART", help=text)
     add("--list", action="store_true", help="print the names of all parts and exit")
     add("--batch", type=int, default=256, help="images per step")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=20, help="steps per round")
-    add("--limit", type=float, default=420, help="time limit of a part in seconds")
+    add("--limit", type=float, default=420, help="time limit of a part, in seconds")
     add("--out", type=Path, help="the JSON file to write")
     args = parser.parse_args(argv)
     parts = parts_for(args.platform, args.batch, args.rounds, args.steps)

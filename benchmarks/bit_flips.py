@@ -3,7 +3,7 @@
     python -m benchmarks.bit_flips [--flips 150]
 
 The benchmark saves two checkpoints of a small train state. It then flips one random bit
-of the newer checkpoint and restores. There are three outcomes: the saved arrays, the
+of the newer checkpoint and restores. The result is one of three: the saved arrays, the
 arrays of the older checkpoint, or wrong arrays without an error.
 """
 
@@ -29,7 +29,7 @@ from hivit_jax.tree import named_leaves, split
 RESULTS = Path(__file__).resolve().parent / "results" / "bit_flips.json"
 
 
-def state(step: int) -> dict:
+def make_state(step: int) -> dict:
     """Return a small train state."""
     model = create_model("hivit_tiny", embed_dim=32, depths=(1, 1, 1), num_heads=2)
     params = jax.tree.map(lambda x: x + step, split(model)[1])
@@ -42,6 +42,9 @@ def outcome(workdir: Path, expected: dict[int, dict], abstract: dict) -> str:
     Args:
       expected: step -> saved arrays by name.
       abstract: shapes, dtypes and shardings of the state.
+
+    Returns:
+      "saved arrays", "older checkpoint" or "wrong arrays, no error".
     """
     with contextlib.redirect_stdout(io.StringIO()):
         step, restored = Checkpoints(workdir, 9).restore_newest(abstract)
@@ -54,11 +57,13 @@ def outcome(workdir: Path, expected: dict[int, dict], abstract: dict) -> str:
 def main() -> None:
     """Run the benchmark and write results/bit_flips.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    text = "number of loads, each with one flipped bit"
+    text = "number of damaged checkpoints to restore, each with one flipped bit"
     parser.add_argument("--flips", type=int, default=150, help=text)
     flips = parser.parse_args().flips
     logging.disable(logging.CRITICAL)
-    states = {step: jax.tree.map(jax.numpy.asarray, state(step)) for step in (1, 2)}
+    states = {
+        step: jax.tree.map(jax.numpy.asarray, make_state(step)) for step in (1, 2)
+    }
     expected = {step: jax.device_get(named_leaves(s)) for step, s in states.items()}
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states[1]
@@ -67,8 +72,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         checkpoints = Checkpoints(root / "run", 9)
-        for state_of_step in states.values():
-            checkpoints.save(state_of_step, json.dumps({"model": {}}))
+        for state in states.values():
+            checkpoints.save(state, json.dumps({"model": {}}))
         checkpoints.close()
         files = {
             path.relative_to(root / "run"): path.read_bytes()

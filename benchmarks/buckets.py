@@ -1,13 +1,13 @@
-"""Compare reading from local disk, a bucket and local copies of its files.
+"""Compare reading from a local disk, from a bucket and from local copies of a bucket.
 
     python -m benchmarks.buckets [--rounds 4] [--batches 30] [--delay 0.03]
 
 The benchmark writes 420 photographs of 500x375 pixels as class folders and as tar
-files. A server on this machine stands in for the bucket and delays each answer. The
-server's CPU time is not counted. Batches are read with two threads. The first batches
-of each round are not counted, because tf.data traces its functions then. The table
-contains medians of interleaved rounds, and the components that read and decode. Without
-tensorflow, the tf.data rows are skipped.
+files. A server on this machine stands in for the bucket and delays each answer. The CPU
+time of the server is not counted. Batches are read with two threads. The first batches
+of each round are not counted, because during these batches tf.data traces its
+functions. The table contains medians of interleaved rounds, and the components that
+read and decode. Without tensorflow, the tf.data rows are skipped.
 """
 
 import argparse

@@ -6,8 +6,8 @@
 
 The benchmark compiles the train step of a recipe for TPU and GPU topologies. Bytes are
 counted in the compiled program, FLOPs in the jaxpr. The input images are uint8 and have
-the model's size. --set overrides config keys. Each --variant compiles the step once
-more with further overrides.
+the model's size. --set overrides config keys. For each --variant, the step is compiled
+once more with the overrides of the variant.
 
 The table contains one row per region of the program, forward and backward together: HBM
 bytes, their fraction of all bytes, FLOPs of matrix products, and the shortest time that
@@ -18,8 +18,8 @@ code, use another --workdir. Chips whose compiler is not installed are skipped.
 
 There are two totals of bytes, both including the padding of tiles:
 
-- `bytes_by_region` sums over the regions. Only arrays in HBM count. Every HBM operand
-  and result of a custom call counts in full.
+- `bytes_by_region` is the sum over the regions. Only arrays in HBM count. Every HBM
+  operand and result of a custom call counts in full.
 - The TPU compiler's own total is larger. It also counts arrays in VMEM, and counts
   custom calls by their `cost_estimate`. XLA:GPU reports no total, so on GPUs
   `bytes_by_region` provides both totals.
@@ -49,7 +49,7 @@ REGIONS = (
 def report_for(recipe: str, chip: str, overrides: list[str], workdir: Path) -> dict:
     """Return the compile report of a recipe for a chip and overrides KEY=VALUE.
 
-    Compiles only if the workdir has no report yet.
+    The step is compiled only if the workdir contains no report for these arguments.
     """
     overrides = [f"batch_size={BATCH_OF_TOPOLOGY[chip]}", "data.canvas=0", *overrides]
     name = "_".join([*[recipe] * (recipe != "mae_base"), chip, *overrides])
@@ -63,7 +63,7 @@ def report_for(recipe: str, chip: str, overrides: list[str], workdir: Path) -> d
 
 
 def table(report: dict) -> str:
-    """Format a table with a row per region and a total, then a line on the program."""
+    """Format a table of the regions and their total, and a line about the program."""
     peaks, rows = report["roofline"]["peaks"], []
     for name in sorted(report["regions"], key=REGIONS.index):
         hbm_bytes, flops = report["regions"][name].values()
@@ -93,7 +93,7 @@ def table(report: dict) -> str:
 
 
 def compile_all(arguments: argparse.Namespace) -> None:
-    """Compile all programs; print a table and write the results after each program."""
+    """Compile the variants for each chip; print and write each result at once."""
     variants = {"": []}
     for variant in arguments.variant:
         name, _, overrides = variant.partition(":")

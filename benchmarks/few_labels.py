@@ -2,10 +2,10 @@
 
     python -m benchmarks.few_labels [--workdir runs/few_labels]
 
-The benchmark measures held-out top-1 after training on 50, 100 and 500 labels, with
-five random subsets per number of labels. As a control, training on 100 shuffled labels
-must give chance accuracy. The results are written to results/few_labels.json. An
-interrupted benchmark resumes.
+The benchmark measures top-1 on the test images after training on 50, 100 and 500
+labels, with five random subsets per number of labels. As a control, training on 100
+shuffled labels must give chance accuracy. The results are written to
+results/few_labels.json. An interrupted benchmark resumes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "few_labels.json"
 LABELS, SUBSETS = (50, 100, 500), range(5)
 # Method -> (recipe, True to start from the pretrained encoder, warmup in images). The
-# warmup takes 40 steps, or 10 steps for the linear probe.
+# warmup has 40 steps, or 10 steps in the linear probe.
 METHODS = {
     "finetuned": ("digits_finetune", True, 1000),
     "linear probe": ("digits_linear", True, 500),
@@ -43,7 +43,7 @@ def run(recipe: str, workdir: Path, stop: Callable, **overrides: object) -> dict
 
 
 def compare(workdir: Path, stop: Callable) -> None:
-    """Run all trainings, print the table and write the results."""
+    """Train all classifiers, print the table and write the results."""
     pretrained = workdir / "pretrained"
     run("digits_mae", pretrained, stop)
     results: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}

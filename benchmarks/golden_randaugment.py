@@ -4,8 +4,8 @@
     python -m benchmarks.golden_randaugment
 
 The command writes tests/parity/golden/randaugment.npz, and was last run with these
-versions. With Pillow 13, timm's PosterizeIncreasing fails at magnitude 10, which leaves
-0 bits. All other results are the same with Pillow 13.
+versions. With Pillow 13, timm's PosterizeIncreasing fails at magnitude 10, because this
+magnitude leaves 0 bits. All other results are equal with Pillow 13.
 """
 
 import importlib.util

@@ -4,9 +4,10 @@
 
 The benchmark writes 420 photographs of 500x375 pixels (benchmarks/photographs.py) into
 a temporary directory. In each of `--rounds` rounds, every pipeline processes 2,560
-images, so that it uses each photograph about six times. A CPU-second is one second of
-one core, summed over all threads. The table contains the medians. Without tensorflow,
-the rows with tf.data are skipped.
+images, so that each photograph is used about six times. CPU-seconds are summed over all
+threads. The table contains the medians. Without tensorflow, the rows with tf.data are
+skipped.
+
 `--only readers` compares only the two values of `data.reader` and writes no results.
 `--memory N` only prints the memory of the process during N batches.
 """
@@ -39,8 +40,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "input_pipeline.json"
 BATCH, STEPS = 64, 40  # images per batch, batches per round
 SIZE, SCALE, CANVAS = (224, 224), (0.2, 1.0), 512
-# Rows of the table: the two values of `data.reader`, on the same transform.
-THREADS, TF_DATA = "ours, resized on the device", "tf.data, exact: data.reader=tf.data"
+# Rows of the table for the two values of `data.reader`, with equal batches.
+THREADS = "hivit_jax, resized on the device"
+TF_DATA = "tf.data, exact: data.reader=tf.data"
 
 
 def recipe(directory: Path, **data):
@@ -51,14 +53,14 @@ def recipe(directory: Path, **data):
     return configs.load(str(path), [*flags, f"--config.batch_size={BATCH}"])
 
 
-def ours(directory: Path, **data) -> Callable[[], Iterator]:
-    """Return a function that starts a round of our pipeline, from files to batches."""
+def pipeline(directory: Path, **data) -> Callable[[], Iterator]:
+    """Return a function that starts a round of hivit_jax, from files to batches."""
     config = recipe(directory, **data)
     return lambda: inputs.train_batches(config, 0, STEPS)
 
 
 def per_image(directory: Path, process: Callable) -> Callable[[], Iterator]:
-    """Return a function that calls process(encoded, index) for each image of a round.
+    """Return a function that starts a round of process(encoded, index) per image.
 
     The files are read before the measurement.
     """
@@ -85,13 +87,13 @@ def torchvision_like(encoded: bytes, index: int) -> None:
 
 
 def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
-    """Return a function that starts a tf.data pipeline with two threads.
+    """Return a function that starts a round of a tf.data pipeline with two threads.
 
-    Its crops equal those of our pipeline.
+    The crops equal those of hivit_jax.
 
     Args:
       method: "bicubic", "bilinear", "antialiased bicubic", or "canvas": the device
-        resizes the crops later, as in our pipeline.
+        resizes the crops later, as in hivit_jax.
     """
     import tensorflow as tf
 
@@ -129,35 +131,39 @@ def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
 def variants(root: Path) -> dict[str, Callable[[], Iterator]]:
     """Return {row of the table: function that starts a round and yields batches}."""
     starts = {
-        "decode alone: simplejpeg": per_image(
+        "decoding only, simplejpeg": per_image(
             root, lambda encoded, _: simplejpeg.decode_jpeg(encoded)
         ),
-        "decode alone: PIL": per_image(
+        "decoding only, PIL": per_image(
             root, lambda encoded, _: Image.open(io.BytesIO(encoded)).convert("RGB")
         ),
         "PIL, as torchvision": per_image(root, torchvision_like),
-        THREADS: ours(root),
-        "ours, on the device, bilinear, plain": ours(
+        THREADS: pipeline(root),
+        "hivit_jax, on the device, bilinear, not antialiased": pipeline(
             root, interpolation="bilinear", antialias=False
         ),
-        "ours, on the host": ours(root, canvas=0),
-        "ours, on the host, bilinear": ours(root, canvas=0, interpolation="bilinear"),
-        "ours, on the host, with RandAugment": ours(root, canvas=0, randaugment=True),
-        "ours, device, stored at short side 320": ours(root / "320"),
-        "ours, device, stored at short side 256": ours(root / "256"),
+        "hivit_jax, on the host": pipeline(root, canvas=0),
+        "hivit_jax, on the host, bilinear": pipeline(
+            root, canvas=0, interpolation="bilinear"
+        ),
+        "hivit_jax, on the host, with RandAugment": pipeline(
+            root, canvas=0, randaugment=True
+        ),
+        "hivit_jax, on the device, short side 320": pipeline(root / "320"),
+        "hivit_jax, on the device, short side 256": pipeline(root / "256"),
     }
     try:
         import tensorflow  # noqa: F401
     except ImportError:
         return starts
-    starts[TF_DATA] = ours(root, reader="tf.data")
+    starts[TF_DATA] = pipeline(root, reader="tf.data")
     for method in ("antialiased bicubic", "bicubic", "bilinear", "canvas"):
         starts[f"tf.data, {method}"] = tf_data(root, method)
     return starts
 
 
 def write_reduced(root: Path, short_side: int) -> None:
-    """Write smaller training images, as `prepare_data --short_side` stores them."""
+    """Write reduced training images, as `prepare_data --short_side` stores them."""
     for path in sorted(root.glob("train/*/*")):
         target = root / str(short_side) / path.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +171,7 @@ def write_reduced(root: Path, short_side: int) -> None:
 
 
 def seconds_to_jump() -> float:
-    """Time the computation of the 4,096 crops of step 100,000 on ImageNet.
+    """Return the seconds of computing the 4,096 crops of step 100,000 on ImageNet.
 
     No image is read or decoded.
     """
@@ -190,7 +196,7 @@ def print_memory(root: Path, batches: int) -> None:
 
 
 def compare(starts: dict[str, Callable[[], Iterator]], rounds: int) -> dict[str, float]:
-    """Return images per CPU-second of variants: medians of interleaved rounds."""
+    """Return images per CPU-second by row: medians of interleaved rounds."""
     throughputs: dict[str, list[float]] = {name: [] for name in starts}
     for _ in range(rounds + 1):  # the first round is a warmup
         for name, start in starts.items():
@@ -202,16 +208,16 @@ def compare(starts: dict[str, Callable[[], Iterator]], rounds: int) -> dict[str,
 
 
 def report(root: Path, rounds: int) -> None:
-    """Print the table and write it as JSON."""
+    """Measure all pipelines, print the table and write the results."""
     for short_side in (320, 256):
         write_reduced(root, short_side)
     throughputs = compare(variants(root), rounds)
-    decoding = throughputs["decode alone: simplejpeg"]
-    print(f"{'':44}images per CPU-second  of decoding speed")
+    decoding = throughputs["decoding only, simplejpeg"]
+    print(f"{'':52}images per CPU-second  relative to decoding")
     for name, throughput in throughputs.items():
-        print(f"{name:44}{throughput:21,.0f}{throughput / decoding:19.0%}")
+        print(f"{name:52}{throughput:21,.0f}{throughput / decoding:22.0%}")
     seconds = seconds_to_jump()
-    print(f"jump to step 100,000 of 4,096 images: {seconds:.2f} s")
+    print(f"computing the 4,096 crops of step 100,000: {seconds:.2f} s")
     packages = ["numpy", "pillow", "simplejpeg"]
     packages += ["tensorflow-cpu"] * (TF_DATA in throughputs)
     result = {
@@ -231,7 +237,10 @@ def report_readers(root: Path, rounds: int) -> None:
     Freed memory is kept, as in training with tf.data.
     """
     keep_freed_memory()
-    starts = {THREADS: ours(root), TF_DATA: ours(root, reader="tf.data")}
+    starts = {
+        THREADS: pipeline(root),
+        TF_DATA: pipeline(root, reader="tf.data"),
+    }
     throughputs = compare(starts, rounds)
     for name, throughput in throughputs.items():
         ratio = throughput / throughputs[THREADS]

@@ -2,9 +2,9 @@
 
     python -m benchmarks.learning_curves [--steps 200]
 
-Both programs train the same small network with the same initial weights, batches, masks
-and schedule. There are four runs: pretraining and classification, on the digits and on
-JPEG photographs. The benchmark requires torch (`pip install torch`). It writes
+Both programs train a small network with equal initial weights, batches, masks and
+schedule. There are four pairs of runs: pretraining and classification, on the digits
+and on JPEG photographs. The benchmark requires torch (`pip install torch`). It writes
 results/learning_curves.json and docs/learning_curves.png. The exit code is 1 if the
 losses of a step differ by 1 % or more.
 """
@@ -79,7 +79,7 @@ def recipe(task: str, data: str, folder: str, steps: int) -> Any:
 
 
 def twin(config: Any, model: Any, arrays: Any) -> HiViT:
-    """Return the PyTorch network with the same weights."""
+    """Return the PyTorch network with the arrays of a model of hivit_jax."""
     m = config.model
     mae = config.task == "mae"
     size, _, channels = image_shape(config.model)
@@ -98,7 +98,7 @@ def twin(config: Any, model: Any, arrays: Any) -> HiViT:
 
 
 def curves(config: Any) -> tuple[list[float], list[float]]:
-    """Return two lists of losses, of every step with hivit_jax and with PyTorch."""
+    """Return the losses of all steps: with hivit_jax, and with the PyTorch twin."""
     steps = config.total_steps
     task = inputs.make_task(config)
     per_epoch, _ = inputs.count_steps(config, inputs.images_per_epoch(config, task))
@@ -111,7 +111,7 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
 
     arrays = jax.device_get(state["params"] | state["model_state"])
     network = twin(config, model, arrays)
-    # to_official keeps the order of parameters, so that names can be paired.
+    # Names can be paired, because to_official keeps the order of parameters.
     official = to_official(jax.device_get(state["params"]), model)
     names = dict(zip(official, named_leaves(abstract), strict=True))
     groups: dict[bool, list] = {True: [], False: []}
@@ -172,20 +172,20 @@ def main() -> int:
         photographs.write(folder, {"train": 420, "val": 7}, (96, 72))
         for data in ("digits", "photographs"):
             for task in ("mae", "classify"):
-                ours, theirs = curves(recipe(task, data, folder, steps))
-                difference = np.abs(np.array(ours) / np.array(theirs) - 1).max()
+                losses, twin_losses = curves(recipe(task, data, folder, steps))
+                difference = np.abs(np.array(losses) / np.array(twin_losses) - 1).max()
                 print(
-                    f"{data:12} {task:9} loss {ours[0]:.4f} -> {ours[-1]:.4f}  "
+                    f"{data:12} {task:9} loss {losses[0]:.4f} -> {losses[-1]:.4f}  "
                     f"largest difference {difference:.1e}"
                 )
                 results[f"{data} {task}"] = {
-                    "hivit_jax": ours,
-                    "torch": theirs,
+                    "hivit_jax": losses,
+                    "torch": twin_losses,
                     "largest_relative_difference": float(difference),
                 }
                 axes = figure.add_subplot(2, 2, len(results))
-                axes.plot(theirs, label="PyTorch", linewidth=3, color="silver")
-                axes.plot(ours, label="hivit_jax", linewidth=1)
+                axes.plot(twin_losses, label="PyTorch", linewidth=3, color="silver")
+                axes.plot(losses, label="hivit_jax", linewidth=1)
                 axes.set_title(f"{data}, {task}: largest difference {difference:.1e}")
                 axes.set_xlabel("step")
                 axes.set_ylabel("loss")

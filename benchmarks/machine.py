@@ -1,4 +1,4 @@
-"""CPU of the machine and peak memory of the process that run a benchmark."""
+"""Description of the CPU, and peak memory of the process, for results of benchmarks."""
 
 import platform
 import resource

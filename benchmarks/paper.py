@@ -7,33 +7,32 @@
 A cell is a job, a model and a program, such as "pretrain HiViT-B torch". `--only
 TEXT ...` selects the cells whose names contain any TEXT. The jobs are:
 
-- pretrain: the train step of pretraining at 224x224: masked autoencoding for HiViT and
-  ViT, SimMIM for Swin. "Swin-B 192" is Swin-B at 192x192, the size in
-  SimMIM's official recipe.
-- classify: the train step of finetuning at 224x224. In hivit_jax it includes drop path,
-  Mixup, CutMix and random erasing; in PyTorch it does not.
-- inference: the forward pass of the same classifier.
+- pretrain: the train step of pretraining at 224x224, by masked autoencoding for HiViT
+  and ViT, and by SimMIM for Swin. "Swin-B 192" is Swin-B at 192x192, the size in the
+  official recipe of SimMIM.
+- classify: the train step of finetuning at 224x224. In hivit_jax, this step includes
+  drop path, Mixup, CutMix and random erasing; in PyTorch, it does not.
+- inference: the forward pass of the classifier.
 
 The programs are hivit_jax and, if torch is installed, the networks of
 benchmarks/torch_twin.py and torch_peers.py with torch.compile and PyTorch's fused
-attention. For both, the images are already on the device. hivit_jax receives uint8
-images, normalizes them in every step and, in training, flips them. PyTorch receives
-normalized images.
-The dtype is float32 on a CPU and bfloat16 on a GPU. On a CPU, malloc keeps freed memory
-in the processes of both programs, as in training with hivit_jax.
+attention. In both programs, the images are already on the device. hivit_jax receives
+uint8 images, normalizes them in every step and, in training, flips them. PyTorch
+receives normalized images. The dtype is float32 on a CPU and bfloat16 on a GPU. On a
+CPU, malloc keeps freed memory in both programs, as in training with hivit_jax.
 
 The processes of a job take turns, as in benchmarks/peers.py. The result of each cell is
 a JSON file in results/paper/cpu or results/paper/gpu. A rerun measures only the missing
-cells; with --again it measures all. Ratios and the figure, results/paper/DEVICE.png,
-compare only cells of the same run. A cell that cannot start, for example for lack of
-memory, is reported and left out. Rerun the benchmark with fewer cells (`--only`) or a
-smaller `--batch`.
+cells; with --again, it measures all selected cells. Ratios and the figure,
+results/paper/DEVICE.png, compare only cells of the same run. A cell that cannot start,
+for example for lack of memory, is reported and left out; rerun the benchmark with fewer
+cells (`--only`) or a smaller `--batch`.
 
 --topologies compiles the train steps of hivit_jax for the topologies in --chip instead
 (default: all in benchmarks/compiled.py). No accelerator is needed. The results are in
 results/paper/TOPOLOGY. A rerun compiles only the missing cells. Reports in --workdir
-are reused, also with --again. The inference job is left out, because only train steps
-can be compiled ahead.
+are reused, even with --again. The inference job is left out, because only train steps
+can be compiled ahead of time.
 """
 
 import argparse
@@ -51,9 +50,9 @@ from benchmarks.paper_tables import (
     JOBS,
     RECIPES_OF_MODELS,
     Results,
-    claims,
     draw,
     format_compiled,
+    paper_ratios,
     table,
 )
 from benchmarks.peer_rows import OURS, load_recipe, start_recipe, start_torch
@@ -74,7 +73,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(job: str, model: str) -> tuple[str, dict[str, Any]]:
-    """Return recipe and overrides of a model for a job."""
+    """Return the recipe of a model for a job, and the overrides of the recipe."""
     overrides = {"data.canvas": 0} | OVERRIDES.get(f"{job} {model}", {})
     return RECIPES_OF_MODELS[model][job != "pretrain"], overrides
 
@@ -85,7 +84,7 @@ def path_of(folder: Path, name: str) -> Path:
 
 
 def read(folder: Path, names: Any) -> Results:
-    """Return the results of all cells that have a file."""
+    """Return the results of the named cells that have a file."""
     paths = {name: path_of(folder, name) for name in names}
     return {
         n: json.loads(path.read_text()) for n, path in paths.items() if path.exists()
@@ -93,14 +92,14 @@ def read(folder: Path, names: Any) -> Results:
 
 
 def write(folder: Path, results: Results) -> None:
-    """Write a file per cell."""
+    """Write one JSON file per cell."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, result in results.items():
         path_of(folder, name).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def starter(name: str, args: argparse.Namespace) -> Callable:
-    """Return the function that a cell's process calls to start."""
+    """Return the function that prepares the program of a cell, for `start_row`."""
     job, model, program = CELLS[name]
     if program == OURS:
         return partial(start_recipe, *recipe_of(job, model), args)
@@ -137,7 +136,7 @@ def measure(names: list[str], args: argparse.Namespace) -> Results:
         peak = peak_flops(result["gpu"] or "cpu")
         flops_per_second = result["images_per_second"] * flops
         result |= {
-            "run": run,  # the processes of cells with the same value took turns
+            "run": run,  # cells with equal values were interleaved
             "model_flops_per_image": flops,
             "model_flop_utilization": flops_per_second / peak if peak else None,
             **run_facts(args),
@@ -146,16 +145,16 @@ def measure(names: list[str], args: argparse.Namespace) -> Results:
 
 
 def compile_all(cells: list[str], args: argparse.Namespace) -> None:
-    """Compile the train steps of our cells for each topology, and print a table.
+    """Compile the train steps of hivit_jax for each topology, and print a table.
 
-    Compiles only the cells without a file, or all with `args.again`.
+    Compiles only the cells without a file, or with `args.again` all selected cells.
     """
     from benchmarks import compiled
     from hivit_jax.errors import ConfigError
 
     print(
         "| | images per chip | fits | GiB | GFLOP per image | HBM MB per image "
-        "| roofline: images/s per chip | HiViT-B / this |\n" + "|---" * 8 + "|"
+        "| bound: images/s per chip | HiViT-B / this model |\n" + "|---" * 8 + "|"
     )
     cells = [c for c in cells if CELLS[c][0] != "inference" and CELLS[c][2] == OURS]
     # HiViT-B comes first, because the other models are compared with it.
@@ -186,7 +185,7 @@ def measure_all(cells: list[str], args: argparse.Namespace) -> None:
     from hivit_jax.platforms import use_cpu
 
     prepare(args, GPU_BATCH)
-    use_cpu()  # only this process; the processes of cells use the device
+    use_cpu()  # only in this process; the processes of the cells use the device
     if not importlib.util.find_spec("torch"):
         print("torch is not installed; only the cells of hivit_jax are measured")
         cells = [name for name in cells if CELLS[name][2] == OURS]
@@ -197,7 +196,7 @@ def measure_all(cells: list[str], args: argparse.Namespace) -> None:
         names = [n for n in cells if CELLS[n][0] == job and n not in done]
         write(folder, measure(names, args) if names else {})
     results = read(folder, CELLS)
-    print("\n".join([table(results), *claims(results)]))
+    print("\n".join([table(results), *paper_ratios(results)]))
     draw(results, args.out / f"{args.device}.png")
 
 
@@ -208,9 +207,9 @@ def run(argv: list[str] | None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
-    text = "only cells whose names contain one of these texts"
+    text = "select only cells whose names contain one of these texts"
     add("--only", nargs="+", default=[""], metavar="TEXT", help=text)
-    add("--again", action="store_true", help="also measure cells that have results")
+    add("--again", action="store_true", help="do not reuse the results of cells")
     add("--topologies", action="store_true", help="compile for other chips instead")
     text = "topologies to compile for; default: all"
     add(
@@ -220,7 +219,7 @@ def run(argv: list[str] | None) -> None:
         default=list(BATCH_OF_TOPOLOGY),
         help=text,
     )
-    text = "directory of compile reports, which are reused"
+    text = "directory of compile reports; existing reports are reused"
     add("--workdir", type=Path, default=Path("runs/compiled"), help=text)
     add("--out", type=Path, default=RESULTS, help="directory of the results")
     add_flags(add, GPU_BATCH)

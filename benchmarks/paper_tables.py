@@ -6,7 +6,8 @@ from typing import Any
 from benchmarks.peer_rows import OURS
 
 PYTORCH = "torch"
-CLAIM = 1.9  # pretraining speed of HiViT-B / Swin-B (SimMIM), in the paper
+# Pretraining speed of HiViT-B divided by the speed of Swin-B with SimMIM, in the paper.
+PAPER_RATIO = 1.9
 JOBS = ("pretrain", "classify", "inference")
 # Model -> recipes of pretraining and finetuning.
 RECIPES_OF_MODELS = {
@@ -41,40 +42,42 @@ def ratio(results: Results, first: str, second: str) -> float | None:
 def table(results: Results) -> str:
     """Format a row per model and job: throughput, ratios, memory and utilization."""
 
-    def text(value: Any, form: str, scale: float = 1.0) -> str:
-        return "" if value is None else f"{value * scale:{form}}"
+    def number(value: Any, format_spec: str, scale: float = 1.0) -> str:
+        return "" if value is None else f"{value * scale:{format_spec}}"
 
     lines = [
-        "| | images/s | images/s, PyTorch | ours / PyTorch | HiViT-B / this "
-        "| HiViT-B / this, PyTorch | GiB | GiB, PyTorch | of the peak "
-        "| of the peak, PyTorch |\n" + "|---" * 10 + "|"
+        "| | images/s | images/s, PyTorch | hivit_jax / PyTorch | HiViT-B / this model "
+        "| HiViT-B / this model, PyTorch | GiB | GiB, PyTorch | MFU | MFU, PyTorch |",
+        "|---" * 10 + "|",
     ]
     for row in dict.fromkeys(name.rpartition(" ")[0] for name in results):
         job, base = row.split()[0], f"{row.split()[0]} HiViT-B"
         pair = [results.get(f"{row} {program}", {}) for program in (OURS, PYTORCH)]
-        columns = [text(x.get("images_per_second"), ",.2f") for x in pair]
-        columns += [text(ratio(results, f"{row} {OURS}", f"{row} {PYTORCH}"), ".2f")]
+        columns = [number(x.get("images_per_second"), ",.2f") for x in pair]
+        columns += [number(ratio(results, f"{row} {OURS}", f"{row} {PYTORCH}"), ".2f")]
         columns += [
-            text(ratio(results, f"{base} {program}", f"{row} {program}"), ".2f")
+            number(ratio(results, f"{base} {program}", f"{row} {program}"), ".2f")
             for program in (OURS, PYTORCH)
         ]
-        columns += [text(x.get("peak_memory_bytes"), ".2f", 2**-30) for x in pair]
-        columns += [text(x.get("model_flop_utilization"), ".1%") for x in pair]
+        columns += [number(x.get("peak_memory_bytes"), ".2f", 2**-30) for x in pair]
+        columns += [number(x.get("model_flop_utilization"), ".1%") for x in pair]
         lines.append(
             f"| {row.removeprefix(job + ' ')}, {job} | {' | '.join(columns)} |"
         )
     return "\n".join(lines)
 
 
-def claims(results: Results) -> list[str]:
-    """Return a line per ratio of speeds, HiViT-B to a baseline, in pretraining."""
+def paper_ratios(results: Results) -> list[str]:
+    """Return a line per program and baseline: HiViT-B's relative pretraining speed."""
     lines = []
     for program in (OURS, PYTORCH):
         for model in ("Swin-B", "Swin-B 192", "ViT-B"):
             names = (f"pretrain {m} {program}" for m in ("HiViT-B", model))
             found = ratio(results, *names)
             if found is not None:
-                paper = f" (the paper: {CLAIM})" if model.startswith("Swin") else ""
+                paper = (
+                    f" (the paper: {PAPER_RATIO})" if model.startswith("Swin") else ""
+                )
                 line = f"{program}: HiViT-B / {model}, pretraining: {found:.2f}"
                 lines.append(line + paper)
     return lines
@@ -104,8 +107,7 @@ def format_compiled(name: str, report: dict[str, Any], bound: float | None) -> s
     """Format a row of the table of compiled cells.
 
     Args:
-      bound: bound on HiViT-B's images per second for the same job and chip; None:
-        unknown.
+      bound: bound on HiViT-B's images per second for this job and chip; None: unknown.
     """
     total, roofline = report["hbm_bytes_per_device"]["total"], report["roofline"]
     line = f"| {name} | {report['batch_per_device']} "

@@ -1,8 +1,7 @@
-"""Rows of `benchmarks.peers`: hivit_jax and PyTorch programs for the same job.
+"""Rows of `benchmarks.peers`: programs of hivit_jax and PyTorch for a job.
 
-A row is a function that runs a number of steps. jax and torch are imported inside
-functions, so that the process of a row loads only what it needs. `benchmarks.paper`
-uses this module too.
+jax and torch are imported inside functions, so that the process of a row imports only
+the packages that it needs. `benchmarks.paper` uses this module too.
 """
 
 import argparse
@@ -15,9 +14,9 @@ from typing import Any
 from benchmarks.machine import peak_process_memory
 
 OURS = "hivit_jax"
-# A function that runs a number of steps, a function that returns the peak memory in
-# bytes, and facts about the program.
-Started = tuple[Callable[[int], Any], Callable[[], int], dict[str, Any]]
+# Prepared program: a function that runs a number of steps, a function that returns the
+# peak memory in bytes, and facts about the program.
+PreparedRow = tuple[Callable[[int], Any], Callable[[], int], dict[str, Any]]
 # Row -> (network, with torch.compile, with explicit softmax attention).
 TORCH = {
     "torch": ("HiViT-B", False, False),
@@ -37,8 +36,8 @@ HIVIT = {
 RECIPES = {"pretrain": "mae_base", "classify": "finetune:base"}
 RECIPES["inference"] = RECIPES["classify"]
 CLASSES, SMOOTHING = 1000, 0.1
-# Overrides of finetuning without random draws, which a twin could not repeat.
-UNRANDOM = {
+# Overrides that disable random draws in finetuning, because a twin cannot repeat them.
+NO_RANDOM_DRAWS = {
     "model.drop_path_rate": 0,
     "mixup": 0,
     "cutmix": 0,
@@ -49,7 +48,7 @@ WEIGHT_DECAY, BETAS, LEARNING_RATE = 0.05, (0.9, 0.95), 1e-6
 
 
 def load_recipe(recipe: str, values: dict[str, Any], args: argparse.Namespace) -> Any:
-    """Return the config of a recipe with overrides, for the batch and the device."""
+    """Return the config of a recipe with overrides, batch and dtype of the flags."""
     from benchmarks import plain_config  # noqa: F401  before hivit_jax
     from hivit_jax import config as configs
 
@@ -60,9 +59,11 @@ def load_recipe(recipe: str, values: dict[str, Any], args: argparse.Namespace) -
 
 def start_recipe(
     recipe: str, values: dict[str, Any], args: argparse.Namespace
-) -> Started:
-    """Compile the step of a recipe with overrides, and run it once."""
-    return started(compile_program(load_recipe(recipe, values, args), args), args)
+) -> PreparedRow:
+    """Compile the step of a recipe with overrides, and run one step."""
+    return run_first_step(
+        compile_program(load_recipe(recipe, values, args), args), args
+    )
 
 
 def compile_program(config: Any, args: argparse.Namespace) -> Any:
@@ -72,8 +73,8 @@ def compile_program(config: Any, args: argparse.Namespace) -> Any:
     return (Evaluation if args.task == "inference" else Training)(config)
 
 
-def started(program: Any, args: argparse.Namespace) -> Started:
-    """Run the first step of a compiled program of hivit_jax."""
+def run_first_step(program: Any, args: argparse.Namespace) -> PreparedRow:
+    """Run the first step of a compiled program of hivit_jax; return the row."""
     import jax
 
     from benchmarks.train_step import peak_memory
@@ -90,11 +91,11 @@ def started(program: Any, args: argparse.Namespace) -> Started:
     )
 
 
-def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
-    """Compile the step of hivit_jax and run it once.
+def start_ours(args: argparse.Namespace, first_step: Path) -> PreparedRow:
+    """Compile the step of hivit_jax and run one step.
 
-    Writes the inputs of the first step to a file, from which the PyTorch twin starts:
-    the weights, images, and noise (pretraining) or labels.
+    Writes the weights, images, and noise (pretraining) or labels of the first step to a
+    file. The first step of the PyTorch twin reads this file.
     """
     import jax
     import jax.numpy as jnp
@@ -105,7 +106,7 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
     from hivit_jax.weights.names.official import to_official
 
     values = {"data.name": "synthetic"}
-    values |= {} if args.task == "pretrain" else UNRANDOM
+    values |= {} if args.task == "pretrain" else NO_RANDOM_DRAWS
     config = load_recipe(RECIPES[args.task], values, args)
     program, forward = compile_program(config, args), args.task == "inference"
     task, batch, state = program.task, program.batch, jax.device_get(program.state)
@@ -119,7 +120,7 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
     model = nnx.eval_shape(task.build_model)
     weights = to_official(state["params"] | state["model_state"], model)
     np.savez(first_step, **weights, images=images, target=target)
-    return started(program, args)
+    return run_first_step(program, args)
 
 
 def build_network(name: str, task: str) -> Any:
@@ -146,13 +147,13 @@ def start_torch(
     plain: bool,
     args: argparse.Namespace,
     first_step: Path | None = None,
-) -> Started:
-    """Prepare a PyTorch step and run it once.
+) -> PreparedRow:
+    """Prepare a PyTorch program and run one step.
 
     Args:
       name: network; see `build_network`.
       compiled: use torch.compile.
-      plain: compute the softmax of attention explicitly.
+      plain: compute the softmax of attention explicitly, without fused attention.
       first_step: file with the weights, images and targets of HiViT-B's first step.
     """
     import numpy as np
@@ -213,7 +214,7 @@ def start_torch(
 
 
 def training_step(network: Any, loss_of: Callable, device: str) -> Callable:
-    """Return a function (images, target) -> loss that also updates the network."""
+    """Return a function (images, target) -> loss that updates the network."""
     import torch
 
     parameters = [p for p in network.parameters() if p.requires_grad]

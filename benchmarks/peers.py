@@ -11,20 +11,20 @@ are:
 - pretrain: the train step of mae_base. ViT-B is trained by MAE, Swin-B by SimMIM.
 - classify: the train step of finetune:base with drop path, Mixup, CutMix and random
   erasing disabled.
-- inference: the forward pass of the same classifier.
+- inference: the forward pass of the classifier.
 
 The dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU, the
-hivit_jax process does not return freed memory to the operating system, as in training.
-`--keep_memory` sets this for the PyTorch processes too. Every row of the table is a
-separate process. In each of `--rounds` rounds, the processes take turns on the same
-cores: each runs `--steps` steps while the others sleep. Needs torch in addition to the
+hivit_jax process keeps freed memory, as in training. With `--keep_memory`, the PyTorch
+processes keep freed memory too. Every row of the table is a separate process. In each
+of `--rounds` rounds, the processes take turns on the same cores: each process runs
+`--steps` steps while the others sleep. The benchmark needs torch in addition to the
 packages of benchmarks/train_step.py.
 
 The first step of the PyTorch HiViT-B uses the weights, images, and masks or labels of
-hivit_jax's first step. Both losses must match. The images are already on the device.
-PyTorch receives normalized images. hivit_jax receives uint8 images, normalizes them in
-every step and, in training, flips them. The results are written to
-results/peers_{task}_{cpu,gpu}.json.
+hivit_jax's first step. The losses of both first steps must match. The images are
+already on the device. PyTorch receives normalized images. hivit_jax receives uint8
+images, normalizes them in every step and, in training, flips them. The results are
+written to results/peers_{task}_{cpu,gpu}.json.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from benchmarks.peer_rows import (
     OURS,
     RECIPES,
     TORCH,
-    Started,
+    PreparedRow,
     start_ours,
     start_torch,
 )
@@ -58,12 +58,12 @@ TOLERANCE = {"cpu": 1e-5, "gpu": 1e-2}  # relative difference of the first losse
 
 
 def start_row(
-    start: Callable[[], Started], keep_memory: bool, args: argparse.Namespace
+    start: Callable[[], PreparedRow], keep_memory: bool, args: argparse.Namespace
 ) -> Any:
     """Start the process of a row and return the pipe to its `worker`.
 
     Args:
-      start: `start_ours` or `start_torch` of `benchmarks.peer_rows` with its arguments.
+      start: function of `benchmarks.peer_rows` that prepares a program.
       keep_memory: make malloc keep freed memory, if the process runs on a CPU.
     """
     context = multiprocessing.get_context("spawn")
@@ -75,7 +75,7 @@ def start_row(
 
 
 def worker(
-    start: Callable[[], Started],
+    start: Callable[[], PreparedRow],
     keep_memory: bool,
     args: argparse.Namespace,
     pipe: Any,
@@ -110,15 +110,15 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     pipes, results = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         first_step = Path(folder) / "first_step.npz"
-        for row in args.rows:  # sorted, so hivit_jax is the first if it is selected
+        for row in args.rows:  # sorted: if hivit_jax is selected, it is the first row
             if row == OURS:
                 start = partial(start_ours, args, first_step)
             else:
                 start = partial(start_torch, *TORCH[row], args, first_step)
-            keep_memory = row == OURS or args.keep_memory  # hivit_jax: as in training
+            keep_memory = row == OURS or args.keep_memory
             pipes[row] = start_row(start, keep_memory, args)
             # On a CPU, the rows start one after another. On a GPU, the benchmark waits
-            # only for the first row, which writes the file that the others read.
+            # only for the first row, because the others read the file that it writes.
             if args.device == "cpu" or row == args.rows[0]:
                 results[row] = wait_until_ready(pipes[row], row)
         results |= {
@@ -131,7 +131,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def wait_until_ready(pipe: Any, row: str) -> dict[str, Any]:
-    """Receive a row's facts, print its first loss if it has one, return the facts."""
+    """Receive and return the facts about a row; print its first loss if known."""
     facts = receive(pipe, row)
     loss = "" if facts["loss"] is None else f"; first loss {facts['loss']}"
     print(f"{row}: ready{loss}", flush=True)
@@ -144,7 +144,7 @@ def time_rows(
     """Time interleaved rounds of steps, end the processes, and return the results.
 
     Args:
-      pipes: row -> pipe of `start_row`, after its facts were received.
+      pipes: row -> pipe of `start_row`, after the facts about the row were received.
     """
     rounds: dict[str, list[tuple[float, float]]] = {row: [] for row in pipes}
     for round_index in range(args.rounds + 1):  # the first round is a warmup
@@ -188,11 +188,11 @@ def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> 
         if expected is None or result["loss"] is None:
             continue
         difference = abs(result["loss"] / expected - 1)
-        if not difference <= tolerance:  # also if it is NaN
+        if not difference <= tolerance:  # true for NaN too
             raise HivitError(
                 f"first loss of {row}: expected {expected} (the loss of {OURS}) up to "
                 f"a relative difference of {tolerance}, found {result['loss']}.\n"
-                "Compare the network in benchmarks/torch_twin.py with hivit_jax's"
+                "Compare benchmarks/torch_twin.py with the model of hivit_jax"
             )
 
 
@@ -227,13 +227,13 @@ def add_flags(add: Callable, gpu_batch: int) -> None:
 
 
 def prepare(args: argparse.Namespace, gpu_batch: int) -> None:
-    """Fill in batch and steps for the device; set variables of the rows' processes."""
+    """Set defaults of batch and steps, and environment variables of the rows."""
     cpu = args.device == "cpu"
     args.batch = args.batch or (8 if cpu else gpu_batch)
     args.steps = args.steps or (2 if cpu else 20)
     if cpu:
         os.environ["JAX_PLATFORMS"] = "cpu"
-    else:  # the rows share the GPU's memory
+    else:  # because the rows share the GPU's memory
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
@@ -257,7 +257,8 @@ def run(argv: list[str] | None) -> None:
     add("--task", choices=RECIPES, default="pretrain")
     text = "programs to compare"
     add("--rows", nargs="+", choices=(OURS, *TORCH), default=DEFAULT_ROWS, help=text)
-    add("--keep_memory", action="store_true", help="keep freed memory in PyTorch too")
+    text = "keep freed memory in the PyTorch processes too"
+    add("--keep_memory", action="store_true", help=text)
     add("--out", type=Path, help="the JSON file to write")
     add_flags(add, GPU_BATCH)
     args = parser.parse_args(argv)

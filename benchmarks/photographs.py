@@ -4,7 +4,7 @@
 
 There is one class per photograph. The images of a class are random crops of the
 photograph with changed colors and noise. The images are JPEGs of 500x375 pixels and
-about 85 KB, sizes that are typical of ImageNet.
+about 85 KB, which is typical of ImageNet.
 """
 
 import argparse
@@ -48,7 +48,9 @@ def variant(photo: np.ndarray, seed: int, size: Sequence[int]) -> Image.Image:
     box = (left, top, left + h * aspect, top + h)
     image = Image.fromarray(photo).resize(tuple(size), Image.Resampling.BICUBIC, box)
     pixels = np.asarray(image) * rng.uniform(0.8, 1.2, 3)
-    pixels += rng.normal(0, 9.5, pixels.shape)  # because smooth images give small files
+    pixels += rng.normal(
+        0, 9.5, pixels.shape
+    )  # without noise, the files would be small
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -58,10 +60,10 @@ def write(
     size: Sequence[int] = (500, 375),
     quality: int = 92,
 ) -> None:
-    """Write DIRECTORY/SPLIT/CLASS/NUMBER.JPEG.
+    """Write images DIRECTORY/SPLIT/CLASS/NUMBER.JPEG.
 
     Args:
-      counts: number of images by split, distributed over the classes.
+      counts: split -> number of images, which are distributed over the classes.
       size: (width, height) of the images.
     """
     seed = 0

@@ -1,6 +1,7 @@
-"""Minimal replacement for ml_collections, with which hivit_jax can load recipes.
+"""Minimal replacement for ml_collections that is sufficient to load recipes.
 
-Import this module before hivit_jax. It has no effect if ml_collections is installed.
+Import this module before hivit_jax. The import has no effect if ml_collections is
+installed.
 """
 
 import json
@@ -10,7 +11,7 @@ from typing import Any
 
 
 class FieldReference:
-    """Value of a field and its type."""
+    """Value and type of a config field."""
 
     def __init__(self, value: Any, field_type: type):
         self.value, self.field_type = value, field_type
@@ -37,7 +38,7 @@ class ConfigDict(dict):
     __setattr__ = __setitem__
 
     def lock(self) -> None:
-        """Do nothing."""
+        """Do nothing; ml_collections would refuse new keys from now on."""
 
     def to_dict(self) -> dict:
         """Return the config itself, because it is a dictionary."""

@@ -6,7 +6,7 @@ The benchmark trains a very small HiViT on grayscale images, resized to 32x32 pi
 There are two datasets of ten classes: handwritten digits (scikit-learn), and tiles of
 ten photographs (scikit-image and scikit-learn), where the class is the photograph. Each
 random draw selects 40 training images and 20 test images per class. Finetuning and
-linear recipes run 60 epochs, pretraining recipes 150. Each result is added to
+linear probes take 60 epochs, pretraining 150 epochs. Each result is added to
 results/small_data.json. An interrupted benchmark resumes.
 """
 
@@ -36,7 +36,7 @@ DRAWS = 3
 # Photographs in skimage.data; `tiles` adds three more.
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel")
 EPOCHS, PRETRAINING_EPOCHS = 60, 150
-NEVER = 10**6  # steps, more than any run has; the last step is always evaluated
+NEVER = 10**6  # interval in steps, longer than any run; the last step is evaluated
 COMMON = {
     "model.image_size": SIDE,
     "model.patch_size": 8,
@@ -111,7 +111,7 @@ def write(root: Path, images: Mapping[str, np.ndarray], draw: int) -> None:
 def run(
     recipe: str, workdir: Path, stop: Callable, values: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Train a recipe with the overrides COMMON and `values`; return its metrics."""
+    """Train a recipe with the overrides COMMON and `values`; return the metrics."""
     flags = [f"--config.{key}={value}" for key, value in (COMMON | values).items()]
     return train(configs.load(recipe, flags), workdir, stop)
 
@@ -123,11 +123,11 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
       only: measure only experiments whose names contain one of these texts.
     """
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
-    known = {(row["draw"], row["dataset"], row["cell"]) for row in rows}
+    measured = {(row["draw"], row["dataset"], row["experiment"]) for row in rows}
     planned = product(range(DRAWS), DATASETS, EXPERIMENTS)
     for draw, dataset, experiment in planned:
         selected = any(text in experiment for text in only)
-        if (draw, dataset, experiment) in known or not selected:
+        if (draw, dataset, experiment) in measured or not selected:
             continue
         directory = workdir / f"{dataset}_{draw}"
         images = directory / "images"
@@ -137,14 +137,14 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
         values = {"data.dir": images, "init_from": ""}
         if pretraining:
             values["init_from"] = directory / pretraining
-            # Experiments share the pretraining run; a finished run only evaluates.
+            # A finished pretraining run is only evaluated, so experiments share it.
             options = {"total_epochs": PRETRAINING_EPOCHS, "data.dir": images}
             run(pretraining, directory / pretraining, stop, DECODER | options)
         values |= {"total_epochs": EPOCHS, "model.num_classes": 10}
         name = experiment.replace(": ", "_").replace(":", "_")
         top1 = run(recipe, directory / name, stop, values)["eval/top1"]
-        key = {"draw": draw, "dataset": dataset, "cell": experiment}
-        rows.append(key | {"top1": top1})
+        row = {"draw": draw, "dataset": dataset, "experiment": experiment}
+        rows.append(row | {"top1": top1})
         lines = ",\n".join(json.dumps(row) for row in rows)
         RESULT.write_text(f"[\n{lines}\n]\n")
     log(table(rows))
@@ -156,8 +156,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for experiment in EXPERIMENTS:
         line = f"{experiment:<30}"
         for name in DATASETS:
-            own = [r for r in rows if (r["dataset"], r["cell"]) == (name, experiment)]
-            values = [100 * row["top1"] for row in own]
+            values = [
+                100 * row["top1"]
+                for row in rows
+                if (row["dataset"], row["experiment"]) == (name, experiment)
+            ]
             spread = f" +- {np.std(values, ddof=1):.1f}" if values[1:] else ""
             line += f"{f'{np.mean(values):.1f}{spread}' if values else '':>16}"
         lines.append(line)
@@ -168,11 +171,11 @@ def main() -> int:
     """Entry point. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/small_data"))
-    text = "only experiments whose names contain one of these texts"
+    text = "select only experiments whose names contain one of these texts"
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     args = parser.parse_args()
     workdir = args.workdir.absolute()
-    # Cache compiled programs, because all draws and datasets use the same ones.
+    # Compiled programs are cached, because all draws and datasets use equal programs.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return run_command(lambda: measure(workdir, catch_signals(), args.only))

@@ -5,11 +5,11 @@
 The table contains one row per model size and topology: memory, the largest batch that
 fits, FLOPs, HBM traffic, collective bytes, and the bound on images per second. Four
 rows for v5e:2x4 compare memory and compile time with and without remat and scan_blocks.
-The first of these rows also shows that a step has the same collective bytes per device
-on 8 chips as on 64 and 256 chips.
+The first of these rows also shows that the collective bytes per step and device are
+equal on 8, 64 and 256 chips.
 
-The benchmark writes results/topologies.json and prints the table. It runs about a
-hundred compilations of one to four minutes each on two cores. An interrupted benchmark
+The benchmark writes results/topologies.json and prints the table. It compiles about a
+hundred programs, each in one to four minutes on two cores. An interrupted benchmark
 resumes. Chips whose compiler is not installed are skipped.
 """
 
@@ -42,7 +42,7 @@ HEADER = (
 def prepare(
     size: str, topology: str, overrides: dict[str, object], workdir: Path
 ) -> tuple:
-    """Return the config of a recipe with overrides, and its results directory."""
+    """Return the config of a recipe with overrides, and the directory of results."""
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     config = configs.load(f"mae_{size}", flags)
     words = [size, f"topology={topology}"]
@@ -51,7 +51,7 @@ def prepare(
 
 
 def report_for(size: str, topology: str, workdir: Path, **overrides: object) -> dict:
-    """Return the compile report of a recipe; compile if the workdir has none."""
+    """Return the compile report of a recipe; compile unless the workdir has one."""
     config, directory = prepare(size, topology, overrides, workdir)
     if not (directory / "compile.json").exists():
         print(f"--- {directory}", flush=True)
@@ -60,7 +60,7 @@ def report_for(size: str, topology: str, workdir: Path, **overrides: object) -> 
 
 
 def search_batch(size: str, topology: str, workdir: Path, **overrides: object) -> dict:
-    """Return the largest batch of a recipe; search for it if the workdir has none."""
+    """Return the largest batch of a recipe; search unless the workdir has a result."""
     config, directory = prepare(size, topology, overrides, workdir)
     path = directory / "largest_batch.json"
     if not path.exists():
@@ -71,7 +71,7 @@ def search_batch(size: str, topology: str, workdir: Path, **overrides: object) -
 
 
 def table_row(name: str, report: dict) -> str:
-    """Format one result as a row of the table."""
+    """Format a report as a row of the table."""
     memory = report["hbm_bytes_per_device"]
     largest = report.get("largest_batch_per_device") or ""
     start = (

@@ -1,7 +1,7 @@
 """ViT and Swin in PyTorch, only for comparisons of speed.
 
-The models follow the papers, with the published sizes and the blocks of `torch_twin`. A
-model with classes supports `classify(images [B, 3, S, S])`, where S is `image_size`. A
+The models have the published sizes, and the blocks of `torch_twin`. A model with
+classes supports `classify(images [B, 3, S, S])`, where S is `image_size`. A
 model without classes supports `masked_loss(images, noise [B, units])`.
 """
 
@@ -14,8 +14,8 @@ from benchmarks.torch_twin import Block, PatchMerge, gather_tokens, targets
 class ViT(nn.Module):
     """ViT-B/16, or its masked autoencoder (He et al., 2022).
 
-    The masked autoencoder has 111.9 M parameters, the classifier 86.6 M. The masked
-    autoencoder's encoder processes a quarter of the units and a class token. The
+    The masked autoencoder has 111.9 M parameters, the classifier 86.6 M. In the masked
+    autoencoder, the encoder processes a quarter of the units and a class token. The
     decoder has 8 blocks of width 512. The targets are pixels normalized per unit.
 
     Args:
@@ -78,7 +78,7 @@ class ViT(nn.Module):
 
 
 def frozen_parameter(table):
-    """Return a parameter that is not trained."""
+    """Return a table as a parameter that is not trained."""
     return nn.Parameter(table, requires_grad=False)
 
 
@@ -86,7 +86,7 @@ class SwinBlock(Block):
     """Swin block: [B, H, W, C] -> [B, H, W, C].
 
     Args:
-      side: H = W, in tokens.
+      side: height and width of the grid in tokens, H = W.
       window: side of a window in tokens.
       shift: cyclic shift in tokens; 0: none.
     """
@@ -178,7 +178,7 @@ class Swin(nn.Module):
     def masked_loss(self, images, noise):
         """Return the mean absolute error on the masked units.
 
-        These are 30 of 49 units with window=7, 22 of 36 with window=6.
+        With window=7, 30 of 49 units are masked; with window=6, 22 of 36.
         """
         mask = noise.argsort(1).argsort(1) >= int(0.4 * self.units)
         token_mask = mask.reshape(-1, self.window, self.window, 1).float()

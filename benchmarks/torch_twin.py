@@ -1,7 +1,7 @@
 """HiViT and its masked autoencoder in PyTorch, only for comparisons.
 
-Parameter names and the order of operations follow the official code, so that the model
-loads the state dict of `hivit_jax.weights.names.official.to_official`.
+The order of operations and the parameter names follow the official code, so that the
+models can load the state dict of `hivit_jax.weights.names.official.to_official`.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         """
         _, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(-1, windows, tokens, 3, self.heads, dim // self.heads)
-        # Windows are treated as heads, so that images share biases without a copy.
+        # Windows are treated as heads, so that images share biases without copies.
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
         bias = None
         if self.grid:
@@ -82,7 +82,7 @@ def gather_tokens(x, ids):
 
 
 class Block(nn.Module):
-    """Residual block of attention and MLP; with heads=0 only MLP, as in the stem."""
+    """Residual block of attention and MLP; with heads=0, only the MLP (stem)."""
 
     def __init__(self, dim: int, ratio: float, heads: int = 0, grid: int | None = None):
         super().__init__()
@@ -132,7 +132,7 @@ class HiViT(nn.Module):
     Args:
       relative_position: use relative position tables in the main stage.
       num_classes: classes of the head; 0: a masked autoencoder.
-      decoder: (width, depth, heads) of the decoder, which reads the multi-scale latent.
+      decoder: (width, depth, heads) of the decoder, whose input is multi-scale.
     """
 
     def __init__(

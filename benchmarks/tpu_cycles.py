@@ -9,9 +9,9 @@ numbers of cycles for one block and all images of a chip:
 
 - forward, backward: bundles that the fused kernels issue. The kernels take this number
   of cycles if they wait neither for memory nor for the results of matrix products.
-- products alone: the time of the kernels' matrix products, if they keep all matrix
-  units busy.
-- plain: the compiler's own estimate for the same block without fused kernels, including
+- products only: the cycles of the kernels' matrix products, if these products keep all
+  matrix units busy.
+- plain: the compiler's own estimate for the block without fused kernels, including
   waiting.
 
 The results are written to results/tpu_cycles.json, or tpu_cycles_NAME.json for another
@@ -59,8 +59,9 @@ def count_bundles(listing: str) -> int:
 
     A kernel has one loop over its grid, and may have an inner loop. The grid loop has
     two more iterations than the grid, because tiles are fetched one iteration ahead
-    and stored one iteration later. The extra iterations skip the region that computes.
-    Regions nested in this region, such as the initialization of sums, run only once.
+    and stored one iteration later. The two extra iterations skip the region that
+    computes. Regions nested in this region, such as the initialization of sums, run
+    only once.
     """
     iterations, nesting, counts = {}, 0, Counter()
     for line in listing.splitlines():
@@ -102,7 +103,7 @@ def compile_block(
     """Compile the forward and backward pass of a block.
 
     Returns:
-      The text of the program, and the operations of its matrix products.
+      The text of the program, and the number of operations of its matrix products.
     """
     mesh = Mesh(np.array([device]), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -154,9 +155,9 @@ def measure(config: Any, images: int, dump: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any], images: int) -> str:
-    """Format a table with a row per kind of block, then a line on all blocks."""
+    """Format a table with a row per kind of block, and a line about all blocks."""
     lines = [
-        "| one block | forward | backward | products alone | plain |",
+        "| one block | forward | backward | products only | plain |",
         "|" + 5 * "---|",
     ]
     total = np.zeros(3)
@@ -169,8 +170,8 @@ def table(results: dict[str, Any], images: int) -> str:
         lines.append(f"| {kind} | " + " | ".join(f"{n:,.0f}" for n in row) + " |")
     fused, products, plain = 1e3 * total / CLOCK  # milliseconds
     lines.append(
-        f"\nAll blocks, {images} images: {fused:.1f} ms, products alone "
-        f"{products:.1f}, plain {plain:.1f}; at most {1e3 * images / fused:,.0f} "
+        f"\nAll blocks, {images} images: {fused:.1f} ms, products only "
+        f"{products:.1f} ms, plain {plain:.1f} ms; at most {1e3 * images / fused:,.0f} "
         "images/s"
     )
     return "\n".join(lines)

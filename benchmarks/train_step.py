@@ -3,9 +3,9 @@
     python -m benchmarks.train_step [--config mae_base] [--batch 256] [--forward] \
         [--rounds 5] [--steps 20] [--set model.dtype=float32 data.canvas=0 ...]
 
-The benchmark runs the train step on all devices, repeatedly on the same batch of
-synthetic images, which is already on the devices. --forward runs the evaluation step
-instead, which has only a forward pass. Times are medians of `--rounds` rounds of
+The benchmark runs the train step on all devices, repeatedly on one batch of synthetic
+images that is already on the devices. --forward runs the evaluation step instead, which
+has only a forward pass. Times are medians of `--rounds` rounds of
 `--steps` steps. The results are written to results/train_step_RECIPE_PLATFORM.json
 (with --forward, results/forward_RECIPE_PLATFORM.json) or to the file of `--out`. The
 benchmark needs only jax, flax, optax and numpy.
@@ -159,9 +159,9 @@ def peak_memory() -> int:
 
 
 def flops_per_image(task: tasks.Task, forward: bool) -> int:
-    """Return the FLOPs of a train step per image, or of the forward pass.
+    """Return the FLOPs per image of the train step, or of the forward pass.
 
-    Counts the matrix products, without recomputation and resizing; see
+    Counts matrix products, but neither recomputation nor resizing; see
     `Task.training_flops`.
     """
     model = nnx.eval_shape(task.build_model)
@@ -173,16 +173,16 @@ def measure(
 ) -> dict[str, Any]:
     """Measure the train step of a recipe, or its evaluation step. Return JSON values.
 
-    The model FLOP utilization counts the operations of `flops_per_image`, relative to
-    the bfloat16 peak. It is None if the peak is unknown. CPU-seconds are None unless
-    the devices are CPUs.
+    The model FLOP utilization is the throughput times `flops_per_image`, divided by the
+    bfloat16 peak, or None if the peak is unknown. CPU-seconds are None unless the
+    devices are CPUs.
 
     Raises:
       HivitError: a loss is not finite.
     """
     devices = jax.devices()
     program = Evaluation(config) if forward else Training(config)
-    losses = [program.run(2)]  # a warmup
+    losses = [program.run(2)]  # warmup steps
     seconds, cpu_seconds = [], []
     for _ in range(rounds):
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -246,7 +246,7 @@ def run(argv: list[str] | None) -> None:
     add = parser.add_argument
     add("--config", default="mae_base", help="name or file of a recipe")
     add("--batch", type=int, help="images per step; default: the recipe's")
-    add("--forward", action="store_true", help="only the forward pass, as evaluation")
+    add("--forward", action="store_true", help="run only the forward pass")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=20, help="steps per round")
     text = "config keys to override"
@@ -255,7 +255,7 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     overrides = args.set + ([f"batch_size={args.batch}"] if args.batch else [])
     config = configs.load(args.config, [f"--config.{item}" for item in overrides])
-    # The cache is disabled so that the compile time is measured.
+    # The cache is disabled, because reading a program would not measure compilation.
     jax.config.update("jax_enable_compilation_cache", False)
     if jax.default_backend() == "cpu":
         keep_freed_memory()  # as training does

@@ -3,8 +3,8 @@
     hivit_jax --config digits_linear --workdir runs/linear --config.init_from=runs/mae
 
 `--config.data.train_examples=500` uses 500 labels, and `--config.data.subset=1` uses
-another random subset of 100 labels. Values: tuned here. A base_learning_rate of 5 gives
-61 % top-1, 20 gives 72 %, and 300 is as good as 80.
+another random subset of 100 labels. Values: tuned in this project. Top-1 is 61 % with
+base_learning_rate=5, 72 % with 20, and equal with 80 and 300.
 Expected: 82 % top-1. Hardware: a CPU. Cost: 1 to 2 minutes on 2 cores.
 """
 
@@ -13,7 +13,7 @@ def get_config() -> dict:
     """Return the keys that differ from the defaults."""
     run = dict(task="linear_probe", batch_size=50, total_steps=300)
     intervals = dict(log_every=100, eval_every=300, checkpoint_every=300)
-    # The 8x8 digits are resized to 16x16, so a 4x4 unit covers 2x2 of their pixels.
+    # The 8x8 digits are resized to 16x16, so a 4x4 unit covers 2x2 original pixels.
     # Pretraining uses no relative positions, so the probe uses none.
     model = dict(name="hivit_tiny", image_size=16, in_channels=1, patch_size=4)
     model |= dict(embed_dim=64, depths=(1, 1, 4), num_heads=2, dtype="float32")

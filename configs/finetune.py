@@ -2,7 +2,7 @@
 
     hivit_jax --config finetune:base --workdir runs/ft --config.init_from=runs/mae_base
 
-Variants: tiny, small, base (default), large. `init_from` may be the official file.
+Variants: tiny, small, base (default), large. `init_from` may be an official file.
 Values: those of the official self_supervised code for base. The other sizes use the
 same values, because none are published for them.
 Expected: base reaches 84.6 % top-1 after mae_base (published, not reproduced here).

@@ -2,10 +2,11 @@
 
     hivit_jax --config folder_linear --workdir runs/lp --config.data.dir=DIR
 
-Variants: tiny (default), small, base. Suits hundreds to tens of thousands of images in
-DIR/CLASS; a tenth is held out. `--mode probe` has the same purpose and is faster.
-Values: MAE's linear probe, but with small batches, larger crops and a high learning
-rate, because there are few steps.
+Variants: tiny (default), small, base. The recipe suits hundreds to tens of thousands of
+images in DIR/CLASS; a tenth is held out. `--mode probe` has the same purpose and is
+faster.
+Values: those of MAE's linear probe, but with small batches, larger crops and a high
+learning rate, because a run has few steps.
 Expected: docs/small_data.md. Hardware: any mesh.
 Cost: 100 epochs. A train step takes 9.2 GFLOP per image for tiny.
 """

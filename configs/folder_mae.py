@@ -2,8 +2,9 @@
 
     hivit_jax --config folder_mae --workdir runs/mae --config.data.dir=DIR
 
-Variants: tiny (default), small, base. Suits hundreds to tens of thousands of images in
-DIR; a tenth is held out. For tens of thousands, add `--config.total_epochs=100`.
+Variants: tiny (default), small, base. The recipe suits hundreds to tens of thousands of
+images in DIR; a tenth is held out. For tens of thousands, add
+`--config.total_epochs=100`.
 Values: a short schedule for small batches. Expected: docs/small_data.md. Hardware: any
 mesh. Cost: 400 epochs. A train step takes 31.1 GFLOP per image for tiny.
 """

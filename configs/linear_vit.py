@@ -2,7 +2,7 @@
 
     hivit_jax --config linear_vit:base --workdir runs/lp_vit
 
-Variants: tiny, small, base (default), large, huge. Values: official MAE guide. LARS
+Variants: tiny, small, base (default), large, huge. Values: the official MAE guide. LARS
 trains the head on the frozen class token, after BatchNorm without scale and bias.
 Expected: top-1 base 67.8, large 76.0, huge 77.2 % (published, not reproduced here).
 Hardware: any mesh. Cost: 115 million images; large, huge: 64 million. A train step

@@ -2,8 +2,8 @@
 
     hivit_jax --config mae_tiny --workdir runs/mae_tiny
 
-Values: those of mae_base, because no values are published for HiViT-T. Only the encoder
-differs.
+Values: those of mae_base, because no values are published for HiViT-T. The models
+differ only in the encoder.
 Expected: unknown, because no result is published.
 Hardware: any mesh. A device needs 1.0 GiB on v5e:16x16 and 18.6 GiB on h100:8.
 Cost: the run trains on 2.05 billion images. A train step (counted as three forward

@@ -1,4 +1,4 @@
-"""SimMIM pretraining of Swin (task mae), ImageNet-1k, 192x192, 800 or 100 epochs.
+"""SimMIM pretraining of Swin (task mae) on ImageNet-1k, 192x192, 800 or 100 epochs.
 
     hivit_jax --config simmim_swin:base --workdir runs/simmim_swin_base
 

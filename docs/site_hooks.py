@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the page and the figure of benchmarks/ are also on the site."""
+"""Hooks of mkdocs that add the page and the figure of benchmarks/ to the site."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ PATHS = ("benchmarks/README.md", "benchmarks/results/paper/cpu.png")
 
 
 def on_files(files, config):
-    """Add files from outside docs/."""
+    """Add the files in `PATHS`, which are outside docs/."""
     root = Path(config.docs_dir).parent
     for path in PATHS:
         files.append(File.generated(config, path, abs_src_path=str(root / path)))
@@ -16,5 +16,5 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **_):
-    """Point links to these files at their place on the site."""
+    """Rewrite links to benchmarks/ for the site."""
     return markdown.replace("](../benchmarks/", "](benchmarks/")

@@ -6,7 +6,7 @@ Draws the first three principal components of each feature map as red, green and
 If the model is a masked autoencoder, also draws its reconstruction from 25 % of the
 image. PATH is any path that `load_pretrained` accepts, such as the official .pth files.
 Without PATH, the model is a masked autoencoder with random weights, and the components
-show little more than edges. Without IMAGE, uses a photograph from scikit-image.
+show little more than edges. Without IMAGE, the photograph is one from scikit-image.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def principal_components(features: np.ndarray) -> np.ndarray:
 
 
 def panels(model, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """Return {title: picture} of an image, uint8 [H, W, 3]."""
+    """Return {title: picture [h, w, 3]} for an image, uint8 [H, W, 3]."""
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     images = (np.float32(pixels[None]) / 255 - mean) / std
     pictures = {"image": pixels}
@@ -65,7 +65,7 @@ def panels(model, pixels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def main(argv=None) -> None:
-    """Parse the command line and draw."""
+    """Parse the command line and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("image", type=Path, nargs="?")
     parser.add_argument("--checkpoint")

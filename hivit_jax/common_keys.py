@@ -1,4 +1,4 @@
-"""Config keys that every recipe has, with default, comment and range."""
+"""Config keys of every recipe, with default, comment and range."""
 
 from dataclasses import replace
 
@@ -57,8 +57,8 @@ KEYS = {
         "in_channels": replace(field_keys(HiViTConfig)["in_channels"], default=3),
         "freeze": Key(
             "",
-            "parameters that are not trained: prefixes of their names, separated by "
-            "commas, or `stages:N`, the encoder up to the Nth stage",
+            "parameters that are not trained: prefixes of parameter names, separated "
+            "by commas; `stages:N`: the encoder up to the Nth stage",
         ),
     },
     "data": {
@@ -91,8 +91,8 @@ KEYS = {
         ),
         "eval_group": Key(
             "",
-            "regular expression; images whose paths have the same text in its first "
-            "group are held out together or not at all",
+            "regular expression; images whose paths match the same text in the first "
+            "group of the expression stay in the same split",
         ),
         "exclude": Key(
             "", "text file that lists the images to leave out, one path per line"
@@ -140,7 +140,7 @@ KEYS = {
         "flip": Key(
             True, "flip each training image left to right with probability 1/2"
         ),
-        "randaugment": Key(False, "RandAugment in training, rand-m9-mstd0.5-inc1"),
+        "randaugment": Key(False, "RandAugment in training (rand-m9-mstd0.5-inc1)"),
         "dtype": Key(
             "uint8",
             "dtype of pixels; `uint8`: images with more bits are reduced to 8; "
@@ -149,8 +149,8 @@ KEYS = {
         ),
         "scale": Key(
             0.0,
-            "pixels are divided by this value; 0: by 255 for `uint8` and 65535 for "
-            "`uint16`; must be set for `float32`",
+            "divisor of the pixels; 0: 255 for `uint8` and 65535 for `uint16`; must be "
+            "set for `float32`",
             0,
         ),
         "mean": Key(
@@ -176,7 +176,8 @@ KEYS = {
         ),
         "reader": Key(
             "threads",
-            "`tf.data`: load the same batches with tensorflow",
+            "reader of the batches: threads of this package, or tensorflow with "
+            "byte-identical batches",
             choices=("threads", "tf.data"),
         ),
         "workers": Key(0, "reader threads per process; 0: one per core", 0, 1024),

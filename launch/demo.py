@@ -3,7 +3,7 @@
     python launch/demo.py [--workdir runs/demo]
 
 Pretrains a very small masked autoencoder. Then trains classifiers on four subsets of
-100 labeled digits, from the pretrained encoder and from scratch. Prints the equivalent
+100 labeled digits, from the pretrained encoder and from scratch. Prints an equivalent
 command before each run. An interrupted demo resumes.
 """
 
@@ -38,7 +38,7 @@ def run(recipe: str, workdir: Path, stop: Callable, **overrides: object) -> dict
 
 
 def baselines(config) -> tuple[float, float]:
-    """Return the errors of two predictions that are the same for all held-out images.
+    """Return the errors of two predictions that do not depend on the image.
 
     Returns:
       Mean squared errors of predicting the mean training image, and of predicting the

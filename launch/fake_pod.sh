@@ -3,7 +3,7 @@
 #
 #   launch/fake_pod.sh -n 4 -- --config configs/digits_mae.py --workdir runs/pod
 #
-# Every line of output starts with the number of its process, such as [2]. SIGTERM and
+# Every line of output starts with the number of the process, such as [2]. SIGTERM and
 # Ctrl-C are forwarded to all processes. The exit code is the code of the first process
 # that fails. Codes 75 (interrupted, saved) and 134 (another process was lost) are returned
 # only if no process fails with another code. After a failure, the script waits GRACE
@@ -34,7 +34,7 @@ prefix() { # Prints "[$1] " before every line.
   while IFS= read -r line || [[ $line ]]; do printf '[%s] %s\n' "$1" "$line"; done
 }
 
-stop() { # Signals all processes; those not started yet are signaled after the start.
+stop() { # Signals all processes. Processes that start later are signaled then.
   signal=$1
   ((${#pids[@]} == 0)) || kill "-$1" "${pids[@]}"
 }
@@ -42,7 +42,7 @@ pids=() signal=
 trap 'stop INT' INT
 trap 'stop TERM' TERM HUP
 
-set -m # one process group each, so that Ctrl-C in a terminal reaches this script only
+set -m # one process group per process, so that Ctrl-C reaches only this script
 for ((i = 0; i < count; i++)); do
   "${PYTHON:-python}" -m hivit_jax.main "$@" --coordinator_address="localhost:$port" \
     --num_processes="$count" --process_id="$i" < /dev/null > >(prefix "$i") 2>&1 &

@@ -21,9 +21,9 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 # Without "B:", SLURM sends SIGTERM to the training processes. With "B:", SLURM would send
-# it to this script, which could not forward it, because srun turns SIGTERM into SIGKILL.
-# The script also could not tell the time limit from scancel, after which the job must not
-# be requeued.
+# SIGTERM to this script. The script could not forward the signal, because srun turns
+# SIGTERM into SIGKILL. It also could not distinguish the time limit from scancel, after
+# which the job must not be requeued.
 #SBATCH --signal=TERM@120
 
 if [[ $1 == --help || $1 == -h ]]; then
@@ -46,7 +46,8 @@ call() { # Prints a command, quoted for a shell, and runs it.
 }
 
 # Every process sees all GPUs of its node, and JAX uses GPU number SLURM_LOCALID. After
-# the first process ends, the others need time to save, or up to 2 x peer_timeout to abort.
+# the first process ends, the others need time to save, or up to 2 x peer_timeout seconds
+# to abort.
 # srun returns the highest exit code.
 call srun --kill-on-bad-exit=0 --wait=150 \
   ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \

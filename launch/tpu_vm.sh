@@ -4,10 +4,10 @@
 #   launch/tpu_vm.sh COMMAND [FLAG...] [-- FLAG of hivit_jax.main...]
 #
 #   create   request the TPU as a queued resource and wait until it is ready
-#   setup    copy this checkout to every VM and install it
+#   setup    copy the checkout to every VM and install it
 #   run      train on every VM, as long as this terminal is connected
-#   resume   recreate the TPU if it is not ready, set it up, and run
-#   keep     repeat resume until training finishes or fails for good
+#   resume   recreate the TPU unless it is ready, set it up, and run
+#   keep     repeat resume until training finishes or must not be retried
 #   status   print the state of the request and of the TPU
 #   delete   delete the TPU
 #
@@ -17,7 +17,7 @@
 # --version     TPU_VERSION    VM image; v2-alpha-tpuv5-lite
 # --zone        TPU_ZONE       gcloud's default
 # --project     TPU_PROJECT    gcloud's default
-# --source      TPU_SOURCE     checkout to run; the checkout of this script
+# --source      TPU_SOURCE     checkout to copy; the checkout of this script
 # --spot        TPU_SPOT=1     cheaper, but Google may preempt it at any time
 # --dry_run                    print every command instead of running it
 #
@@ -32,7 +32,7 @@ source=${TPU_SOURCE:-$(dirname "$0")/..}
 spot=$TPU_SPOT
 pause=${TPU_PAUSE:-30}
 dry_run=
-lost= # 1: recreate the TPU whatever its state is
+lost= # 1: recreate the TPU even if it is ready
 
 # Runs on every VM. uv installs Python 3.11, because the Python of the VM images is older
 # or does not permit pip to install packages.
@@ -43,8 +43,8 @@ python3 -m uv pip install --quiet --python .venv --constraint requirements.lock 
 --editable '.[data,tpu]'"
 
 # gcloud reconnects when a connection breaks, and the earlier training process may then
-# still hold the TPU. A first SIGTERM makes it save, and a second one, a minute later,
-# kills it.
+# still hold the TPU. The first SIGTERM makes this process save. A second SIGTERM, a
+# minute later, kills the process.
 STOP_OLD_RUN="cd hivit_jax && \
 while pkill -f '^[^ ]*python -m hivit_jax'; do sleep 60; done;"
 
@@ -183,7 +183,7 @@ case $command in
     (($# > 1)) || fail "$command needs training flags: -- --config=NAME --workdir=gs://..."
     shift
     [[ $command == run || " $*" == *" --workdir"[\ =]gs://* ]] ||
-      fail "expected --workdir=gs://BUCKET/DIRECTORY, because a TPU's disk is lost with it"
+      fail "expected --workdir=gs://BUCKET/DIRECTORY, because deleting a TPU deletes its disk"
     ;;
   *)
     sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2

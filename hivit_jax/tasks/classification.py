@@ -48,8 +48,8 @@ class Classification(Task):
         "class_weights": Key(
             "",
             "weights of the classes in the training loss: `balanced` (inversely "
-            "proportional to their numbers of training images), or one number per "
-            "class, separated by commas; empty: none",
+            "proportional to the number of training images of a class), or one number "
+            "per class, separated by commas; empty: none",
         ),
     }
     best = ("eval/top1", "max")
