@@ -91,6 +91,7 @@ def test_fused_network_equals_plain(one_device):
         assert_allclose(gradient, expected[name], rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_train_step_with_kernels_on_a_mesh_equals_plain(monkeypatch):
     """Each of two devices has half of the batch; gradients are accumulated."""
@@ -335,6 +336,30 @@ def test_block_equals_plain_jax(
         a, b = np.float32(a), np.float32(b)
         assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
     assert bool(calls) == (platform == "gpu")
+
+
+@pytest.mark.slow
+def test_gradients_of_parameters_are_summed_over_devices():
+    """Each of two devices runs the kernels of a block on half of the images."""
+    graphdef, params, inputs = main_stage_block("relative bias", 16)
+    x, direction = random_arrays((16, 15, 128), (16, 15, 128))
+    leaves, tree = jax.tree.flatten(params)
+
+    def run(choice, x, *leaves):
+        block = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+        return block(x, kernels=choice, **inputs)
+
+    with mesh_of(data=2):
+        jaxpr = jax.make_jaxpr(partial(run, "fused"))(x, *leaves).jaxpr
+        assert kernels_in(jaxpr) == [ATTENTION, MLP]
+        actual, expected = (
+            fast_jit(partial(output_and_gradients, partial(run, choice)))(
+                [x, *leaves], direction
+            )
+            for choice in ("fused", "plain")
+        )
+    for a, b in zip(actual, expected, strict=True):
+        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.slow
