@@ -80,8 +80,8 @@ def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     The error suggests the first of these that exists: a key with the same last
     component in another section, a key that other programs call by this name, a
     similarly spelled key, or a command line flag. If none exists, the error lists valid
-    keys. A key such as ``name``, which several sections have, is not suggested for a
-    section without it.
+    keys. Keys that several sections have, such as ``name``, are not suggested for other
+    sections.
 
     Args:
       kind: description of the key, such as "config key".

@@ -196,8 +196,8 @@ KEYS = {
         "schedule": Key(
             "cosine",
             "learning rate curve after the warmup; `cosine_from_start`: the cosine "
-            "starts at step 0 instead of the end of the warmup, and each step uses the "
-            "learning rate of the previous step",
+            "starts at step 0 instead of the end of the warmup, and the schedule lags "
+            "one step behind",
             choices=SCHEDULES,
         ),
         "first_epoch": Key(

@@ -136,7 +136,7 @@ def step_options(config: ConfigDict) -> dict[str, Any]:
 
 
 def due_after(config: ConfigDict, step: int, total_steps: int) -> dict[str, bool]:
-    """Return True for each of "log", "eval" and "checkpoint" that follows a step."""
+    """Return {name: True if due after a step} for "log", "eval" and "checkpoint"."""
     return {
         name: step == total_steps or step % config[f"{name}_every"] == 0
         for name in ("log", "eval", "checkpoint")

@@ -66,7 +66,7 @@ class Interrupted(HivitError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Return an error that suggests a name similar to an unknown one, or lists all."""
+    """Return an error for an unknown name that suggests a similar name or lists all."""
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known)
@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; --help shows the usage")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        # Flushed here, because the interpreter prints a traceback if it cannot flush.
+        # Flushed here, because the interpreter prints a traceback if a flush fails.
         print(end="", flush=True)
         super().exit(status, message)
 
@@ -123,7 +123,7 @@ def require(module: str, requirement: str) -> ModuleType:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message; if it is empty, the error's type."""
+    """Return the first line of an error's message; if empty, the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

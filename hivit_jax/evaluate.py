@@ -32,7 +32,7 @@ from hivit_jax.xla.compile import announce
 
 FIGURE_IMAGES = 6
 
-# Has the keys "params", "model_state" and "frozen" (the result of `Task.frozen`).
+# Variables have the keys "params", "model_state" and "frozen", see `Task.frozen`.
 Variables = Mapping[str, Any]
 
 
@@ -41,8 +41,8 @@ def make_eval_step(
 ) -> Callable:
     """Return a jitted function that evaluates one batch.
 
-    The function's arguments are the variables, the batch, and the size of all earlier
-    batches in total, from which the PRNG keys are derived. The function returns (sums,
+    The function's arguments are the variables, the batch, and the total size of all
+    earlier batches, from which the PRNG keys are derived. The function returns (sums,
     count, unreadable, rows). Sums and rows are the result of `Task.eval_step`, with the
     batch's "index" and "weight" added to the rows. The count of examples of weight 1
     and the number of unreadable examples are scalars.

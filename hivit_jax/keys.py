@@ -89,11 +89,11 @@ class Key:
             return None
         if self.value_type is str and isinstance(value, os.PathLike):
             value = os.fspath(value)
-        value = _plain(value)
+        value = _to_python(value)
         if self.value_type is float and type(value) is int:
             value = float(value)
         if isinstance(value, (list, tuple)):
-            value = tuple(map(_plain, value))
+            value = tuple(map(_to_python, value))
         allowed = (int, tuple) if self.value_type is object else self.value_type
         # Checked separately, because bool is a subclass of int.
         wrong_bool = isinstance(value, bool) and self.value_type is not bool
@@ -217,7 +217,7 @@ class Key:
         return text if kind in (tuple, object) else f"{name}, {text}"
 
 
-def _plain(value: Any) -> Any:
+def _to_python(value: Any) -> Any:
     """Return numbers and arrays of NumPy and JAX as Python numbers and lists."""
     return getattr(value, "tolist", lambda: value)()
 

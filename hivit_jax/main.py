@@ -31,7 +31,7 @@ modes: train (default)  train; resume the run in DIR if there is one
        eval             evaluate DIR's newest checkpoint, or --checkpoint=PATH
        knn              evaluate the features of --config.init_from by k-nearest
                         neighbors; without --config, the features of the run in DIR
-       probe            as knn, but by a linear classifier fitted in closed form
+       probe            as knn, but with a linear classifier fitted in closed form
        compile          compile the train step ahead of time for --topology
                         (v5e:16x16, h100:8, ...), without the hardware; write
                         DIR/compile.json; --search_batch: also search for the largest
@@ -39,7 +39,7 @@ modes: train (default)  train; resume the run in DIR if there is one
        describe         print config, parameters, cost, schedule, estimated hours on
                         known chips, and DIR/compile.json if there is one
 
-Commands of their own, python -m hivit_jax.tools.NAME: check_data and prepare_data;
+Other commands, python -m hivit_jax.tools.NAME: check_data and prepare_data;
 predict, features, attention and reconstruct for image files; convert and export for
 weights; report on runs.
 
@@ -168,8 +168,8 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
         else:
             from hivit_jax.train import train
 
-            # Only process 0 uses wandb. All processes import it, so that all of them
-            # exit if it is missing.
+            # Only process 0 uses wandb. All processes import wandb, so that all of them
+            # exit if the package is missing.
             if config.wandb_project:
                 require("wandb", "hivit-jax[wandb]")
             train(config, flags.workdir, catch_signals(), heartbeat)

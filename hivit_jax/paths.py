@@ -32,7 +32,8 @@ def open_path(path: str | os.PathLike) -> Any:
       ConfigError: the address has another scheme.
       MissingPackage: gcsfs is not installed.
     """
-    from etils.epath import Path  # late, because compiling a step needs no files
+    # Imported here, because compiling a step needs no files.
+    from etils.epath import Path
 
     path = expand(path)
     scheme, separator, _ = path.partition("://")
@@ -41,7 +42,7 @@ def open_path(path: str | os.PathLike) -> Any:
     if scheme != "gs":
         raise ConfigError(
             f"{path}: expected a local path or gs://BUCKET/DIRECTORY, because Orbax "
-            "stores checkpoints in no other kind of bucket\n"
+            "supports only buckets of Cloud Storage\n"
             "Use a directory that all hosts share. Only data.dir may be in s3://"
         )
     require("gcsfs", "hivit-jax[gcs]")

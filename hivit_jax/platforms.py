@@ -28,10 +28,10 @@ def use_cpu() -> None:
 def start() -> None:
     """Log one line if accelerator runtimes are installed but find no chip.
 
-    Such a runtime prints pages of errors when JAX starts it. This function starts JAX
-    and hides the errors, unless JAX fails or finds a chip that `has_chip` missed. It
-    does nothing if `jax_platforms` is set, no runtime is installed, or `has_chip` finds
-    a chip.
+    Without a chip, a runtime prints pages of errors when JAX starts. This function
+    starts JAX and hides the errors, unless JAX fails or finds a chip that `has_chip`
+    missed. The function does nothing if `jax_platforms` is set, no runtime is
+    installed, or `has_chip` finds a chip.
     """
     runtimes = installed_runtimes()
     if jax.config.jax_platforms or not runtimes or has_chip():
@@ -67,10 +67,9 @@ def has_chip(root: Path = Path("/")) -> bool:
 
 @contextmanager
 def _captured_stderr() -> Iterator:
-    """Context manager that captures stderr in a file and prints it at the end.
+    """Context manager that captures stderr in a file and prints the file at the end.
 
-    It redirects file descriptor 2, because libraries in C++ do not write to
-    `sys.stderr`.
+    Redirects file descriptor 2, because libraries in C++ do not write to `sys.stderr`.
     """
     sys.stderr.flush()
     original = os.dup(2)

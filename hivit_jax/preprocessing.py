@@ -27,10 +27,10 @@ def preprocess(model: Model) -> Callable[[Any], np.ndarray]:
     """Return a function that converts images as the evaluation of a run does.
 
     The function accepts one image or a list of images: a path, the bytes of an image
-    file, a PIL image, or an array [h, w], [h, w, C] or, for a batch, [B, h, w, C]. It
-    decodes, crops, resizes and normalizes them by `model.info`, and returns float32
-    [B, H, W, C]. With `model.info.dtype` "uint8", 16-bit values are divided by 257 or
-    mapped by `model.info.value_range`, as in training.
+    file, a PIL image, or an array [h, w], [h, w, C] or, for a batch, [B, h, w, C]. The
+    images are decoded, cropped, resized and normalized by `model.info`. The function
+    returns float32 [B, H, W, C]. With `model.info.dtype` "uint8", 16-bit values are
+    divided by 257 or mapped by `model.info.value_range`, as in training.
 
     With `data.canvas=0`, the result is bit-identical to the input of the model in an
     evaluation. With a canvas, the evaluation resizes on the device. A pixel may then

@@ -49,7 +49,8 @@ def read(path: str) -> Mapping[str, Any]:
 
 
 def _read_json(path: str) -> Any:
-    from etils import epath  # late, because Python recipes do not need etils
+    # Imported here, because Python recipes do not need etils.
+    from etils import epath
 
     return json.loads(epath.Path(path).expanduser().read_text())
 

@@ -1,4 +1,4 @@
-"""Record the config of every start of a run, and report what changes at a resume.
+"""Record the config of every start of a run, and describe changes at a resume.
 
 ``config.json`` contains the config of the first start. Each later start that writes
 metrics adds a file such as ``config-20260101T120000Z.json``.
@@ -123,6 +123,6 @@ def check_batch_size(old: int, new: int, accumulate_steps: int, workdir: Any) ->
     )
     raise ConfigError(
         f"batch_size={new}; the run in {workdir} was trained with batch_size={old}, "
-        "which determines its learning rate, length and order of images.\n"
+        "which determines the learning rate, length and image order of the run.\n"
         f"Keep batch_size={old}; {advice}"
     )

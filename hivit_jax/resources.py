@@ -85,7 +85,7 @@ def check_disk(directory: str | Path, state: Any) -> None:
       state: pytree of arrays or of their shapes and dtypes.
 
     Raises:
-      ResourceError: some process finds too little free space. All processes raise it.
+      ResourceError: any process finds too little free space. Raised on every process.
     """
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     free = _free_disk(directory)

@@ -20,8 +20,8 @@ def step_keys(seed: int, purpose: str, first: jax.Array, count: int) -> Keys:
     Args:
       seed: seed of the run.
       purpose: "train" or "eval". Different purposes have independent keys.
-      first: uint32 scalar, number of earlier samples in the run or evaluation. It
-        wraps around after 4.29e9 samples.
+      first: uint32 scalar, number of earlier samples in the run or evaluation; wraps
+        around after 4.29e9 samples.
       count: number of samples.
     """
     base = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))

@@ -54,7 +54,7 @@ def train(
     Args:
       config: result of `hivit_jax.config.load`.
       workdir: directory for config.json, metrics.jsonl, checkpoints/ and figures/.
-        A finished run is only evaluated; nothing but a missing result is written.
+        For a finished run, only a missing evaluation result is written.
       stop_requested: called with the number of completed steps, after every step.
         Returns None or the reason to save and exit, the same on all processes.
       heartbeat: called after every step and every batch of an evaluation.
@@ -176,7 +176,7 @@ def train(
                 log(console.step_line(step, total_steps, scalars))
                 check_unreadable(scalars["unreadable"], config.data, "train")
                 with throughput.pause():
-                    # Before the checkpoint, so that a resumed run never skips it.
+                    # Precedes the checkpoint, so that no resumed run skips this.
                     if due["eval"]:
                         results = run_evaluation()
                         stalled, improved = stop_early(step)
@@ -220,7 +220,7 @@ def start_record(config: Any, workdir: Path, step: int) -> metrics.Writer:
 
 
 def initial_state(config: Any, task: Task, training: Training) -> State:
-    """Return the state of a new run, initialized from `init_from` if it is set."""
+    """Return the state of a new run, initialized from `init_from` if set."""
     pretrained = config.init_from and read_initial(config.model, config.init_from)
     state = jax.jit(training.init, out_shardings=shardings_of(training.state))()
     if pretrained:

@@ -16,8 +16,8 @@ def split_state(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
     """Split a module into (graphdef, parameters, model state) for `nnx.merge`.
 
     Parameters and model state are nested dicts of arrays. The model state contains
-    every variable that is not an `nnx.Param`: batch statistics and fixed tables. It is
-    never trained.
+    every variable that is not an `nnx.Param`, such as batch statistics and fixed
+    tables, and is never trained.
     """
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     params, model_state = map(nnx.to_pure_dict, states)

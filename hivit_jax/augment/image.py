@@ -18,7 +18,7 @@ def normalize(
 
 
 def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Flip images [B, H, W, C] left to right with probability 1/2 each; keys: [B]."""
+    """Flip each image of [B, H, W, C] left to right with probability 1/2; keys: [B]."""
     flip = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 

@@ -27,18 +27,19 @@ def mix(
     """Apply Mixup or CutMix to a batch, with one ratio for all images.
 
     The ratio is the factor of an image's own pixels in its mixture. Follows timm's
-    Mixup in batch mode with prob=1 and switch_prob=0.5. For CutMix, the targets' ratio
-    is the area that is actually kept, because the border may clip the rectangle. timm
-    mixes image i with image B-1-i of the same device. This function mixes neighbors (0
-    with 1, 2 with 3, ...) instead, because they are on the same device for any number
-    of devices.
+    Mixup in batch mode with prob=1 and switch_prob=0.5. For CutMix, the ratio of the
+    targets is the kept fraction of the area, because the border may clip the rectangle.
+    timm mixes image i with image B-1-i of the same device. This function mixes
+    neighbors (0 with 1, 2 with 3, ...) instead, because neighbors are on the same
+    device for any number of devices.
 
     Args:
       images: float32 [B, H, W, C], B even.
       targets: float32 [B, classes].
       weight: float32 [B]; a pair with an image of weight 0 is not mixed.
       key: one key for the batch.
-      mixup, cutmix: alpha of the Beta distribution of the ratio; 0: never applied.
+      mixup, cutmix: alpha of the Beta distribution of the ratio; 0: never applied. At
+        least one must be positive.
 
     Returns:
       Mixed images and mixed targets.

@@ -20,12 +20,12 @@ def resample(
     interpolation: str = "bicubic",
     antialias: bool = True,
 ) -> jax.Array:
-    """Resize a box of every image as PIL does: columns, then rows.
+    """Resize a box of every image as PIL does: the width first, then the height.
 
-    Runs as two batched matrix products: 0.5 GFLOP per RGB image for 512x512 to 224x224,
-    and 1 GFLOP for uint8, because each product is the sum of two bfloat16 products.
-    uint8 is rounded after each product. uint16 and float32 are not rounded; the errors
-    of float32 arithmetic are below 1/65535 of the value range.
+    Computes two batched matrix products, 0.5 GFLOP per RGB image for 512x512 to
+    224x224. uint8 needs twice as many operations, because each product is the sum of
+    two bfloat16 products. uint8 is rounded after each product. uint16 and float32 are
+    not rounded; the errors of float32 arithmetic are below 1/65535 of the value range.
 
     Args:
       images: uint8, uint16 or float32 [B, S, S', C].
@@ -96,7 +96,7 @@ def crop_resize_matrix(
     x = xp.abs(distances) / stretch
     if interpolation == "bilinear":
         weights = xp.maximum(1 - x, 0)
-    else:  # Keys' cubic, a = -1/2
+    else:  # cubic convolution (Keys, 1981) with a = -1/2
         near = (1.5 * x - 2.5) * x * x + 1
         far = ((2.5 - 0.5 * x) * x - 4) * x + 2
         weights = xp.where(x < 1, near, xp.where(x < 2, far, 0))

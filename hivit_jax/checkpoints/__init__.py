@@ -1,1 +1,1 @@
-"""Checkpoints of a run, in orbax format."""
+"""Checkpoints of a run, in Orbax format."""

@@ -3,8 +3,8 @@
 The lock is a file ``run-N.lock``. The file contains the host, process and start time of
 the owner, and a heartbeat count that the owner increases every `INTERVAL` seconds. If
 the owner is dead, the next run takes over the workdir by creating ``run-M.lock`` with
-M = N + 1. If several runs try this, only one can create the file, unless the storage
-cannot create files exclusively.
+M = N + 1. If several runs try to take over, only one can create the file, unless the
+storage cannot create files exclusively.
 """
 
 import json
@@ -38,7 +38,7 @@ Owner = dict[str, Any]
 
 
 def exclusive(run: Callable) -> Callable:
-    """Decorate a function so that it holds the lock of its argument `workdir`."""
+    """Decorate a function so that each call holds the lock of its `workdir`."""
 
     @wraps(run)
     def locked(*args, **kwargs):
@@ -75,7 +75,7 @@ def hold(workdir: str | Path) -> Iterator[None]:
         yield
     finally:
         released.set()
-        if path and (_read(path) or {}).get("token") == owner["token"]:
+        if path and (_read_owner(path) or {}).get("token") == owner["token"]:
             path.unlink(missing_ok=True)
 
 
@@ -86,9 +86,9 @@ def this_process() -> Owner:
         "pid": os.getpid(),
         "started": _start_time(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "machine": _machine(),
+        "machine": _machine_id(),
         "token": uuid.uuid4().hex,
-        "beats": f"{0:010d}",  # fixed length, because heartbeats overwrite it
+        "beats": f"{0:010d}",  # of fixed length, because it is overwritten in place
     }
 
 
@@ -101,16 +101,16 @@ def is_dead(owner: Owner, path: Path) -> bool:
     `WATCHED_INTERVALS` intervals. Times are not compared, because the clocks of the
     machines may differ.
     """
-    if owner.get("machine") == _machine():
+    if owner.get("machine") == _machine_id():
         return owner.get("started") != _start_time(owner.get("pid", 0))
     log(
-        f"{path} belongs to {_describe(owner)}; waiting "
+        f"{path} belongs to {_describe_owner(owner)}; waiting "
         f"{WATCHED_INTERVALS * INTERVAL:g} s for a heartbeat"
     )
     end = time.monotonic() + WATCHED_INTERVALS * INTERVAL
     while time.monotonic() < end:
         time.sleep(INTERVAL / 10)
-        if _read(path) != owner:
+        if _read_owner(path) != owner:
             return False
     return True
 
@@ -124,18 +124,18 @@ def _acquire(workdir: Path, owner: Owner) -> Path:
     while True:
         dead = {}
         for path in _lock_files(workdir):
-            other = _read(path)
+            other = _read_owner(path)
             alive = other is not None and not is_dead(other, path)
             if alive and path.exists():  # otherwise the other run has just ended
                 raise ConfigError(
-                    f"{workdir} is in use by {_describe(other)}.\n"
+                    f"{workdir} is in use by {_describe_owner(other)}.\n"
                     "Wait for that run, or choose another --workdir"
                 )
             if not alive and other is not None:
                 dead[path] = other
-        number = 1 + max([_number(path) for path in dead], default=0)
+        number = 1 + max([_lock_number(path) for path in dead], default=0)
         path = workdir / f"run-{number}.lock"
-        if not _create(path, json.dumps(owner)):
+        if not _create_exclusively(path, json.dumps(owner)):
             continue  # another run was faster
         if {*_lock_files(workdir)} - {*dead} == {path}:
             break
@@ -144,12 +144,12 @@ def _acquire(workdir: Path, owner: Owner) -> Path:
         path.unlink()
         time.sleep(int(owner["token"], 16) % 100 / 100)
     for stale, other in dead.items():
-        log(f"took over {workdir} from {_describe(other)}, which no longer runs")
+        log(f"took over {workdir} from {_describe_owner(other)}, which no longer runs")
         stale.unlink(missing_ok=True)
     return path
 
 
-def _create(path: Path, text: str) -> bool:
+def _create_exclusively(path: Path, text: str) -> bool:
     """Create a file and return True; return False if it already exists."""
     try:
         if not is_bucket(path):
@@ -189,19 +189,20 @@ def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> Non
         text = json.dumps(owner | {"beats": f"{beats:010d}"})
         with suppress(Exception):  # because buckets cause exceptions of many types
             others = {*_lock_files(path.parent)} - {path}
-            # Another run has taken over only if two heartbeats in a row find its file,
-            # because `_acquire` may create a file and delete it at once.
+            # Two heartbeats in a row must find the same file of another run, because
+            # `_acquire` may create a file and delete it at once.
             if others & previous_others:
+                new_owner = _read_owner(max(others, key=_lock_number)) or {}
                 exit_now(
                     ConfigError.exit_code,
                     f"error: {path.parent} was taken over by "
-                    f"{_describe(_read(max(others, key=_number)) or {})} while this "
-                    "process was suspended; ending without saving\n",
+                    f"{_describe_owner(new_owner)} while this process was suspended; "
+                    "ending without saving\n",
                 )
             previous_others = others
             if is_bucket(path):
                 path.write_text(text)
-            else:  # in place, so that readers never see an incomplete file
+            else:  # overwritten in place, so that no reader finds an incomplete file
                 with open(path, "r+") as file:
                     file.write(text)
 
@@ -209,16 +210,16 @@ def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> Non
 def _lock_files(workdir: Path) -> list[Path]:
     """Return all lock files of a workdir, in order of their numbers."""
     found = [p for p in workdir.glob("run-*.lock") if re.search(r"-\d+\.", p.name)]
-    return sorted(found, key=_number)
+    return sorted(found, key=_lock_number)
 
 
-def _number(path: Path) -> int:
+def _lock_number(path: Path) -> int:
     return int(re.search(r"run-(\d+)\.", path.name)[1])
 
 
-def _read(path: Path) -> Owner | None:
+def _read_owner(path: Path) -> Owner | None:
     """Return the owner of a lock; {} for a damaged file, None for a deleted file."""
-    for _ in range(5):  # because the file is incomplete while it is being written
+    for _ in range(5):  # because a new file may not have its content yet
         with suppress(OSError, ValueError, TypeError):
             return {**json.loads(path.read_text())}
         if not path.exists():
@@ -227,13 +228,13 @@ def _read(path: Path) -> Owner | None:
     return {}
 
 
-def _describe(owner: Owner) -> str:
+def _describe_owner(owner: Owner) -> str:
     if "pid" not in owner:
         return "a run whose lock file is damaged"
     return f"process {owner['pid']} on {owner['host']}, running since {owner['since']}"
 
 
-def _machine() -> str:
+def _machine_id() -> str:
     """Return an identifier of the PID namespace of this process.
 
     The identifier differs between machines, boots of a machine and containers.

@@ -45,9 +45,9 @@ from hivit_jax.reporting.metrics import Best, Scalars
 from hivit_jax.resources import free_disk_text
 from hivit_jax.tree import leaf_name, named_leaves
 
-# Replicas of an array write slices of it in parallel. No slice is smaller than 1 MiB,
-# because each slice needs its own compiled program. Small arrays are written faster as
-# a whole.
+# The replicas of an array write slices of the array in parallel. Slices of less than
+# 1 MiB would be slower than writing the whole array, because each slice needs its own
+# compiled program.
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
@@ -61,7 +61,7 @@ class Checkpoints:
     Args:
       workdir: the run's directory.
       keep: number of newest checkpoints to keep. The first checkpoint with the best
-        evaluation is kept as well.
+        evaluation is also kept.
       best: evaluation metric that selects the best checkpoint, and "min" or "max".
       dataset: JSON-serializable facts about the dataset, saved with every checkpoint.
     """
@@ -240,8 +240,8 @@ def _restore(
     Args:
       expected: shapes, dtypes and shardings by name.
       variables: names of the model's parameters and model state.
-      ignored: names of arrays that the item may contain, under any prefix, without
-        being expected. They are dropped.
+      ignored: names of unexpected arrays that the item may contain under any prefix.
+        These arrays are dropped.
     """
     with errors_as_damage(step_path):
         metadata = item_metadata(step_path, item)

@@ -1,4 +1,4 @@
-"""Match optimizer arrays of this version with those in older checkpoints by name."""
+"""Match the optimizer arrays of older checkpoints with the current ones by name."""
 
 from collections import defaultdict
 from collections.abc import Container, Iterable

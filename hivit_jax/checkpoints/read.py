@@ -21,7 +21,7 @@ from hivit_jax.tree import named_leaves
 
 COMMIT_FILE = "commit_success.txt"
 
-logging.set_verbosity(logging.FATAL)  # because Orbax also raises the errors it logs
+logging.set_verbosity(logging.FATAL)  # because Orbax logs an error before raising it
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:
@@ -41,8 +41,8 @@ def find_checkpoints(path: str | Path) -> list[Path]:
     if (path / "params").is_dir():
         raise CheckpointError(
             f"{path}: expected {COMMIT_FILE}, the last file of a checkpoint in a "
-            "bucket, found none\nIf this is a complete copy of a local checkpoint, add "
-            "an empty file of this name"
+            "bucket, found none\nIf the directory is a complete copy of a local "
+            "checkpoint, add an empty file of this name"
         )
     found = [p for p in path.glob("*") if p.name.isdigit() and is_complete(p)]
     if not found:
@@ -54,7 +54,7 @@ def find_checkpoints(path: str | Path) -> list[Path]:
 
 
 def is_complete(step_path: Path) -> bool:
-    """Return True for a checkpoint that has been written completely.
+    """Return True if a checkpoint has been written completely.
 
     In a bucket, where directories cannot be renamed atomically, Orbax writes
     `COMMIT_FILE` after all other files.

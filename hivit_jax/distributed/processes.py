@@ -26,7 +26,7 @@ _exiting = threading.Lock()
 
 
 def start(address: str, count: int, index: int, peer_timeout: float) -> None:
-    """Connect this process to the others of its run.
+    """Connect this process to the other processes of its run.
 
     Without an address, JAX infers the other processes from TPU metadata or SLURM
     variables. Without these, the process runs alone.
@@ -65,9 +65,9 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
 
 
 def joined() -> bool:
-    """Return True if this process is connected to others, or is inside `exit_now`.
+    """Return True if this process has connected to the other processes of its run.
 
-    The second condition is needed because `exit_now` closes the connection.
+    The result stays True inside `exit_now`, which closes the connection.
     """
     return jax.distributed.is_initialized() or _exiting.locked()
 
@@ -85,9 +85,8 @@ def exit_now(code: int, message: str = "", peer_lost: bool = False) -> NoReturn:
       message: printed to stderr after the wait; not printed if JAX aborts this process
         first.
       peer_lost: True if a lost process may have caused the error. This process then
-        skips the barrier and waits for JAX to abort it. Without this, if the lost
-        process had already reached the barrier, this process could complete the
-        barrier and exit with `code`.
+        skips the barrier and waits for JAX to abort it. Otherwise this process could
+        pass a barrier that the lost process had already reached, and exit with `code`.
     """
     _exiting.acquire()  # never released: the first of two threads sets the exit code
     sys.stdout.flush()

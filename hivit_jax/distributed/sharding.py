@@ -14,8 +14,8 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.progress import counted
 from hivit_jax.tree import leaf_name
 
-# Mesh axes. Their links are ordered from slowest to fastest. The replica axis connects
-# slices or nodes.
+# Mesh axes, from the slowest to the fastest links. The replica axis connects slices or
+# nodes.
 AXES = ("replica", "data", "fsdp", "tensor")
 BATCH = PartitionSpec(("replica", "data", "fsdp"))
 # Smaller arrays are not sharded over fsdp, because gathering them costs more than
@@ -47,7 +47,7 @@ def make_mesh(
 
     Args:
       sizes: size of each axis; one may be -1, for the remaining devices.
-      batch_size: examples per step. It must be divisible by replica x data x fsdp x
+      batch_size: examples per step, divisible by replica x data x fsdp x
         `num_microbatches`.
       num_microbatches: microbatches per step (optimizer.accumulate_steps).
       devices: devices of the mesh; None: all devices of the run.
@@ -91,9 +91,9 @@ def make_mesh(
 def on_mesh(mesh: Mesh, jitted: Callable) -> Callable:
     """Return a jitted function that is traced with a mesh set.
 
-    Without this, a function on several devices never uses fused kernels, because their
-    dispatch reads the sharding of the batch from the mesh. The size of every batch must
-    be divisible by replica x data x fsdp.
+    Without this, a function on several devices never uses fused kernels, because
+    `kernels.dispatch` reads the sharding of the batch from the mesh. The size of every
+    batch must be divisible by replica x data x fsdp.
     """
 
     @wraps(jitted)
@@ -130,7 +130,7 @@ def arrange_across_slices(
 
     Raises:
       ConfigError: neither replica, data nor fsdp is divisible by the number of slices.
-        The tensor axis stays inside a slice, because it needs the fast links.
+        The tensor axis stays inside a slice, because only the links there are fast.
     """
     outer, inner = [1] * len(shape), list(shape)
     for axis, size in enumerate(shape[:3]):
@@ -139,7 +139,7 @@ def arrange_across_slices(
             return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
     raise ConfigError(
         f"mesh={dict(zip(AXES, shape, strict=True))} over {slices} slices or nodes; "
-        "expected replica, data or fsdp to be divisible by their number"
+        f"expected replica, data or fsdp to be divisible by {slices}"
     )
 
 
@@ -148,11 +148,11 @@ def param_spec(
 ) -> PartitionSpec:
     """Return the PartitionSpec of one array of the train state.
 
-    If the size of the axis divides it, the dimension in `TENSOR_DIMS` is sharded over
-    the tensor axis. The largest other divisible dimension is sharded over the fsdp
-    axis, except in arrays smaller than `MIN_SHARDED_SIZE`. The same rules apply to
-    optimizer moments and averaged parameters, because the names of these arrays end
-    with the name of the parameter.
+    The dimension in `TENSOR_DIMS` is sharded over the tensor axis, if divisible by the
+    size of the axis. The largest other dimension that is divisible by the size of the
+    fsdp axis is sharded over that axis, except in arrays smaller than
+    `MIN_SHARDED_SIZE`. The same rules apply to optimizer moments and averaged
+    parameters, because the names of these arrays end with the name of the parameter.
 
     Args:
       name: path of the array, as in `tree.named_leaves`.

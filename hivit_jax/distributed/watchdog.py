@@ -13,11 +13,11 @@ from hivit_jax.errors import Interrupted
 
 
 class Watchdog:
-    """Context manager that ends this process with exit code 75 when it hangs.
+    """Context manager that ends a hanging process with exit code 75.
 
     The watchdog runs in a thread, because the main thread may wait forever for a
-    collective. The same command resumes the run, because a checkpoint is either
-    complete or not visible.
+    collective. The user can resume the run with the same command, because a checkpoint
+    is either complete or not visible.
 
     Args:
       stall_timeout: seconds allowed between two heartbeats; 0: unlimited.
@@ -29,7 +29,7 @@ class Watchdog:
         self._closed = threading.Event()
 
     def heartbeat(self) -> None:
-        """Report progress: a step, or a batch of an evaluation."""
+        """Report progress: a finished step, or a finished batch of an evaluation."""
         self._last_heartbeat = time.monotonic()
 
     def __enter__(self) -> "Watchdog":

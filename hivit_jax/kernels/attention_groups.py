@@ -3,8 +3,8 @@ biases of their scores.
 
 A group's rows start anywhere in a tile, but a kernel loads whole tiles. The *window* of
 a group is a range of whole tiles that contains the group. All windows have W rows,
-enough for a group at any offset. The *offset* of a group is the number of rows of its
-window before the group's first row.
+enough for a group at any offset. The *offset* of a group is the number of rows between
+the start of the window and the start of the group.
 
 A bias [heads, N, N] is copied to windows before the kernel runs, once for each offset.
 Otherwise the kernel would have to shift the bias for each image.
@@ -119,7 +119,7 @@ class Groups:
 
 
 def _window_rows(size):
-    """Return the rows of a window for a group of `size` rows at any offset."""
+    """Return the number of rows of a window for a group of `size` rows."""
     return size if size % TILE == 0 else -(-(size + TILE - 1) // TILE) * TILE
 
 
@@ -127,8 +127,8 @@ def bias_bytes(tokens: int, heads: int, head: int) -> int:
     """Return the bytes of VMEM for a bias and its gradient in the backward pass.
 
     These are five float32 arrays: two buffers for the bias, two for its gradient, and
-    the array in which the gradient is summed. The block is assumed to hold so many
-    images that its groups have the largest size.
+    the array in which the gradient is summed. Assumes that a block holds enough images
+    for groups of the largest size.
     """
     size = max(1, LANES // tokens) * tokens
     window, offsets = _window_rows(size), TILE // math.gcd(size, TILE)
@@ -148,7 +148,7 @@ def head_lanes(head: int) -> list[jax.Array]:
 def stack_heads(x: jax.Array, head: int, inside: jax.Array, dtype) -> jax.Array:
     """Stack the heads of a tile, [W, 128] -> [heads * W, 128].
 
-    Lanes of other heads and rows that are not inside are zero.
+    Lanes of other heads, and rows where `inside` is False, are zero.
     """
     parts = [jnp.where(lanes & inside, x, 0.0) for lanes in head_lanes(head)]
     return jnp.concatenate(parts).astype(dtype)

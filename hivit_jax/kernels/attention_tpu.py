@@ -1,8 +1,8 @@
 """Attention branch ``x + proj(attention(LayerNorm(x)))`` as one TPU kernel, forward and
 backward.
 
-Shapes: x is [B*N, C], with N tokens of each of B images. Tokens attend to the tokens of
-their image. C is a multiple of 128, and heads are 32, 64 or 128 wide. The forward pass
+Shapes: x is [B*N, C], with N tokens per image. Tokens attend to the tokens of their
+image. C is a multiple of 128, and heads are 32, 64 or 128 wide. The forward pass
 saves x, and with `Plan.keep` also q, k, v and the outputs of the heads, which are
 otherwise recomputed.
 
@@ -11,21 +11,28 @@ sum of its gradient stay in VMEM while a core processes its images.
 
 A tile has 128 lanes. To select one of several narrower heads in a tile, the lanes of
 the other heads are set to 0, which costs the matrix unit no more than padding would.
-Images of few tokens share a softmax, in which they are masked from each other: two
-images of 49 tokens fill 98 of 128 lanes, whereas one would fill 49.
+Images of few tokens share a softmax, with a mask between images: two images of 49
+tokens fill 98 of 128 lanes, whereas one image would fill 49.
 
-The rows of the scores are queries in the forward pass. In the backward pass they are
-keys, and the scores of a tile's heads lie side by side. This makes the products fewer
-and larger, so that they keep four matrix units busy while the vector units compute the
+The rows of the scores are queries in the forward pass. In the backward pass, the rows
+are keys, and the scores of a tile's heads lie side by side. The products are therefore
+fewer and larger, and keep four matrix units busy while the vector units compute the
 softmax. Also, only one of the three products after the softmax needs a transposed
 operand.
 
-Roofline for each row in bfloat16: the forward pass moves 4 C bytes and the backward
-pass 6 C, and each moves 8 C more with `Plan.keep`. Weights are read once. A decoder
-block of mae_hivit_base moves 1 MB an image, or 2.6 MB with `Plan.keep`. Without the
-kernel, the scores of its 16 heads would move 55 MB. The kernel is compute-bound either
-way. For each row, `Plan.keep` avoids 6 C C of 30 C C operations, and one product of
-scores and v.
+Roofline per row in bfloat16; the weights are read once, and the operations are those of
+the linear layers:
+
+| pass               | bytes | operations |
+|--------------------|-------|------------|
+| forward            | 4 C   | 8 C C      |
+| forward with keep  | 12 C  | 8 C C      |
+| backward           | 6 C   | 22 C C     |
+| backward with keep | 14 C  | 16 C C     |
+
+`keep` also avoids one product of scores and v. A decoder block of mae_hivit_base moves
+1 MB per image, or 2.6 MB with `keep`, and is compute-bound in both cases. Without the
+kernel, the scores of the block's 16 heads would move 55 MB.
 """
 
 from dataclasses import replace
@@ -67,8 +74,8 @@ def attention_block(
 
     Args:
       bias: added to the scores of every image, [heads, N, N] float32; or None.
-      branch_scale: [B] float32, factor of the branch of each image; None: 1. These
-        factors have no gradient.
+      branch_scale: [B] float32, factor of each image's branch; None: 1. The gradient
+        with respect to the factors is None.
       plan: `rows` must be a multiple of N, so that blocks hold whole images.
     """
     return _run(x, weights, bias, branch_scale, replace(plan, keep=False))[0]

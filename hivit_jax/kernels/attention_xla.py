@@ -34,7 +34,7 @@ def dot_product_attention(
         return out
     if target.platform() == "cpu":
         weights, sums = unnormalized_softmax(q, k, bias, mask)
-        # The product is normalized, not the weights, so that the backward pass sums
+        # Normalizes the product instead of the weights, so that the backward pass sums
         # over rows of the output instead of rows of scores.
         product = "bhqk,bhkd->bhqd", weights.astype(v.dtype), jnp.swapaxes(v, 1, 2)
         out = jnp.einsum(*product, preferred_element_type=jnp.float32) / sums
@@ -61,8 +61,8 @@ def cudnn_attention(
     only for even numbers.
 
     The bias, [1, heads, N, N], is rounded to bfloat16, like q and k. cuDNN sums the
-    gradient of the bias over the images of a GPU and returns it in bfloat16, and GPUs
-    exchange it in bfloat16. Weight gradients have the same precision.
+    gradient of the bias over the images of a GPU and returns the sum in bfloat16. GPUs
+    exchange the sums in bfloat16 too, as they do weight gradients.
     """
     batch, tokens = q.shape[:2]
     options = {} if bias is None else {"bias": bias.astype(q.dtype)}
@@ -86,7 +86,7 @@ def unnormalized_softmax(
       q, k: [B, N, heads, head].
       bias: added to the scores, broadcasts over [B, heads, N, N]; or None.
       mask: bool, broadcasts over [B, heads, N, N], True where a key may be attended to;
-        or None. A row without such a key attends to all keys equally.
+        or None. A query without any such key attends to all keys equally.
 
     Returns:
       exp(scores - largest score of the row), [B, heads, N, N] float32, with axes

@@ -46,11 +46,10 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
     total = x.size // width // target.shards
     plan = Plan(norm.epsilon, interpret=target.interpret)
     weights = _weights(x.dtype, norm, mlp.fc1, mlp.fc2)
-    # More rows make programs that take longer to compile. Fewer rows make more and
-    # shorter steps.
+    # Larger blocks take longer to compile, and smaller blocks make more steps.
     preferred = min(max(2**28 // (width * hidden), 128), 1024)
-    # Bytes of VMEM in the backward pass: weights and their gradients, in float32 and in
-    # x's dtype; and for each row x and hidden activations.
+    # Bytes of VMEM in the backward pass. `fixed`: weights and weight gradients, in
+    # float32 and in x's dtype. `per_row`: x and hidden activations.
     fixed, per_row = 24 * width * hidden, 24 * hidden + 40 * width
     max_rows = (target.vmem - fixed) // per_row
     rows = block_rows(total, ROWS, preferred, max_rows)
@@ -96,8 +95,8 @@ def attention(
         return None
     x = x if windows is None else windows.partition(x)
     tokens = x.shape[1]
-    # Bytes of VMEM in the backward pass: weights, four arrays of the scores of a tile's
-    # heads, and the bias; and for each row its activations.
+    # Bytes of VMEM in the backward pass. `fixed`: weights, four arrays of the scores of
+    # a tile's heads, and the bias. `per_row`: activations.
     fixed, per_row = 48 * width**2 + 16 * tokens**2 * LANES // head, 76 * width
     fixed += 0 if bias is None else bias_bytes(tokens, heads, head)
     total, unit = x.shape[0] * tokens // target.shards, math.lcm(tokens, ROWS)
@@ -161,8 +160,9 @@ def long_attention(
 def layer_norm(x: jax.Array, norm: Any, choice: str) -> tuple | None:
     """Return x and ``norm(x)``, computed by a GPU kernel, or None.
 
-    The skip connection must use the returned x, because the kernel of the backward pass
-    adds both gradients of x. For the arguments see `mlp`.
+    The skip connection must use the returned x, because the backward kernel adds the
+    gradients that reach x by the skip connection and by the norm. For the arguments see
+    `mlp`.
     """
     target, width = find_target(choice, x), x.shape[-1]
     if target is None or target.platform != "gpu" or x.size == 0:

@@ -81,7 +81,7 @@ def over_rows(
 
 
 def _blocks(block_rows, steps, arrays):
-    """Specs of arrays [T, C] in blocks of rows; a core gets `steps` adjacent blocks."""
+    """Return specs of arrays [T, C]; a core gets `steps` adjacent blocks of rows."""
 
     def index(core, step):
         return core * steps + step, 0
@@ -101,7 +101,7 @@ def _per_core(x):
 
 
 def compiler_params(interpret: bool) -> pltpu.CompilerParams:
-    """Options of the TPU compiler: a VMEM limit and the order of the grid.
+    """Return options of the TPU compiler: a VMEM limit and the order of the grid.
 
     The first axis is split over cores, and the second axis runs in order.
     """
@@ -113,7 +113,7 @@ def compiler_params(interpret: bool) -> pltpu.CompilerParams:
 
 
 def _cost(flops, rows, whole, cores):
-    """Cost estimate for the compiler. Each core moves the arrays `whole` once."""
+    """Estimate the cost for the compiler; each core moves the arrays `whole` once."""
     bytes_moved = sum(x.size * x.dtype.itemsize for x in rows)
     bytes_moved += cores * sum(x.size * x.dtype.itemsize for x in whole)
     return pl.CostEstimate(flops, 0, bytes_moved)
@@ -124,7 +124,8 @@ def _body(
 ) -> Callable:
     """Return the function that runs the kernel of `over_rows` on one block.
 
-    The function zeroes the sums at a core's first block and writes them at its last.
+    The function zeroes the sums at the first block of a core, and writes the sums at
+    the last block.
 
     Args:
       groups: one sequence per group of refs; only its length is used. The sums occur
@@ -158,7 +159,7 @@ def _body(
 def _scaled(
     scalars: Sequence[Any], block: jax.Array, total: int, y: jax.Array
 ) -> jax.Array:
-    """Multiply each row of a block y [rows, C] by the factor of its image, float32.
+    """Multiply each row of a block by the factor of the row's image, [R, C] float32.
 
     Args:
       scalars: one ref of the factors [B] in SMEM, or none.

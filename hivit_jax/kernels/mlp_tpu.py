@@ -15,10 +15,10 @@ Roofline per row in bfloat16; the weights are read once:
 | backward           | 6 C       | 10 C H     |
 | backward with keep | 6 C + 2 H | 8 C H      |
 
-By this model, a v5e (240 operations per byte) recomputes faster in the first stage of
-hivit_base (C=128, H=384) and saves faster in the other stages. In the main stage
-(C=512, H=2048) the kernel is compute-bound even with `keep`: its forward pass does 683
-operations per byte.
+By this model, at half of the peak bandwidth of a v5e (480 operations per byte),
+recomputing is faster in both stem stages of hivit_base (C=128, H=384 and C=256, H=768),
+and saving is faster in the main stage (C=512, H=2048). There the kernel is
+compute-bound even with `keep`: its forward pass does 683 operations per byte.
 """
 
 from dataclasses import replace

@@ -3,8 +3,9 @@ backward.
 
 Without the kernel, XLA reads x three times in the forward pass (mean, variance, result)
 and four times in the backward pass. The kernels read every array once: the forward pass
-moves 4 C bytes for each row of C bfloat16 elements, the backward pass 8 C bytes. For
-this, the backward kernel also adds the gradient that reaches x by the skip connection.
+moves 4 C bytes for each row of C bfloat16 elements, the backward pass 8 C bytes. The
+backward kernel also adds the gradient that reaches x by the skip connection, because a
+separate addition would move the gradient of x again.
 
 Blocks of rows run concurrently and cannot share sums. Therefore each block writes its
 part of the gradients of scale and bias, and XLA adds the parts up.
@@ -163,7 +164,7 @@ def _whole(x):
 
 
 def _compiler_params():
-    # Imported here, because later versions of JAX may not have this module.
+    # Imported here, because later versions of JAX may lack this module.
     from jax.experimental.pallas.triton import CompilerParams
 
     return CompilerParams(num_warps=8, num_stages=2)

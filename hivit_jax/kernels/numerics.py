@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 F32 = jnp.float32
-ROWS = 8  # rows of a float32 tile; blocks of TPU kernels have a multiple of this
+ROWS = 8  # rows of a float32 tile; a TPU block has a multiple of this number of rows
 # x times this polynomial in x^2 approximates artanh(2 cdf(x) - 1). The fit minimizes
 # the largest error of x cdf(x).
 TANH_FIT = (
@@ -75,8 +75,8 @@ def scale_branches(x: jax.Array, scale: jax.Array) -> jax.Array:
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
     """Matrix product over axis contract[0] of a and axis contract[1] of b, float32.
 
-    Float32 inputs use the highest precision, whatever JAX's default precision is.
-    For bfloat16 inputs there is only one precision.
+    For float32 inputs, the precision is the highest, whatever JAX's default is. For
+    bfloat16 inputs there is only one precision.
     """
     dims = (((contract[0],), (contract[1],)), ((), ()))
     precision = "highest" if a.dtype == F32 else "default"
@@ -141,11 +141,11 @@ def normal_cdf(x: jax.Array, dtype: Any = F32) -> jax.Array:
 
 
 def normal_cdf_by_exp(x: jax.Array) -> jax.Array:
-    """Compute `normal_cdf` for bfloat16 outside of kernels, where GPUs need it fast.
+    """Compute `normal_cdf` for bfloat16 by operations that are fast on GPUs.
 
     The fitted tanh is computed by an exponential and a reciprocal square root. GPUs
     have units for these two, whereas XLA:GPU computes erf, tanh and divisions by many
-    operations.
+    operations. GELU outside of kernels uses this function.
     """
     return jnp.square(jax.lax.rsqrt(1.0 + jnp.exp(-2.0 * _artanh(x))))
 

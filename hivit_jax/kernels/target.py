@@ -25,7 +25,7 @@ class Target:
     axes: mesh axes that split the batch.
     shards: number of parts that these axes split the batch into.
     vmem: bytes of VMEM that a kernel may use.
-    balance: number of operations that take as long as moving one byte of HBM.
+    balance: number of operations that take as long as moving one byte to or from HBM.
     """
 
     platform: str
@@ -45,11 +45,11 @@ class Target:
         """Return True if saving arrays is faster than recomputing them.
 
         Args:
-          forward, backward: operations of a row in both passes, without saving.
-          recompute: operations of the backward pass that saving avoids.
-          width: elements of a row. The forward pass moves two rows, the backward pass
-            three.
-          kept: bytes that are saved for a row.
+          forward, backward: operations per row in each pass, without saving.
+          recompute: operations per row of the backward pass that saving avoids.
+          width: elements of a row. The forward pass moves two arrays of this width, the
+            backward pass three.
+          kept: bytes that are saved per row.
         """
 
         def time(operations, moved):
@@ -76,8 +76,8 @@ class Target:
           per_image: arrays [B], which are split over devices like x; or None.
 
         Raises:
-          ConfigError: forward-mode differentiation outside `jax.jit`. Inside it, JAX
-            raises a TypeError when it compiles.
+          ConfigError: forward-mode differentiation outside `jax.jit`. Inside `jax.jit`,
+            JAX raises a TypeError at compilation.
         """
 
         def local(x, params, per_image):

@@ -28,8 +28,8 @@ from hivit_jax.models.vit import (
     ViTMaskedAutoencoder,
 )
 
-# Tiny, Small and Base have the official sizes; Large and the 24-block Base have
-# MMPretrain's.
+# Tiny, Small and Base have the official sizes. Large and the 24-block Base have
+# MMPretrain's sizes.
 HIVIT_SIZES: dict[str, dict[str, Any]] = {
     "hivit_tiny": dict(embed_dim=384, depths=(1, 1, 10), num_heads=6),
     "hivit_small": dict(embed_dim=384, depths=(2, 2, 20), num_heads=6),
@@ -52,7 +52,7 @@ VARIANTS |= {
     f"mae_{name}": (MaskedAutoencoder, MAEConfig(**size))
     for name, size in HIVIT_SIZES.items()
 }
-# Base, Large and Huge have the sizes of MAE's code; Tiny and Small have DeiT's.
+# Base, Large and Huge have the sizes of MAE's code. Tiny and Small have DeiT's sizes.
 VIT_SIZES: dict[str, dict[str, Any]] = {
     "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
@@ -106,7 +106,7 @@ def variant(name: str) -> Variant:
 
 
 def family(name: str) -> list[type[EncoderConfig]]:
-    """Return the config classes of all models with the encoder of `name`.
+    """Return the config classes of all models with the encoder of model `name`.
 
     For an unknown name, these are the classes of the HiViT models.
     """
@@ -129,7 +129,11 @@ def override_types(*config_classes: type[EncoderConfig]) -> dict[str, Any]:
 def configure(
     name: str, **overrides: Any
 ) -> tuple[type[Model], EncoderConfig, RunOptions]:
-    """Return class, config and run options for the arguments of `create_model`."""
+    """Return class, config and run options for the arguments of `create_model`.
+
+    Raises:
+      ConfigError: unknown name or override, or inconsistent sizes.
+    """
     model_class, config = variant(name)
     known = override_types(type(config))
     for key in overrides:
@@ -169,9 +173,9 @@ def create_model(name: str, seed: int | jax.Array = 0, **overrides: Any) -> Mode
 
 
 def create_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys that are set in a config's section `model`, except `freeze`.
+    """Return the arguments of `create_model` that a config's section `model` sets.
 
-    They are the arguments of `create_model`.
+    Drops keys without a value and `freeze`, which only training uses.
     """
     return {k: v for k, v in section.items() if v is not None and k != "freeze"}
 

@@ -61,8 +61,8 @@ class Attention(nnx.Module):
         Args:
           relative_index: int [K, K] or [B, K, K], rows of the relative position table;
             None: x holds all units in row-major order. Ignored with windows.
-          key_mask: [B, K], nonzero for keys that may be attended to. If a sample or a
-            window has no such key, its softmax is uniform and not NaN.
+          key_mask: [B, K], nonzero for keys that may be attended to. The softmax of a
+            sample or window without such keys is uniform, not NaN.
           kernels: see `RunOptions`.
         """
         q, k, v, bias, mask = self._softmax_inputs(x, relative_index, key_mask)
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
         """Return the attention weights, float32 [B, heads, K, K].
 
         The query axis is before the key axis, and each row sums to 1. With W windows of
-        S units, the shape is [B, W, heads, S, S]; queries of padding have no meaning.
+        S units, the shape is [B, W, heads, S, S]; rows of padding have no meaning.
         For the arguments see `__call__`.
         """
         q, k, _, bias, mask = self._softmax_inputs(x, relative_index, key_mask)

@@ -27,12 +27,13 @@ class ModelInfo:
     mean, std: one number per channel, for pixel values after multiplication by `scale`.
     scale: factor from stored pixel values to the range of mean and std.
     channels: number of image channels.
-    interpolation, antialias: resize filter, and whether it is widened for downscaling.
+    interpolation: resize filter, "bicubic" or "bilinear".
+    antialias: widen the filter when downscaling.
     value_range: values of black and white in images with more than 8 bits; (): the
       whole range of 16 bits.
     dtype: dtype of the pixels before normalization, "uint8", "uint16" or "float32".
-    multi_label: an image has any number of classes. The sigmoid of a logit is the
-      probability of its class.
+    multi_label: an image may have any number of classes. The sigmoid of a logit is the
+      probability of the class.
     """
 
     class_names: tuple[str, ...]
@@ -68,7 +69,7 @@ def make_info(
 
     The config determines image size and channels. If mean and std are for another
     number of channels, each is replaced by its average. Class names are dropped if
-    their number differs from the config's. Other keyword arguments are ignored.
+    there are not `num_classes` names. Other keyword arguments are ignored.
     """
     if len(mean) != config.in_channels:
         mean, std = ([float(np.mean(x))] * config.in_channels for x in (mean, std))
@@ -189,6 +190,6 @@ class Model(nnx.Module):
         return ids
 
     def _grid(self, image_size: int | Sequence[int] | None) -> positions.Grid:
-        """Return the grid of units for an image size; by default the model's."""
+        """Return the grid of units for an image size; None: the model's image size."""
         size = image_size or self.config.image_size
         return positions.check_grid(size, self.config.patch_size)

@@ -15,7 +15,7 @@ from hivit_jax.models.windows import Windows, make_windows
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options that change how a model runs. Parameters do not depend on them.
+    """Options that change how a model runs, but not its parameters.
 
     dtype: compute dtype, "float32" or "bfloat16"; parameters are always float32.
     remat: in training, save only each block's input and recompute the rest in the
@@ -233,7 +233,7 @@ class DecoderConfig(EncoderConfig):
     decoder_depth: blocks of the decoder.
     decoder_num_heads: attention heads of the decoder.
     norm_pix_loss: normalize the targets of each unit. The official HiViT constructor
-      ignores the value False; `MaskedAutoencoder` does not.
+      ignores this argument and always normalizes.
     """
 
     decoder_embed_dim: int = setting(512, low=4, high=2**16)

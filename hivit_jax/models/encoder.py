@@ -19,8 +19,8 @@ from hivit_jax.models.positions import Grid
 class BlockOutput(NamedTuple):
     """Output of a block with attention.
 
-    tokens: [B, N, E] in compute dtype, units in row-major order. A class token comes
-      first, and N counts it too.
+    tokens: [B, N, E] in compute dtype, units in row-major order. N includes a class
+      token, which comes first.
     attention: None, or attention weights, float32 [B, heads, N, N], query axis before
       key axis. With windows, [B, W, heads, S, S], see `windows.Windows`.
     """
@@ -36,13 +36,13 @@ class Encoder(nnx.Module):
     `features` and `layers` instead.
 
     Attributes:
-      config, run_options: architecture, and options that change how it runs.
+      config, run_options: architecture, and options that change how the encoder runs.
       patch_embed: embedding of the pixels.
       stages: residual blocks per stage. Only the blocks of the last stage have
         attention; in Swin, all blocks do.
-      merges: merges after all stages but the last.
+      merges: merges after all stages except the last.
       absolute_pos_embed: position table with one row per class token and unit. Swin
-        has none.
+        has no such table.
     """
 
     config: EncoderConfig
@@ -114,7 +114,7 @@ class Encoder(nnx.Module):
         return [*outputs, x]
 
     def _stem(self, images, ids_keep=None, drop_path_keys=None):
-        """Return the outputs of all stages but the last, and the last stage's input.
+        """Return the outputs of all stages except the last, and the last stage's input.
 
         The input has the shape [B, K, E]; [B, 1+K, E] with a class token.
         """
@@ -148,12 +148,12 @@ class Encoder(nnx.Module):
             )
 
     def _select_units(self, images, ids_keep):
-        """Return pixels and positions of all units or of those in `ids_keep`.
+        """Return pixels and position embeddings of all units or of those in `ids_keep`.
 
         Returns:
           units: [B, K, P*P*C], pixels.
-          position: position of each unit, [K, E] float32 without `ids_keep`, else
-            [B, K, E] in compute dtype.
+          position: embedding of each unit's position, [K, E] float32 without
+            `ids_keep`, else [B, K, E] in compute dtype.
         """
         dtype = jnp.dtype(self.run_options.dtype)
         units = positions.patchify(images, self.config.patch_size)  # [B, N, P*P*C]
@@ -199,8 +199,8 @@ class Encoder(nnx.Module):
           [B, K, 4, 4, E/4], [B, K, 2, 2, E/2] and [B, K, 1, 1, E].
 
         Raises:
-          ConfigError: as `__call__`; `stride_32` with `ids_keep` or with fewer than 2x2
-            units.
+          ConfigError: as in `__call__`; or `stride_32` with `ids_keep` or with fewer
+            than 2x2 units.
         """
         # With `ids_keep`, each unit is treated as an image of its own.
         grid = self.grid if ids_keep is None else (1, 1)

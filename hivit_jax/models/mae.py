@@ -101,8 +101,8 @@ class MaskedAutoencoder(MaskedModel):
     ) -> jax.Array:
         """Return the mean squared error over each image's masked units, [B] float32.
 
-        For the arguments see `__call__`. Training uses this method, because its
-        decoder's last MLP and output layer skip the visible units.
+        For the arguments see `__call__`. Training uses this method, because it skips
+        the visible units in the last MLP and in the output layer of the decoder.
         """
         kept = self.check_noise(images, noise, mask_ratio)
         ids_shuffle = random_masking(noise, kept)[0]

@@ -73,7 +73,8 @@ class MaskedModel(Model):
         and scale is 1.
 
         Args:
-          ids: int [B, M], indices of the units to return; None: all, in image order.
+          ids: int [B, M], indices of the units to return. The results then have M in
+            place of N. None: all units, in row-major order.
         """
         if ids is not None:
             check_ids("ids", ids, images.shape[0])
@@ -93,7 +94,8 @@ class MaskedModel(Model):
         """Return the mean error of each unit, [B, N] float32.
 
         Args:
-          pred: [B, N, P*P*C], prediction of the units `ids`, see `targets`.
+          pred: [B, N, P*P*C], prediction of the units `ids`.
+          ids: see `targets`.
         """
         targets = self.targets(images, ids)[0]
         check_shape("pred", pred, "[B, N, P*P*C]", *targets.shape)

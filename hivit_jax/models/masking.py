@@ -23,7 +23,7 @@ def count_visible_units(units: int, mask_ratio: float) -> int:
 def count_visible_cells(cells: int, mask_ratio: float) -> int:
     """Return SimMIM's number of visible cells, ``cells - ceil(cells * mask_ratio)``.
 
-    `count_visible_units` may return another number, because it rounds differently.
+    `count_visible_units` may return another number, because of floating-point errors.
 
     Raises:
       ConfigError: the mask ratio is outside (0, 1) or leaves no visible cell.

@@ -113,7 +113,7 @@ class BatchNorm(nnx.Module):
         else:
             mean, var, count = batch_statistics(x32, weight)
             unbiased = var * count / jnp.maximum(count - 1, 1.0)
-            # 0 for a batch without examples, so that it changes no running statistics.
+            # A batch without examples changes no running statistics.
             momentum = self.momentum * (count > 0)
             for running, new in ((self.mean, mean), (self.var, unbiased)):
                 old, new = running[...], jax.lax.stop_gradient(new)

@@ -65,8 +65,9 @@ def unpatchify(units: jax.Array, grid: Grid, patch_size: int) -> jax.Array:
 def _merge_axes(levels: int) -> list[int]:
     """Return the permutation of (row bits, column bits) that gives merge order.
 
-    At every level the column bit varies more slowly, because ``PatchMerge`` of the
-    official ``hivit.py`` concatenates top-left, bottom-left, top-right, bottom-right.
+    At every level the row bit varies faster than the column bit, because ``PatchMerge``
+    of the official ``hivit.py`` concatenates top-left, bottom-left, top-right,
+    bottom-right.
     """
     return [axis for i in range(levels) for axis in (levels + i, i)]
 
@@ -131,9 +132,9 @@ def merge_neighbors(x: jax.Array, grid: Grid) -> jax.Array:
 def sincos_table(grid: Grid, dim: int, class_tokens: int = 0) -> np.ndarray:
     """Return the 2-D sine-cosine position table, float32 [class_tokens + N, dim].
 
-    The first half of each row encodes the column and the second half the row, each as
-    ``[sin, cos]`` (official ``util/pos_embed.py``). `dim` must be a multiple of 4. The
-    rows of class tokens come first and are 0.
+    The first half of an embedding encodes the column of the unit and the second half
+    its row, each as ``[sin, cos]`` (official ``util/pos_embed.py``). `dim` must be a
+    multiple of 4. The embeddings of class tokens come first and are 0.
     """
     omega = 10000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim / 4))
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])

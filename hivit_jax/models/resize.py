@@ -1,4 +1,4 @@
-"""Resizing of parameters to another image size or number of channels, in numpy."""
+"""Resizing of parameters to another image size or number of channels, in NumPy."""
 
 import numpy as np
 
@@ -10,8 +10,8 @@ def resize_grid_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.ndarr
 
     The interpolation is bicubic, as in the official supervised loader: torch's
     ``interpolate(mode="bicubic", align_corners=False)`` without antialiasing. The table
-    is resized in float64 and returned in its own dtype. If the grids are equal, it is
-    returned unchanged.
+    is resized in float64 and returned in its own dtype. If the grids are equal, the
+    table is returned unchanged.
 
     Raises:
       ValueError: the table does not have the shape of `grid`.
@@ -38,8 +38,8 @@ def resize_relative_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.n
 def resize_table_geometrically(table: np.ndarray, side: int, new: int) -> np.ndarray:
     """Resize a relative position table of square windows, as in SimMIM's finetuning.
 
-    [(2*side-1)**2, heads] -> [(2*new-1)**2, heads]. Interpolates with a cubic spline
-    whose knots are at geometrically growing distances.
+    The shape changes from [(2*side-1)**2, heads] to [(2*new-1)**2, heads]. Interpolates
+    with a cubic spline whose knots are at geometrically growing distances.
     """
     if side == new:
         return table
@@ -51,7 +51,7 @@ def resize_table_geometrically(table: np.ndarray, side: int, new: int) -> np.nda
 
 def geometric_matrix(side: int, new: int) -> np.ndarray:
     """Return the matrix of `resize_table_geometrically`, [2*new-1, 2*side-1]."""
-    # This import takes half a second, and only SimMIM needs it.
+    # Imported here, because the import takes 0.5 s and only SimMIM needs it.
     from scipy.interpolate import CubicSpline
 
     if side == 1:

@@ -87,7 +87,7 @@ class SimMIM(MaskedModel):
         common = dict(dtype=jnp.dtype(run_options.dtype), rngs=rngs)
         width, pixels = config.widths[-1], config.stride**2 * config.in_channels
         self.norm = LayerNorm(width, epsilon=config.layer_norm_eps, **common)
-        # A `PatchEmbed`, because it is initialized like the official 1x1 convolution.
+        # `PatchEmbed` has the initialization of the official 1x1 convolution.
         self.decoder = PatchEmbed(width, pixels, eps=None, **common)
 
     @accepts_explicit_axes

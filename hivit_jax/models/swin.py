@@ -75,7 +75,7 @@ class SwinConfig(EncoderConfig):
         return tuple(self.embed_dim << stage for stage in range(len(self.depths)))
 
     def stage_grids(self, grid: Grid) -> list[Grid]:
-        """Return the grid of tokens of each stage; `grid` is the first stage's."""
+        """Return the token grids of all stages, given the grid of the first stage."""
         grids = [grid]
         for _ in self.depths[1:]:
             rows, columns = grids[-1]
@@ -96,8 +96,8 @@ class SwinConfig(EncoderConfig):
           grid: tokens along height and width of this stage.
         """
         side = self.window_side(grid)
-        is_whole = self.shrink_windows and min(grid) <= self.window_size
-        shifts = 0, 0 if is_whole else side // 2
+        spans_grid = self.shrink_windows and min(grid) <= self.window_size
+        shifts = 0, 0 if spans_grid else side // 2
         windows = [
             None
             if grid == (side, side) and not shift
@@ -225,7 +225,7 @@ class Swin(Encoder):
           rounds half of an odd side up.
 
         Raises:
-          ConfigError: as `__call__`; `ids_keep`, because windows need all tokens; or
+          ConfigError: as in `__call__`; `ids_keep`, because windows need all tokens; or
             `stride_32`, because the last map already has this stride.
         """
         if ids_keep is not None or stride_32:

@@ -1,7 +1,7 @@
 """Plain ViT: encoder, classifier and masked autoencoder as in the official MAE code.
 
 A class token precedes the tokens of the units and is never masked. Papers: Dosovitskiy
-et al. (ICLR 2021) for ViT, He et al. (CVPR 2022) for its masked autoencoder.
+et al. (ICLR 2021) for ViT, He et al. (CVPR 2022) for the masked autoencoder.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ POOLINGS = ("mean", "token")
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(EncoderConfig):
-    """Sizes of the encoder. Its only stage has attention; a unit is one cell.
+    """Sizes of the encoder. Its only stage has attention, and each unit is one cell.
 
     depth: blocks of the encoder.
     """
@@ -59,8 +59,8 @@ class ViTClassifierConfig(ViTConfig):
     pooling: input of the head. "mean": mean of the units' tokens, then `fc_norm`, as in
       MAE's finetuning (official ``global_pool``). "token": the class token after
       `norm`, as in MAE's linear probe.
-    running_norm: a `BatchNorm` without scale and bias before the head, for a linear
-      probe. It replaces `fc_norm`. This norm and its eps of 1e-6 follow MAE's
+    running_norm: a `BatchNorm` without scale and bias before the head, in place of
+      `fc_norm`, for a linear probe. The norm and its eps of 1e-6 follow MAE's
       ``main_linprobe.py``.
     """
 

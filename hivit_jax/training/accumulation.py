@@ -17,7 +17,7 @@ def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
     sums are all-reduced over these axes once per step, not once per microbatch.
 
     Args:
-      gradient: function of (params, model state, batch, keys, *rest). It returns a
+      gradient: function of (params, model state, batch, keys, *rest) that returns a
         pytree of sums over the examples of the batch, and the new model state.
       num_microbatches: number of microbatches in a batch. Each microbatch starts from
         the model state that the previous microbatch returned.

@@ -23,7 +23,7 @@ def check_progress(
 
     Returns:
       stalled: the run ends early at this step.
-      improved: the newest evaluation up to this step is the best, or there is none.
+      improved: the newest evaluation up to this step is the best, or none exists yet.
     """
     if not patience:
         return False, False

@@ -62,7 +62,7 @@ def _number_of_stages(names: Iterable[str]) -> int:
 def _choices(names: Iterable[str]) -> str:
     """Return the prefixes that `model.freeze` may contain, as text.
 
-    These are the first component of each name, or the first two in the encoder.
+    A prefix is the first component of a name, or the first two in the encoder.
     """
     names = [*names]
     parts = [name.split("/") for name in names]
@@ -76,10 +76,9 @@ def _choices(names: Iterable[str]) -> str:
 def freeze_updates(
     optimizer: optax.GradientTransformation, frozen: Collection[str]
 ) -> optax.GradientTransformation:
-    """Return an optimizer without updates and state for frozen parameters.
+    """Return an optimizer that has no updates and no state for frozen parameters.
 
-    The optimizer state contains the arrays of trained parameters under their usual
-    names.
+    In the optimizer state, freezing does not change the names of other arrays.
     """
 
     def without_frozen(tree):

@@ -27,7 +27,7 @@ def learning_rate_scales(
 
 
 def make_optimizer(
-    o: Any,
+    options: Any,
     schedule: optax.Schedule,
     is_decayed: Callable[[str], bool],
     layer_ids: Mapping[str, int],
@@ -35,15 +35,15 @@ def make_optimizer(
     """Return the chain [clip,] Adam, weight decay, [layer decay,] learning rate.
 
     Weight decay is decoupled, as in AdamW. The optional parts are stateless and do not
-    change the structure of the optimizer state. A run can therefore switch them on or
-    off when it resumes.
+    change the structure of the optimizer state. A run may therefore resume with other
+    settings of clipping and layer decay.
 
     Args:
-      o: ``config.optimizer``.
+      options: ``config.optimizer``.
       schedule: function from step to learning rate.
       is_decayed: function that returns True if weight decay applies to the parameter
         with the given name.
-      layer_ids: {parameter name: layer}; used only if `o.layer_decay` is not 1.
+      layer_ids: {parameter name: layer}; used only if `options.layer_decay` is not 1.
     """
 
     def mask(params):
@@ -52,21 +52,23 @@ def make_optimizer(
         )
 
     def scale_by_layer(updates, _):
-        scales = learning_rate_scales(updates, layer_ids, o.layer_decay)
+        scales = learning_rate_scales(updates, layer_ids, options.layer_decay)
         return jax.tree.map(jnp.multiply, updates, scales)
 
-    adam = optax.scale_by_adam(*o.betas, eps=1e-8, mu_dtype=o.first_moment_dtype)
+    adam = optax.scale_by_adam(
+        *options.betas, eps=1e-8, mu_dtype=options.first_moment_dtype
+    )
     learning_rate = optax.scale_by_learning_rate(schedule)
-    if o.clip_norm:
-        adam = _preceded_by(optax.clip_by_global_norm(o.clip_norm), adam)
-    if o.layer_decay != 1.0:
+    if options.clip_norm:
+        adam = _chain_with_stateless(optax.clip_by_global_norm(options.clip_norm), adam)
+    if options.layer_decay != 1.0:
         layer_decay = optax.stateless(scale_by_layer)
-        learning_rate = _preceded_by(layer_decay, learning_rate)
-    weight_decay = optax.add_decayed_weights(o.weight_decay, mask)
+        learning_rate = _chain_with_stateless(layer_decay, learning_rate)
+    weight_decay = optax.add_decayed_weights(options.weight_decay, mask)
     return optax.chain(adam, weight_decay, learning_rate)
 
 
-def _preceded_by(
+def _chain_with_stateless(
     stateless: optax.GradientTransformation, transform: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """Chain two transformations; only `transform` has a state."""

@@ -1,4 +1,7 @@
-"""Learning rate schedules. The argument `o` is ``config.optimizer``."""
+"""Learning rate schedules. The argument `options` is ``config.optimizer``.
+
+The key `schedule` selects the curve after the warmup.
+"""
 
 from typing import Any
 
@@ -7,30 +10,30 @@ import jax.numpy as jnp
 import optax
 
 
-def peak_learning_rate(o: Any, batch_size: int) -> float:
+def peak_learning_rate(options: Any, batch_size: int) -> float:
     """Return ``base_learning_rate * batch_size / lr_batch``.
 
     If `lr_batch` is 0, return `base_learning_rate`.
     """
-    if not o.lr_batch:
-        return o.base_learning_rate
-    return o.base_learning_rate * batch_size / o.lr_batch
+    if not options.lr_batch:
+        return options.base_learning_rate
+    return options.base_learning_rate * batch_size / options.lr_batch
 
 
-def warmup_steps(o: Any, steps_per_epoch: float, total_steps: int) -> int:
-    """Return the number of steps in `o.warmup_epochs`, at most `total_steps`."""
-    return min(round(o.warmup_epochs * steps_per_epoch), total_steps)
+def warmup_steps(options: Any, steps_per_epoch: float, total_steps: int) -> int:
+    """Return the number of steps in `options.warmup_epochs`, at most `total_steps`."""
+    return min(round(options.warmup_epochs * steps_per_epoch), total_steps)
 
 
 def make_schedule(
-    o: Any, batch_size: int, steps_per_epoch: float, total_steps: int
+    options: Any, batch_size: int, steps_per_epoch: float, total_steps: int
 ) -> optax.Schedule:
-    """Return a function (step) -> learning rate: linear warmup, then `o.schedule`.
+    """Return a function (step) -> learning rate: linear warmup, then the schedule.
 
     - cosine: a cosine from the peak at the end of the warmup down to the minimum.
     - cosine_from_start: as in the official ``supervised/lr_scheduler.py`` (timm). The
       cosine starts at step 0, so the learning rate jumps down at the end of the warmup.
-      Each step uses the learning rate of the previous step.
+      The whole schedule lags one step behind.
     - multistep: the peak, multiplied by `gamma` at each of the `milestones`, in epochs
       (torch's ``MultiStepLR``).
     - polynomial: ``minimum + (peak - minimum) * (1 - step / total_steps) ** power``.
@@ -42,10 +45,10 @@ def make_schedule(
     ``self_supervised/util/lr_sched.py``. The schedule then skips its first epoch, and a
     cosine ends past its lowest point.
     """
-    peak, minimum = peak_learning_rate(o, batch_size), o.min_learning_rate
-    epochs, first_epoch = total_steps / steps_per_epoch, o.first_epoch
-    warmup, initial = min(o.warmup_epochs, epochs), o.warmup_learning_rate
-    from_start = o.schedule == "cosine_from_start"
+    peak, minimum = peak_learning_rate(options, batch_size), options.min_learning_rate
+    epochs, first_epoch = total_steps / steps_per_epoch, options.first_epoch
+    warmup, initial = min(options.warmup_epochs, epochs), options.warmup_learning_rate
+    from_start = options.schedule == "cosine_from_start"
 
     def cosine(step, epoch):
         begin = 0.0 if from_start else warmup
@@ -56,13 +59,13 @@ def make_schedule(
     def multistep(step, epoch):
         passed = sum(
             step >= round((milestone - first_epoch) * steps_per_epoch)
-            for milestone in o.milestones
+            for milestone in options.milestones
         )
-        return peak * jnp.float32(o.gamma) ** passed
+        return peak * jnp.float32(options.gamma) ** passed
 
     def polynomial(step, epoch):
         remaining = jnp.clip(1.0 - epoch / epochs, 0.0, 1.0)
-        return minimum + (peak - minimum) * remaining**o.power
+        return minimum + (peak - minimum) * remaining**options.power
 
     after_warmup = {
         "cosine": cosine,
@@ -70,14 +73,14 @@ def make_schedule(
         "multistep": multistep,
         "polynomial": polynomial,
         "constant": lambda step, epoch: peak,
-    }[o.schedule]
+    }[options.schedule]
 
     def schedule(step):
         step = jnp.maximum(step - int(from_start), 0)
         epoch = step / steps_per_epoch + first_epoch
         rate = after_warmup(step, epoch)
         warmup_rate = initial + (peak - initial) * epoch / max(warmup, 1e-9)
-        if o.schedule == "polynomial" and peak:
+        if options.schedule == "polynomial" and peak:
             warmup_rate *= rate / peak
         return jnp.where(epoch < warmup, warmup_rate, rate)
 

@@ -27,8 +27,8 @@ from hivit_jax.training.accumulation import accumulate_gradients
 from hivit_jax.training.freezing import freeze_updates, select_frozen, stop_gradients
 from hivit_jax.tree import split_state
 
-# Has the keys "step" (int32), "params", "model_state" and "opt_state", and "ema" if
-# parameters are averaged.
+# A state has the keys "step" (int32), "params", "model_state" and "opt_state". With
+# averaged parameters, a state also has the key "ema".
 State = dict[str, Any]
 
 
@@ -143,9 +143,9 @@ def make_train_step(
     """Return a function (state, frozen, batch, steps_done) -> (state, metrics).
 
     All sums are over the global batch. If the loss, the gradient or any array of the
-    new state is not finite, the step leaves the state unchanged. All later steps leave
-    the state unchanged too, because its step number is then smaller than `steps_done`.
-    `frozen_names` are the parameters that `optimizer` never changes.
+    new state is not finite, this step and all later steps leave the state unchanged.
+    Later steps detect this, because ``state["step"]`` is smaller than `steps_done`.
+    `frozen_names` are the names of the parameters that `optimizer` never changes.
     """
     gradient = make_gradient(task, graphdef, frozen_names)
     if accumulate_steps > 1:

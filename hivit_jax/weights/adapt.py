@@ -28,7 +28,7 @@ class Pretrained(NamedTuple):
     path: path of the file or checkpoint.
     label: name for log lines: ``step N`` for a checkpoint of a run, else the path.
     arguments: `create_model(**arguments)` builds the saved model.
-    params: numpy float32 arrays by name, see `named_leaves`.
+    params: NumPy float32 arrays by name, see `named_leaves`.
     notes: remarks for the user, such as the file format and guessed arguments.
     unused: official names of the file's entries that the model does not need.
     recipe: the training config, {} if unknown.
@@ -90,7 +90,7 @@ def adapt(
 ) -> dict[str, np.ndarray]:
     """Return a model's initial arrays from a pretrained model.
 
-    Log the report unless all arrays match. For the arguments and the returned arrays
+    Logs the report unless all arrays match. For the arguments and the returned arrays
     see `match_arrays`.
 
     Raises:
@@ -135,7 +135,7 @@ def match_arrays(
       fresh: prefixes of arrays that are not copied, such as ``head/``.
 
     Returns:
-      {name in the model: numpy array} without the newly initialized, missing and
+      {name in the model: NumPy array} without the newly initialized, missing and
       mismatched arrays; and the report.
     """
     resizable = isinstance(model, Model)

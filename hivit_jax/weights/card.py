@@ -36,22 +36,26 @@ def model_card(
         f"{model.architecture}: {model.description} for images of {height}x{width} "
         f"pixels with {info.channels} channels.",
         "",
-        "The license of the weights is not stated. State it above before sharing them.",
+        "The license of the weights is unknown. Add the license above before you share "
+        "the weights.",
         "",
-        f"- code: {_project()}",
+        f"- code: {_project_text()}",
         f"- citation: {model.architecture}",
         f"- parameters: {model.parameter_count() / 1e6:.2f} M",
         f"- multiply-adds per image: {model.macs(layer_norm_cost=0) / 1e9:.2f} G",
-        *_classes(model, has_head),
-        *_training(recipe),
-        *(f"- {name}: {_value(name, value)}" for name, value in results.items()),
+        *_class_lines(model, has_head),
+        *_training_lines(recipe),
+        *(
+            f"- {name}: {_format_result(name, value)}"
+            for name, value in results.items()
+        ),
         "",
-        *_usage(model, has_head),
+        *_usage_lines(model, has_head),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _project() -> str:
+def _project_text() -> str:
     """Return name, version and address of the package.
 
     The address is the first of the `project_urls` in setup.cfg, if there is one.
@@ -64,7 +68,7 @@ def _project() -> str:
     return f"{name}, {urls[0].rpartition(', ')[2]}" if urls else name
 
 
-def _usage(model: Model, has_head: bool) -> list[str]:
+def _usage_lines(model: Model, has_head: bool) -> list[str]:
     """Return the lines on code and preprocessing."""
     info, (height, width) = model.info, model.config.image_size
     prints_classes = has_head and bool(info.class_names)
@@ -100,7 +104,7 @@ def _usage(model: Model, has_head: bool) -> list[str]:
     return lines
 
 
-def _classes(model: Model, has_head: bool) -> list[str]:
+def _class_lines(model: Model, has_head: bool) -> list[str]:
     if not has_head:
         return []
     count, names = model.config.num_classes, model.info.class_names
@@ -110,7 +114,7 @@ def _classes(model: Model, has_head: bool) -> list[str]:
     return [f"- classes: {count:,}: {', '.join(names[:MAX_CLASSES])}{more}"]
 
 
-def _training(recipe: Mapping[str, Any]) -> list[str]:
+def _training_lines(recipe: Mapping[str, Any]) -> list[str]:
     """Return one line on the training; [] without a recipe."""
     if not recipe.get("task"):
         return []
@@ -126,7 +130,7 @@ def _training(recipe: Mapping[str, Any]) -> list[str]:
     return [f"- training: {', '.join([recipe['task'], *found])}"]
 
 
-def _value(name: str, value: Any) -> str:
+def _format_result(name: str, value: Any) -> str:
     """Return a result as text; accuracies in percent."""
     if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
         return str(value)

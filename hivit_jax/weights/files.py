@@ -58,7 +58,7 @@ OTHER_KINDS = {
     rb"7z\xbc\xaf|Rar!": "a 7z or rar archive; unpack it first",
     rb".{257}ustar": "a tar archive; unpack it first",
     rb"\x89HDF": "an HDF5 file",
-    rb"\x93NUMPY": "a numpy array",
+    rb"\x93NUMPY": "a NumPy array",
     rb"GGUF": "a GGUF file",
     rb"%PDF": "a PDF document",
     rb"\x89PNG|\xff\xd8\xff|GIF8": "an image",
@@ -71,7 +71,7 @@ OTHER_KINDS = {
 class WeightFile(NamedTuple):
     """Contents of a file with a state dict.
 
-    state: numpy arrays by their PyTorch names.
+    state: NumPy arrays by their PyTorch names.
     metadata: the `metadata` passed to `write`, {} in files of other programs.
     key: key of the state dict in the file, with "/" between nested keys; "" if the file
       is a bare state dict.
@@ -173,7 +173,7 @@ def import_torch(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> WeightFile:
-    # Not `safe_open`, because it does not read float8 into numpy arrays.
+    # Does not use `safe_open`, which cannot read float8 into NumPy arrays.
     try:
         content = path.read_bytes()
         arrays = safetensors.deserialize(content)

@@ -24,14 +24,13 @@ def infer(
     Some arguments are guessed, because names and shapes do not determine them. A ViT of
     a registered size gets the number of heads of the registered model. Otherwise,
     attention heads are assumed to have 64 channels, unless relative position tables
-    determine their number. Decoder heads are assumed to have 32 channels. The LayerNorm
-    eps is assumed to be 1e-5 in MMPretrain's classifier and 1e-6 otherwise.
+    determine the number of heads. Decoder heads are assumed to have 32 channels. The
+    LayerNorm eps is assumed to be 1e-5 in MMPretrain's classifier and 1e-6 otherwise.
 
     Args:
       state: as in `from_official`.
-      image_size: the model's image size; required, and only used, if the grid of units
-        is not square.
-        For Swin, see `swin_arguments`.
+      image_size: the model's image size; required and used only if the grid of units is
+        not square. For Swin, see `swin_arguments`.
 
     Returns:
       The arguments, and {argument: reason} for the guessed arguments.
@@ -71,7 +70,7 @@ def infer(
 
 
 def _head_arguments(shapes: Shapes, is_vit: bool) -> dict[str, Any]:
-    """Return the arguments of a classifier that its encoder does not determine."""
+    """Return the arguments of a classifier that the encoder does not determine."""
     if is_vit:
         pooling = "token" if "norm.weight" in shapes else "mean"
         return dict(pooling=pooling) | shapes.head()
@@ -82,7 +81,7 @@ def _head_arguments(shapes: Shapes, is_vit: bool) -> dict[str, Any]:
 def _vit_arguments(
     shapes: Shapes, image_size: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the arguments of a ViT's encoder, and reasons of the guesses."""
+    """Return the arguments of a ViT's encoder, and the reasons for guesses."""
     _, tokens, dim = shapes.require("pos_embed", 3)
     _, channels, patch_size, _ = shapes.require("patch_embed.proj.weight", 4)
     hidden, _ = shapes.require("blocks.0.mlp.fc1.weight", 2)
@@ -117,7 +116,7 @@ def _image_size(units: int, patch_size: int, image_size: Any) -> Any:
 def _hivit_arguments(
     shapes: Shapes, image_size: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the arguments of a HiViT's encoder, and reasons of the guesses."""
+    """Return the arguments of a HiViT's encoder, and the reasons for guesses."""
     _, units, dim = shapes.require("absolute_pos_embed", 3)
     width, channels, cell, _ = shapes.require("patch_embed.proj.weight", 4)
     counts = shapes.blocks()

@@ -13,14 +13,14 @@ from hivit_jax.weights.shapes import Shapes, with_name
 def swin_arguments(
     shapes: Shapes, image_size: Any = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the arguments of a Swin or SimMIM, and reasons of the guessed arguments.
+    """Return the arguments of a Swin or SimMIM, and the reasons for guessed arguments.
 
     No parameter depends on the image size. Official files contain shift masks, which
-    determine the size of square images. Otherwise, the image size is guessed such that
-    the last stage is one window.
+    determine the size of square images. Without these masks, the image size is guessed
+    so that the last stage is one window.
 
     Args:
-      image_size: image size that replaces the guess if it fits the tables; or None.
+      image_size: image size that replaces the guess if the tables fit it; or None.
 
     Raises:
       CheckpointError: the state dict is not from a Swin.
@@ -73,7 +73,7 @@ def swin_arguments(
 
 
 def _has_windows(image_size: Any, patch_size: int, sides: list[int]) -> bool:
-    """Return True if the stages of images of this size have windows of `sides`."""
+    """Return True if an image of this size has windows of `sides` in all stages."""
     try:
         grid = check_grid(image_size, patch_size)
     except (TypeError, ConfigError):

@@ -61,7 +61,7 @@ def locate(path: str | Path) -> Path:
 def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretrained:
     """Read a pretrained model.
 
-    In a workdir, reads the newest intact checkpoint. Newer, damaged ones are logged.
+    In a workdir, reads the newest intact checkpoint and logs newer damaged checkpoints.
 
     Args:
       path: a run's workdir or one of its checkpoints; a directory written by
@@ -125,7 +125,7 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
             state = from_transformers(state)
             notes.append("parameter names: transformers")
         elif "arguments" not in metadata:
-            notes.append(f"parameter names: {_program(state)}")
+            notes.append(f"parameter names: {_naming_scheme(state)}")
         if "arguments" in metadata:
             arguments = metadata["arguments"]
         else:
@@ -179,7 +179,7 @@ def _infer_arguments(
     ]
 
 
-def _program(state: Mapping[str, Any]) -> str:
+def _naming_scheme(state: Mapping[str, Any]) -> str:
     """Return the programs, except transformers, that use the names of a state dict."""
     if is_swin(state):
         return "official code or timm"
@@ -216,7 +216,7 @@ def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:
-    """Return `read(path)`, with the numbers of heads in a recipe's section `model`."""
+    """Call `read` with the numbers of heads in a recipe's section `model`."""
     heads = {key: model.get(key) for key in ("num_heads", "decoder_num_heads")}
     return read(path, **{key: value for key, value in heads.items() if value})
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from hivit_jax.errors import CheckpointError
 from hivit_jax.weights.torch_format import StandIn, is_array
 
-# Keys under which programs save the state dict, in order of preference. "": the file
-# itself is the state dict.
+# Keys of the state dict in files of training programs, in order of preference. "": the
+# file itself is the state dict.
 STATE_DICT_KEYS = ("", "model", "state_dict", "module", "model_state_dict")
 # The state dict of every supported model has an entry with this name, possibly after
 # the prefix of a wrapper.
@@ -58,7 +58,9 @@ def find_state_dict(
     """
     found = _state_dicts(content)
     if not found:
-        kinds = ", ".join(f"{key!r}: {_kind(content[key])}" for key in [*content][:4])
+        kinds = ", ".join(
+            f"{key!r}: {_type_name(content[key])}" for key in [*content][:4]
+        )
         raise CheckpointError(
             f"contains no named tensors, only {{{kinds}}}; expected a state dict"
         )
@@ -119,7 +121,7 @@ def _is_anchor(name: str) -> bool:
     return f".{name}".endswith(f".{ANCHOR}")
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return getattr(value, "source", "") or type(value).__name__
 
 
@@ -131,7 +133,7 @@ def _state_dicts(content: Mapping[Any, Any]) -> dict[str, dict[str, StandIn]]:
         if id(entry) in seen:
             continue
         seen.add(id(entry))
-        items = {n: v for n, v in _items(entry).items() if isinstance(n, str)}
+        items = {n: v for n, v in _entries(entry).items() if isinstance(n, str)}
         if arrays := {name: value for name, value in items.items() if is_array(value)}:
             found[key] = arrays
         if depth < MAX_DEPTH:
@@ -143,9 +145,9 @@ def _state_dicts(content: Mapping[Any, Any]) -> dict[str, dict[str, StandIn]]:
     return found
 
 
-def _items(entry: Mapping[Any, Any]) -> dict[Any, Any]:
+def _entries(entry: Mapping[Any, Any]) -> dict[Any, Any]:
     """Return an object's items and attributes, or a module's state dict."""
-    attributes = _dict(getattr(entry, "state", None))
+    attributes = _as_dict(getattr(entry, "state", None))
     if "_parameters" not in attributes:
         return {**attributes, **entry}
     arrays, queue = {}, deque([("", attributes)])
@@ -154,12 +156,12 @@ def _items(entry: Mapping[Any, Any]) -> dict[Any, Any]:
             break
         prefix, attributes = queue.popleft()
         for group in ("_parameters", "_buffers"):
-            entries = _dict(attributes.get(group))
+            entries = _as_dict(attributes.get(group))
             arrays |= {f"{prefix}{name}": array for name, array in entries.items()}
-        for name, module in _dict(attributes.get("_modules")).items():
-            queue.append((f"{prefix}{name}.", _dict(getattr(module, "state", None))))
+        for name, module in _as_dict(attributes.get("_modules")).items():
+            queue.append((f"{prefix}{name}.", _as_dict(getattr(module, "state", None))))
     return arrays
 
 
-def _dict(value: Any) -> dict[Any, Any]:
+def _as_dict(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}

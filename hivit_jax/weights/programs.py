@@ -38,7 +38,7 @@ def read_config(
       CheckpointError: a file is damaged, or a key of id2label is not an integer.
     """
     if "architecture" in config:
-        return _timm(config)
+        return _read_timm(config)
     if "model_type" not in config:
         return {}, {}
     arguments = {ours: config[key] for key, ours in ARGUMENTS.items() if key in config}
@@ -60,10 +60,10 @@ def read_config(
         ) from error
     if names and not names[0].startswith("LABEL_"):
         info["class_names"] = names
-    return _plain(arguments), info
+    return _lists_to_tuples(arguments), info
 
 
-def _timm(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_timm(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments for `create_model` and `make_info` from timm's config."""
     preprocessing = config.get("pretrained_cfg") or {}
     arguments = {}
@@ -74,7 +74,7 @@ def _timm(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         info["interpolation"] = preprocessing["interpolation"]
     if names := config.get("label_names"):
         info["class_names"] = names
-    return _plain(arguments), info
+    return _lists_to_tuples(arguments), info
 
 
 def _preprocessing_info(
@@ -91,7 +91,7 @@ def _preprocessing_info(
     }
 
 
-def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _lists_to_tuples(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments with tuples in place of JSON's lists."""
     return {
         key: tuple(value) if isinstance(value, Sequence) else value

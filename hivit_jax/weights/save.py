@@ -67,7 +67,7 @@ def save_pretrained(
     files.write(directory / WEIGHTS, state, text)
     files.write_bytes(directory / CONFIG, text.encode())
     if edited:
-        log(f"{directory / CARD} was edited and is kept; delete it for a new one")
+        log(f"{directory / CARD} was edited and is kept; delete the file for a new one")
     else:
         files.write_bytes(directory / CARD, card)
 
@@ -149,5 +149,5 @@ def _digest(content: bytes) -> str:
 
 
 def _json_value(value: Any) -> Any:
-    """Convert a number or array of numpy or JAX to a JSON value."""
+    """Convert a number or array of NumPy or JAX to a JSON value."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -59,7 +59,7 @@ class Shapes(dict[str, tuple[int, ...]]):
             raise CheckpointError(
                 f"not a HiViT: found {counts} blocks between merges and widths from "
                 f"{width} to {dim}; expected an even number of blocks before each "
-                "merge and twice the width after it"
+                "merge, and that each merge doubles the width"
             )
         return counts
 

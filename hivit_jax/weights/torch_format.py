@@ -21,7 +21,7 @@ from hivit_jax.errors import CheckpointError, first_line
 
 # First object in files of the format before PyTorch 1.6.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# Functions of PyTorch and numpy whose records describe an array.
+# Functions of PyTorch and NumPy whose records describe an array.
 ARRAY_SOURCES = re.compile(
     r"torch\._?(utils|tensor)\._rebuild_\w+"
     r"|numpy\._?core\.(multiarray\._reconstruct|numeric\._frombuffer)"
@@ -122,20 +122,20 @@ def _unpickle(file: BinaryIO, storages: dict[str, tuple]) -> Any:
 
 
 def is_array(value: Any) -> bool:
-    """Return True if an object of a file is a tensor or a numpy array."""
+    """Return True if an object of a file is a tensor or a NumPy array."""
     return isinstance(value, StandIn) and bool(ARRAY_SOURCES.fullmatch(value.source))
 
 
 class TorchFile:
     """Contents of a file of ``torch.save``, or of a plain pickle.
 
-    content: the saved object, with stand-ins for everything but plain values.
+    content: the saved object, with stand-ins for everything except plain values.
     """
 
     content: Any
 
     def __init__(self, path: Path):
-        """Read a file except for its tensors.
+        """Read everything except the tensors of a file.
 
         Raises:
           CheckpointError: the file is damaged or has another format.
@@ -157,7 +157,7 @@ class TorchFile:
             ) from error
 
     def array(self, name: str, record: StandIn) -> np.ndarray:
-        """Return a tensor or numpy array of `content`.
+        """Return a tensor or NumPy array of `content`.
 
         Raises:
           CheckpointError: the array is not dense, or its data are missing or damaged.
@@ -206,7 +206,7 @@ class TorchFile:
         with self._path.open("rb") as file:
             self.content = _unpickle(file, self._pids)
             if self.content != LEGACY_MAGIC:
-                return  # a plain pickle, for example of numpy arrays
+                return  # a plain pickle, for example of NumPy arrays
             _, system = (_unpickle(file, {}) for _ in range(2))  # version, system
             self._check_order(system.get("little_endian", True))
             self.content = _unpickle(file, self._pids)
@@ -262,7 +262,7 @@ class TorchFile:
         if math.prod(shape) * dtype.itemsize > self._size:
             raise ValueError(f"has shape {list(shape)} and is larger than the file")
         strides = [stride * dtype.itemsize for stride in strides]
-        # numpy raises an error if the array would reach beyond the storage.
+        # NumPy raises an error if the array would reach beyond the storage.
         return np.ndarray(shape, dtype, self._storage(pid), offset, strides)
 
 

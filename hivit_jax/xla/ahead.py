@@ -32,8 +32,8 @@ def compile_report(training: Training, chip_name: str) -> dict[str, Any]:
       None.
     - ``flops_per_image`` and ``bytes_accessed_per_image`` are the counts of the TPU
       compiler, which counts the body of a loop once. Both counts are therefore
-      multiplied by a ratio. The ratio is the number of operations of all matrix
-      products, divided by their number if the body of a loop is counted once. The GPU
+      multiplied by a ratio: the operations of matrix products with every iteration
+      counted, divided by these operations with each loop body counted once. The GPU
       compiler provides no counts. For GPUs the two values are the operations of the
       matrix products and the total of `bytes_by_region`.
     - ``regions`` contains the bytes of `bytes_by_region` and the operations of matrix

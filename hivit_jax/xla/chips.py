@@ -21,7 +21,7 @@ class Chip(NamedTuple):
       bandwidth: bytes per second between chip and HBM.
       network: bytes per second sent to chips of the same slice or node, on all links.
       source: publication of these numbers.
-      devices: number of JAX devices that the chip consists of.
+      devices: number of JAX devices per chip.
     """
 
     memory: int
@@ -75,7 +75,7 @@ DEVICE_KINDS = {
     r"NVIDIA H200": "h200",
     r"NVIDIA B200": "b200",
 }
-# Chip -> package that contains its compiler. Other chips are missing because their
+# Chip -> package with the compiler for the chip. Other chips are missing, because their
 # compilers need the hardware or were not tested without it.
 PLUGINS = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), "libtpu")
 PLUGINS |= dict.fromkeys(("h100", "h200"), "jax-cuda13-plugin")
@@ -88,8 +88,8 @@ TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # so that several processes can compile at once
 }
-# Autotuning is off, because it needs a GPU. The Triton matrix products that autotuning
-# would tune are off too.
+# Autotuning is off, because it needs a GPU. Triton matrix products are off, because
+# they need autotuning.
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 # XLA's description of a Hopper SXM GPU. The numbers are from NVIDIA's Hopper tuning
 # guide and from device queries.
@@ -113,7 +113,7 @@ runtime_version {{ major: 13 }}
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Return the chip of a device name such as "TPU v5 lite"; None if it is unknown."""
+    """Return the chip of a device name such as "TPU v5 lite"; None if unknown."""
     for pattern, name in DEVICE_KINDS.items():
         if re.fullmatch(pattern, device_kind):
             return CHIPS[name]
@@ -140,7 +140,8 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
         raise ConfigError(
             f"{problem} topology {topology!r}; expected CHIP:SHAPE with CHIP one of "
             f"{', '.join(PLUGINS)}; examples: {EXAMPLES}\n"
-            f"--mode describe prints the hours at the peak of {', '.join(CHIPS)}"
+            "--mode describe prints the hours of training at the peak rate of "
+            f"{', '.join(CHIPS)}"
         )
     is_gpu = PLUGINS[name] != "libtpu"
     if is_gpu and not re.fullmatch("[1-8]", shape):

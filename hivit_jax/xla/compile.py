@@ -1,4 +1,4 @@
-"""Compile train steps, log compilations; cache; memory allocation on CPUs."""
+"""Compilation of train steps: cache, memory and log lines; malloc settings."""
 
 import ctypes
 import time
@@ -38,8 +38,8 @@ def keep_freed_memory() -> None:
 
     Without this, XLA:CPU allocates the temporaries of each train step from the
     operating system and returns the memory at the end of the step. The system then
-    clears every page again for the next step. tf.data does the same with batches.
-    Does nothing without glibc.
+    clears every page again for the next step. tf.data allocates batches in this way
+    too. Does nothing without glibc.
     """
     # Option numbers of malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX.
     max_mapped, trim_threshold, max_arenas = -4, -1, -8
@@ -112,7 +112,7 @@ def compile_step(
 
 @contextmanager
 def log_compilation(program: str) -> Iterator[None]:
-    """Context manager that logs that a program is compiled, and then the time."""
+    """Context manager that logs the start and the duration of a compilation."""
     log(f"compiling {program}, which may take minutes ...")
     start, hits = time.perf_counter(), len(_hits)
     yield

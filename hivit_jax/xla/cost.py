@@ -29,7 +29,7 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 FREE |= {"partition-id", "after-all"}
 # Instructions that call computations with kernels of their own.
 CALLS = {"call", "while", "conditional", "async-start"}
-# Parts of asynchronous instructions that count no bytes, because another part does.
+# Parts of asynchronous instructions whose bytes count at another part.
 NO_KERNEL = ("-start", "-update", "async-done")
 SLICES = {"slice", "dynamic-slice", "gather"}
 VMEM = "S(1)"  # marks the layout of an array in the VMEM of a TPU
@@ -100,7 +100,7 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
 
 
 def _run_count(eqn: Any, loops: bool) -> int:
-    """Return how often an equation runs its program, summed over all devices."""
+    """Return the number of runs of an equation's program, summed over all devices."""
     match eqn.primitive.name:
         case "scan":
             return eqn.params["length"] if loops else 1
@@ -205,7 +205,7 @@ def bytes_by_region(text: str) -> Counter:
 def _regions(
     computation: Computation, computations: dict[str, Computation], outer: str
 ) -> dict[str, str]:
-    """Return the region of every instruction by name; "" where it is unknown.
+    """Return the region of every instruction by name; "" if unknown.
 
     The region comes from the first rule that yields one:
 
@@ -286,8 +286,8 @@ def _hbm_bytes(
         elif size and [x.opcode for x in users] == ["dynamic-update-slice"]:
             target, update_name, *_ = users[0].operand_names
             if target == inner_names[index]:
-                # The result is updated in place. Its whole size is already in the
-                # total, so subtract it and add only the update.
+                # Replaces the size of the whole result, which is already in the total,
+                # by the size of the update, because the update is in place.
                 update = (inner | computation)[update_name]
                 size = hlo.tiled_bytes(update.shapes, excluded="") - size
         total += size

@@ -104,8 +104,8 @@ def executed(
 def trip_count(instruction: Instruction, computations: dict[str, Computation]) -> int:
     """Return the number of runs of the called computations per run of an instruction.
 
-    For a loop, this is the known trip count, or else the largest integer constant in
-    the loop's condition. For other instructions, this is 1.
+    The number for a loop is the known trip count, or else the largest integer constant
+    in the loop's condition. The number for any other instruction is 1.
     """
     attributes = instruction.attributes
     if instruction.opcode != "while":

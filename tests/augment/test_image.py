@@ -20,7 +20,7 @@ def test_pixels_are_scaled_to_1_and_normalized():
 
 @pytest.mark.slow
 def test_half_of_the_images_are_flipped():
-    """The flip of an image depends only on the key of the sample."""
+    """The key of an image alone determines whether the image is flipped."""
     keys = sample_keys(1000)
     images = np.random.RandomState(0).rand(1000, 2, 3, 1).astype(np.float32)
     out = np.asarray(image.random_flip(jnp.asarray(images), keys))
@@ -36,7 +36,10 @@ def test_half_of_the_images_are_flipped():
 
 @pytest.mark.slow
 def test_erased_rectangles_follow_their_distributions():
-    """The test checks frequency, area, aspect and position of the rectangles."""
+    """Frequency, area, aspect ratio, position and noise are as documented.
+
+    The key of an image alone determines its rectangle.
+    """
     count, side = 1500, 40
     images = jnp.full((count, side, side, 3), 7.0)
     erase = jax.jit(image.random_erasing, static_argnums=2)

@@ -32,7 +32,7 @@ PARTNERS = [1, 0, 3, 2, 5, 4]  # index of the image that each image is mixed wit
 
 
 @pytest.mark.slow
-def test_mixup_mixes_neighbors_in_one_ratio():
+def test_mixup_mixes_all_neighbors_with_the_same_ratio():
     ratios = []
     for seed in range(300):
         images, targets = mixed(seed, 0.8, 0.0)
@@ -50,7 +50,7 @@ def test_mixup_mixes_neighbors_in_one_ratio():
 
 @pytest.mark.slow
 def test_cutmix_exchanges_one_rectangle_between_neighbors():
-    """The weights of the targets are the remaining and the exchanged area."""
+    """Targets weight the two labels by the remaining and the exchanged area."""
     remaining_areas = []
     for seed in range(300):
         images, targets = mixed(seed, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Tests of damaged, unfinished and foreign checkpoints."""
+"""Tests of damaged and unfinished checkpoints, and of those of another model."""
 
 import random
 
@@ -43,8 +43,8 @@ def write_files(workdir, files):
 def damaged_contents(files, count):
     """Yield `count` pairs of a file of step 2 and its damaged content.
 
-    The content has a flipped bit (an empty file has none), is truncated, or is None for
-    a deleted file.
+    The content has a flipped bit, is truncated, or is None for a deleted file. An empty
+    file stays empty or is deleted.
     """
     rng = random.Random(0)
     paths = [path for path in files if path.parts[:2] == ("checkpoints", "2")]
@@ -91,7 +91,7 @@ def test_damage_is_never_silent(two_steps, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_damage_of_all_checkpoints_is_an_error(two_steps, tmp_path):
+def test_no_checkpoint_is_moved_if_all_are_damaged(two_steps, tmp_path):
     workdir = write_files(tmp_path, two_steps)
     for path in workdir.rglob("checkpoints/*/*/d/*"):
         path.write_bytes(path.read_bytes()[:-9])

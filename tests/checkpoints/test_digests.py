@@ -11,11 +11,7 @@ from states import MESHES, state_on_mesh
 
 from hivit_jax.checkpoints.digests import digests, nonfinite_names
 
-# Orbax leaves coroutines behind when it cannot read a file.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("shard_small_arrays"),
-]
+pytestmark = pytest.mark.usefixtures("shard_small_arrays")
 
 
 @pytest.mark.slow
@@ -42,7 +38,7 @@ def test_digests_on_the_host_and_on_devices_agree(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_flipped_bit_changes_the_digest(dtype):
-    """This includes the sign of 0.0."""
+    """Every flipped bit gives another digest; so does the sign of 0.0."""
     x = np.asarray(jnp.asarray(random_array((5, 7), "bits") > 0, dtype))
     distinct, raw = {digests({"": {"x": x}})[""]["x"]}, x.tobytes()
     bits = range(8) if dtype != "bool" else [0]

@@ -37,7 +37,7 @@ def write_lock(workdir, number=1, **changes):
 
 
 def check_refused(workdir, *fragments):
-    """Check that the workdir is in use, and that the error contains all fragments."""
+    """Check that the lock is refused with an error that contains all fragments."""
     before = lock_files(workdir)
     with pytest.raises(ConfigError) as error, lock.hold(workdir):
         pass
@@ -48,9 +48,10 @@ def check_refused(workdir, *fragments):
 
 
 def test_lock_admits_one_run_at_a_time(tmp_path):
-    """While a run holds the lock, other runs fail, and name its process and host.
+    """Other runs fail with an error that names the owner's process and host.
 
-    The lock is free after the run's end, also after an error. Other workdirs are free.
+    A run releases the lock when it ends, even with an error. The lock of a workdir does
+    not affect other workdirs.
     """
     with lock.hold(tmp_path / "new"):
         assert lock_files(tmp_path / "new") == ["run-1.lock"]
@@ -65,7 +66,7 @@ def test_lock_admits_one_run_at_a_time(tmp_path):
     assert lock_files(tmp_path / "new") == []
 
 
-def test_exclusive_function_receives_its_arguments(tmp_path):
+def test_exclusive_function_holds_the_lock_and_receives_its_arguments(tmp_path):
     @lock.exclusive
     def run(config, workdir, heartbeat=None):
         return config, lock_files(workdir), heartbeat
@@ -75,17 +76,17 @@ def test_exclusive_function_receives_its_arguments(tmp_path):
 
 
 def ended_pid():
-    """Return the number of a process that has ended."""
+    """Return the ID of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
 
 
-@pytest.mark.parametrize("kind", ["ended", "not reaped", "number reused"])
+@pytest.mark.parametrize("kind", ["ended", "not reaped", "ID reused"])
 def test_lock_of_a_dead_process_is_taken_over(kind, tmp_path, capsys):
-    """The lock of a dead process of this machine is taken over at once.
+    """An owner on this machine is dead in three cases.
 
-    The process has ended, is a zombie, or its number belongs to a process with another
+    The process has ended, is a zombie, or its ID belongs to a process with another
     start time.
     """
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -113,7 +114,9 @@ def test_lock_of_a_living_process_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_lock_of_another_machine_is_refused_while_it_changes(alive, tmp_path, capsys):
+def test_run_is_refused_while_a_lock_of_another_machine_changes(
+    alive, tmp_path, capsys
+):
     """An owner on another machine is alive only if its heartbeat changes.
 
     The new run waits for a heartbeat and ignores the owner's clock.
@@ -132,7 +135,7 @@ def test_lock_of_another_machine_is_refused_while_it_changes(alive, tmp_path, ca
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
 def test_damaged_lock_is_taken_over(text, tmp_path):
-    """Before, it is watched like the lock of another machine."""
+    """A damaged file never changes, so its owner counts as dead."""
     (tmp_path / "run-1.lock").write_text(text)
     with lock.hold(tmp_path):
         assert lock_files(tmp_path) == ["run-2.lock"]
@@ -142,7 +145,7 @@ def test_one_of_eight_runs_takes_over_the_lock_of_a_dead_process(tmp_path):
     for attempt in range(5):
         workdir = tmp_path / str(attempt)
         workdir.mkdir()
-        # Linux has no process numbers above 2**22.
+        # Linux has no process IDs above 2**22.
         write_lock(workdir, pid=ended_pid() if attempt == 0 else 2**22 + 1)
         start, outcomes = threading.Barrier(8), []
 
@@ -165,7 +168,7 @@ def test_one_of_eight_runs_takes_over_the_lock_of_a_dead_process(tmp_path):
 
 
 def test_run_whose_lock_was_taken_over_ends_itself(tmp_path, monkeypatch):
-    """Until then, its heartbeats change the lock."""
+    """Until the takeover, the run's heartbeats change its lock."""
     ended = threading.Event()
 
     def exit_now(code, message):
@@ -176,7 +179,7 @@ def test_run_whose_lock_was_taken_over_ends_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "exit_now", exit_now)
     with lock.hold(tmp_path):
         path = tmp_path / "run-1.lock"
-        before = lock._read(path)
+        before = lock._read_owner(path)
         assert not lock.is_dead(before | {"machine": "other"}, path)
         assert not ended.is_set()
         write_lock(tmp_path, 2, pid=7, host="far", machine="other")

@@ -1,4 +1,4 @@
-"""Tests of checkpoints: other meshes, no optimizer state, full disks, the best one."""
+"""Tests of `Checkpoints` on other meshes and full disks, and of the best checkpoint."""
 
 import itertools
 import json
@@ -74,13 +74,13 @@ def test_full_disk_is_an_error_and_earlier_checkpoints_stay(tmp_path, monkeypatc
     assert step == 1
 
 
-LOSSES = (0.7, 0.5, 0.6, 0.5, 0.5, 0.9)  # of steps 1 to 6; the best is evaluated thrice
+LOSSES = (0.7, 0.5, 0.6, 0.5, 0.5, 0.9)  # of steps 1 to 6; three are the best
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["min", "max"])
-def test_first_of_equally_good_checkpoints(tmp_path, direction):
-    """The kept checkpoint, early stopping, the last line and the report agree."""
+def test_first_of_equally_good_checkpoints_is_the_best(tmp_path, direction):
+    """The kept checkpoint, early stopping, the last log line and the report agree."""
     best, sign = ("eval/loss", direction), 1 if direction == "min" else -1
     writer = metrics.Writer(tmp_path)
     checkpoints = Checkpoints(tmp_path, keep=1, best=best)

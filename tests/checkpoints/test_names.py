@@ -15,9 +15,9 @@ PARAMS = {"stages": {"0": {"1": {"kernel": jnp.ones(2)}}, "2": {"bias": jnp.ones
 VARIABLES = named_leaves(PARAMS)
 
 
-def array_names(*parts):
+def array_names(*transformations):
     """Return the array names in a checkpoint of a chain of transformations."""
-    state = optax.chain(*parts).init(PARAMS)
+    state = optax.chain(*transformations).init(PARAMS)
     return [*named_leaves({"opt_state": state, "step": 0})]
 
 
@@ -38,7 +38,7 @@ scale, schedule = optax.scale(0.5), optax.scale_by_schedule(lambda step: 0.1)
     ],
 )
 def test_names_match_if_only_stateless_transformations_differ(saved, expected):
-    """Chains may be nested. Numbers in the names of parameters are not changed."""
+    """Chains may be nested. Numbers in the names of parameters stay the same."""
     saved, expected = array_names(*saved), array_names(*expected)
     assert match_names(saved, expected, VARIABLES) == dict(
         zip(saved, expected, strict=True)
@@ -46,8 +46,8 @@ def test_names_match_if_only_stateless_transformations_differ(saved, expected):
 
 
 def test_names_match_inside_multi_transform():
-    def labeled(*parts):
-        transforms = {"a": optax.chain(*parts), "b": optax.set_to_zero()}
+    def labeled(*transformations):
+        transforms = {"a": optax.chain(*transformations), "b": optax.set_to_zero()}
         state = optax.multi_transform(transforms, {"stages": "a"}).init(PARAMS)
         return [*named_leaves({"opt_state": state})]
 
@@ -63,8 +63,8 @@ def test_names_of_other_stateful_transformations_do_not_match(other):
     assert set(matches.values()) != set(expected)
 
 
-def test_parameters_keep_their_numbers():
-    """Numbers in names of parameters are not positions, and are not renumbered."""
+def test_numbers_in_parameter_names_are_not_renumbered():
+    """Only numbers in the names of optimizer arrays are positions."""
     saved = ["stages/3/kernel", "stages/7/kernel", "step"]
     expected = ["stages/0/kernel", "stages/1/kernel", "step"]
     assert match_names(saved, expected, expected) == {name: name for name in saved}

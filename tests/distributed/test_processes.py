@@ -9,7 +9,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_process_without_a_cluster_runs_alone(monkeypatch):
-    """Without cluster variables a process runs alone; incomplete ones are an error."""
+    """If JAX finds no cluster, the process runs alone; other problems are errors."""
     calls, message = [], "coordinator_address should be defined."
 
     def initialize(*args, **options):
@@ -35,8 +35,8 @@ def test_process_without_a_cluster_runs_alone(monkeypatch):
         (("", -1, -1), "this process cannot reach the other processes of the run: no"),
     ],
 )
-def test_unreachable_process(process, message, monkeypatch):
-    """Without an address, the message contains no index and number of processes."""
+def test_unreachable_process_is_a_config_error(process, message, monkeypatch):
+    """With an address, the message names the address and the index of the process."""
 
     def initialize(*args, **options):
         raise RuntimeError("no answer")
@@ -46,8 +46,8 @@ def test_unreachable_process(process, message, monkeypatch):
         processes.start(*process, 60.0)
 
 
-def test_flags_of_one_process_of_several(run_main, tmp_path, capsys):
-    """Flags and timeouts reach JAX; JAX's shutdown waits longer than `exit_now`."""
+def test_process_flags_reach_jax_or_are_refused(run_main, tmp_path, capsys):
+    """JAX's shutdown waits longer than `exit_now`. Incomplete flags are an error."""
     address = "--coordinator_address=host:1234"
     flags = [address, "--num_processes=4", "--process_id=3", f"--workdir={tmp_path}"]
     code, calls = run_main(*flags, problem="refused")

@@ -12,9 +12,9 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_slices_lie_along_the_first_divisible_axis():
-    """The axis must be divisible by the number of slices.
+    """The size of the axis must be divisible by the number of slices.
 
-    Each case is the shape of a mesh and the axis along which its two slices lie.
+    Each case is the shape of a mesh and the axis along which the two slices must lie.
     """
     devices = [
         SimpleNamespace(

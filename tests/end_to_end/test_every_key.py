@@ -422,10 +422,10 @@ ELSEWHERE = {
     "optimizer.ema_decay": "test_the_average_of_each_step",
     "optimizer.first_moment_dtype": "test_ten_steps_equal_the_official_adamw",
     "optimizer.first_epoch": "test_first_epoch_1_leaves_out_an_epoch_when_resuming",
-    "optimizer.gamma": "test_multistep",
-    "optimizer.lr_batch": "test_peak",
-    "optimizer.milestones": "test_multistep",
-    "optimizer.power": "test_polynomial",
+    "optimizer.gamma": "test_multistep_schedule_equals_torch",
+    "optimizer.lr_batch": "test_peak_is_proportional_to_batch_size_over_lr_batch",
+    "optimizer.milestones": "test_multistep_schedule_equals_torch",
+    "optimizer.power": "test_polynomial_schedule_equals_mmcv",
     "optimizer.schedule": "test_schedules_of_old_recipes",
 }
 

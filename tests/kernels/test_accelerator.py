@@ -56,8 +56,8 @@ def test_kernels_are_no_less_exact_than_plain(name, keep):
 def flash_attention(q, k, v, bias=None):
     """Compute attention in plain JAX, rounded as in a fused kernel.
 
-    Such kernels save only the bfloat16 output and the log-sum-exp of each row. Their
-    backward pass uses the rounded output, which makes the gradients of q and k less
+    A fused kernel saves only the bfloat16 output and the log-sum-exp of each row. The
+    backward pass uses the rounded output. The gradients of q and k are therefore less
     exact than with a saved softmax.
     """
     return _flash_forward(q, k, v, bias)[0]
@@ -127,7 +127,7 @@ def test_attention_is_as_exact_as_flash_attention(tokens, with_bias):
 
 @pytest.mark.parametrize("choice", dispatch.CHOICES)
 def test_base_mae_in_bfloat16_equals_the_official_code(choice):
-    """Loss and gradient norms match the official code's; a second run is bit-identical.
+    """Loss and gradient norms match the golden data; a second run is bit-identical.
 
     The two golden images are repeated, because a kernel processes many rows.
     """

@@ -70,7 +70,8 @@ def test_layers_equal_jax_and_save_less(name):
 def test_gelu_in_bfloat16_is_exact_up_to_rounding():
     """GELU and its derivative differ from the exact values only by rounding.
 
-    This includes large negative inputs, where 1 + erf(x) loses all digits in bfloat16.
+    Inputs include large negative numbers, for which 1 + erf(x) loses all digits in
+    bfloat16.
     """
     x = jnp.linspace(-8, 8, 4001).astype(jnp.bfloat16)
     wide = x.astype(jnp.float32)
@@ -85,16 +86,16 @@ def test_gelu_in_bfloat16_is_exact_up_to_rounding():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("special", ["", "bias", "mask", "bias, mask"])
-def test_plain_attention_equals_jax(special):
+@pytest.mark.parametrize("arguments", ["", "bias", "mask", "bias, mask"])
+def test_plain_attention_equals_jax(arguments):
     """Output and gradients of attention agree with JAX in float32.
 
     The mask leaves one image without keys.
     """
     q, k, v, direction = random_arrays(*[(2, 9, 4, 32)] * 4)
-    bias = random_arrays((1, 4, 9, 9))[0] if "bias" in special else None
+    bias = random_arrays((1, 4, 9, 9))[0] if "bias" in arguments else None
     mask = jnp.arange(9) % 3 * jnp.array([[1], [0]]) > 0
-    mask = mask[:, None, None] if "mask" in special else None
+    mask = mask[:, None, None] if "mask" in arguments else None
 
     def ours(q, k, v, bias):
         return attention_xla.dot_product_attention(
@@ -244,9 +245,9 @@ def test_blocks_contain_whole_tiles_or_whole_images():
 def test_residuals_are_saved_if_that_is_faster():
     """The hidden layer of an MLP is saved if moving it is faster than recomputing it.
 
-    `balance` is the ratio of peak FLOP/s and peak HBM bandwidth: 166 for a v5p, 240 for
-    a v5e. Kernels assume half of the bandwidth. The MLPs are those of the two stages of
-    the stem and of the main stage of HiViT-B.
+    `balance` is the ratio of peak FLOP/s to peak HBM bandwidth in byte/s: 166 for a
+    v5p, 240 for a v5e. Kernels assume half of the bandwidth. The widths are those of
+    the MLPs in the two stem stages and in the main stage of HiViT-B.
     """
     for balance, saved in ((166, [False, True, True]), (240, [False, False, True])):
         tpu = target.Target("cpu", balance=2 * balance)

@@ -41,7 +41,7 @@ def abstract(*sizes, dtype=F32):
 def test_arguments_may_be_numbers_of_any_library(name, argument, stored):
     """Model arguments may be numbers, bools or sequences of Python, NumPy or JAX.
 
-    The config stores them as Python numbers, so that it can be saved as JSON.
+    The config stores them as Python numbers, so that JSON can represent the config.
     """
     _, config, _ = configure("hivit_base", **MINI | {name: argument})
     value = getattr(config, name)
@@ -109,12 +109,12 @@ def test_numpy_arguments_can_be_saved():
 @pytest.mark.parametrize(
     "seed", [3, np.int64(3), np.uint8(3), jnp.int32(3), jax.random.key(3)]
 )
-def test_seed_is_an_integer_or_a_key(seed):
+def test_seed_may_be_an_integer_or_a_key(seed):
     """An integer of Python, NumPy or JAX gives the same key as `jax.random.key`."""
     assert jax.random.key_data(make_key(seed)).tolist() == [0, 3]
 
 
-def test_seed_is_a_raw_key_or_a_traced_integer():
+def test_seed_may_be_a_raw_key_or_a_traced_integer():
     raw_key = jax.random.PRNGKey(3)
     assert make_key(raw_key) is raw_key
     assert jax.jit(lambda seed: jax.random.key_data(make_key(seed)))(3).tolist() == [
@@ -248,8 +248,8 @@ def test_models_accept_an_empty_batch():
 
 
 @pytest.mark.parametrize("units", [2, 3, 10, 49, 196, 1234])
-def test_suggested_mask_ratio_works(units):
-    """The mask ratio that the error message suggests keeps at least one unit."""
+def test_mask_ratio_that_the_error_suggests_is_valid(units):
+    """The suggested ratio keeps at least one unit."""
     with pytest.raises(ConfigError, match="at most ") as error:
         count_visible_units(units, 0.99999)
     suggested = float(str(error.value).rsplit(" ", 1)[1])

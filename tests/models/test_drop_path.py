@@ -39,7 +39,7 @@ def test_drop_path_drops_or_scales_whole_samples(shape):
 
 @pytest.mark.slow
 def test_dropping_depends_on_key_and_branch_index_alone():
-    """Dropping a sample depends only on its key and on the branch index."""
+    """A quarter of the samples is dropped, and branches drop samples independently."""
     keys, ones = sample_keys(4000), jnp.ones((4000, 1))
 
     def draws(keys, branch_index=0):
@@ -51,15 +51,14 @@ def test_dropping_depends_on_key_and_branch_index_alone():
     order = np.random.RandomState(0).permutation(4000)
     assert_array_equal(draws(keys[order]), all_draws[order])
     assert_array_equal(draws(keys[100:150]), all_draws[100:150])
-    of_next_branch = draws(keys, branch_index=1)
+    next_draws = draws(keys, branch_index=1)
     # Two independent branches are both dropped with probability 1/16.
-    assert ((all_draws == 0) & (of_next_branch == 0)).mean() == pytest.approx(
-        1 / 16, abs=0.02
-    )
+    both_dropped = (all_draws == 0) & (next_draws == 0)
+    assert both_dropped.mean() == pytest.approx(1 / 16, abs=0.02)
 
 
 @pytest.mark.slow
-def test_models_drop_branches_with_a_rate_and_keys_only():
+def test_models_drop_branches_only_with_a_rate_and_keys():
     images, keys = random_array((2, 64, 64, 3)), sample_keys(2)
 
     def run(model, images):
@@ -98,9 +97,8 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
         return x
 
     monkeypatch.setattr(blocks, "drop_path", record)
-    monkeypatch.setattr(
-        blocks.dispatch, "platform", lambda: "tpu"
-    )  # traces blocks inline
+    # On "tpu", blocks are traced inline, so that each call is recorded.
+    monkeypatch.setattr(blocks.dispatch, "platform", lambda: "tpu")
     images = jnp.zeros((2, 224, 224, 3))
     abstract_outputs(
         lambda model: model(images, drop_path_keys=sample_keys(2)),
@@ -123,9 +121,8 @@ def test_decoder_has_no_drop_path(monkeypatch):
         return x
 
     monkeypatch.setattr(blocks, "drop_path", record)
-    monkeypatch.setattr(
-        blocks.dispatch, "platform", lambda: "tpu"
-    )  # traces blocks inline
+    # On "tpu", blocks are traced inline, so that each call is recorded.
+    monkeypatch.setattr(blocks.dispatch, "platform", lambda: "tpu")
     images, noise = jnp.zeros((2, 64, 64, 3)), jnp.zeros((2, 16))
     abstract_outputs(
         lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model

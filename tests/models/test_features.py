@@ -37,7 +37,7 @@ def without_branches(**overrides):
 
 
 def numpy_maps(model, image):
-    """Compute the maps of one image cell by cell in numpy."""
+    """Compute the maps of one image cell by cell in NumPy."""
     encoder = model.encoder
     params = {k: np.asarray(v) for k, v in named_leaves(split(encoder)[1]).items()}
 
@@ -81,10 +81,10 @@ def numpy_maps(model, image):
     ids=str,
 )
 def test_maps_and_kept_units_equal_those_computed_in_numpy(sizes):
-    """The numpy version computes every cell by itself.
+    """The NumPy version computes each cell separately.
 
-    The channels of a pixel are the image, the row and the column of the pixel, so that
-    all cells differ.
+    The channels of a pixel encode the image, the row and the column of the pixel, so
+    that all cells differ.
     """
     model = without_branches(**sizes)
     height, width = model.config.image_size

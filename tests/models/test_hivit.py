@@ -40,7 +40,9 @@ COSTS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides", "parameters", "macs", "cost"), COSTS)
-def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
+def test_counts_of_parameters_and_multiply_adds_are_exact(
+    name, overrides, parameters, macs, cost
+):
     model = abstract_model(name, **overrides)
     assert model.parameter_count() == parameters
     assert model.macs(layer_norm_cost=0) == macs
@@ -87,13 +89,13 @@ def test_autoencoder_cost_is_the_sum_of_its_parts():
 
 
 @pytest.mark.slow
-def test_parameters_of_larger_models():
+def test_larger_models_have_known_numbers_of_parameters():
     deeper = abstract_model("mae_hivit_base", decoder_depth=8)
     assert f"{deeper.parameter_count() / 1e6:.2f}" == "93.35"
     assert f"{abstract_model('hivit_large').parameter_count() / 1e6:.1f}" == "290.7"
 
 
-def test_cost_at_another_image_size_equals_a_larger_model():
+def test_cost_at_another_image_size_equals_that_of_a_larger_model():
     model = mini()
     larger = abstract_model("hivit_base", **MINI | dict(image_size=(96, 128)))
     # The larger model has a head for 1000 classes instead of 10.
@@ -115,8 +117,8 @@ def test_model_without_a_head_returns_pooled_features():
     assert model.macs() - headless.macs() == 64 * 10
 
 
-def test_layer_ids_of_a_masked_autoencoder():
-    """Encoder parameters have a classifier's layer ids; all others have the next id."""
+def test_layer_ids_of_a_masked_autoencoder_extend_those_of_a_classifier():
+    """The layer of all decoder parameters follows the last block of the encoder."""
     ids = abstract_model("mae_hivit_base", **MINI, **DECODER).layer_ids()
     classifier = abstract_model("hivit_base", **MINI).layer_ids()
     assert ids["encoder/merges/0/norm/scale"] == 2
@@ -204,7 +206,7 @@ SIZES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_shapes_at_other_sizes(sizes):
+def test_output_shapes_follow_from_the_sizes(sizes):
     classifier = abstract_model("hivit_base", **MINI | dict(num_classes=10) | sizes)
     autoencoder = abstract_model("mae_hivit_base", **MINI | DECODER | sizes)
     image = sizes.get("image_size", 64)
@@ -304,7 +306,7 @@ def test_images_of_another_size_are_refused(name, shape):
         model(images, **arguments)
 
 
-def test_an_image_without_a_batch_axis():
+def test_image_without_a_batch_axis_is_refused():
     model = abstract_model("hivit_base", **DEFAULTS["hivit_base"])
     message = r"images are \(64, 64, 3\); expected a batch, \(B, 64, 64, 3\)"
     with pytest.raises(ConfigError, match=message):

@@ -129,7 +129,7 @@ def test_key_mask_hides_units():
 
 @pytest.mark.slow
 def test_sample_without_visible_units_has_uniform_attention():
-    """If `key_mask` hides all units of a sample, its attention is uniform, not NaN."""
+    """The attention of a sample whose units are all hidden is uniform, not NaN."""
     assert np.isfinite(runs_with_key_mask()[1]).all()
     attention = mini().encoder.stages[-1][0].attn
     x = random_array((2, 16, 64), "tokens")

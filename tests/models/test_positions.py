@@ -71,7 +71,7 @@ def test_merge_order_equals_repeated_merging(inner):
     assert_array_equal(positions.merge_order(inner), cells.reshape(-1))
 
 
-def test_merge_order_of_four_cells():
+def test_merge_order_of_four_cells_is_column_by_column():
     assert positions.merge_order(2).tolist() == [0, 2, 1, 3]
 
 

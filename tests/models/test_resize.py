@@ -62,8 +62,8 @@ def test_resized_constants_stay_constant():
 
 
 # PyTorch's cubic filter (a = -0.75) reproduces a ramp at samples and halfway between
-# them. Elsewhere it deviates by up to 4.9 % of a step on each axis; a filter with
-# a = -0.5 would not deviate.
+# two samples. Elsewhere the result deviates by up to 4.9 % of a step on each axis. With
+# a = -0.5, no result would deviate.
 @pytest.mark.parametrize(("new", "deviation"), [((4, 6), 0), ((16, 18), 0.049)])
 def test_resized_ramps_stay_ramps_inside(new, deviation):
     def ramp(grid):
@@ -77,7 +77,7 @@ def test_resized_ramps_stay_ramps_inside(new, deviation):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_the_same_size_keeps_every_byte(dtype):
+def test_resizing_to_an_equal_size_keeps_every_byte(dtype):
     table = np.asarray(number_map((7, 9), 2).reshape(-1, 2), dtype)
     kernel = np.asarray(number_map((4 * 4 * 3, 8))[..., 0], dtype)
     for before, after in (

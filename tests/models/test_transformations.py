@@ -184,7 +184,7 @@ def test_derivatives_of_layer_norm_equal_plain_jax(dtype):
                 assert_allclose(np.float32(a), np.float32(b), **tolerance)
 
 
-def test_layer_norm_saves_its_input_and_vectors():
+def test_layer_norm_saves_only_its_input_and_vectors():
     x, scale = jnp.ones((64, 32)), jnp.ones(32)
     _, backward = jax.vjp(lambda *a: layer_norm(*a, 1e-6, x.dtype), x, scale, scale)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(backward))
@@ -233,7 +233,7 @@ def test_models_need_no_implicit_rank_promotion(name, overrides):
 def test_nnx_optimizer_trains_only_parameters(name, overrides, optimizer):
     """An `nnx.Optimizer` of `nnx.Param` changes no fixed tables or running statistics.
 
-    These stay bit-identical with any weight decay. An optimizer of every `nnx.Variable`
+    Both stay bit-identical with any weight decay. An optimizer of every `nnx.Variable`
     would decay them, although their gradients are 0.
     """
     graphdef, state = split_mini(name, **overrides)

@@ -1,4 +1,4 @@
-"""Tests of plain ViT: sizes, layers, initialization, options shared with HiViT."""
+"""Tests of plain ViT: sizes, layers, weight decay, maps, errors, initialization."""
 
 import jax.numpy as jnp
 import mini_runs

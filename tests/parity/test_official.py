@@ -36,15 +36,15 @@ MINI_MAES = ["mae_mini", "mae_mini_rpe", "mae_mini_nohifeat", "mae_mini_nohifeat
 def official_stages(model, images, ids_keep=None):
     """Return the intermediate arrays that the golden data contain, in their layout."""
     encoder, stages = model.encoder, {}
-    units, inner = images.shape[0], encoder.config.inner_patches
+    batch_size, inner = images.shape[0], encoder.config.inner_patches
     num_kept = (
         encoder.absolute_pos_embed.shape[0] if ids_keep is None else ids_keep.shape[1]
     )
 
     def record(name, x, inner):
-        count = len(x) // (units * inner * inner)
+        count = len(x) // (batch_size * inner * inner)
         cells = tokens_to_map(x, (count, 1), inner)  # units stacked in one column
-        stages[name] = cells.reshape(units, count, inner, inner, -1)
+        stages[name] = cells.reshape(batch_size, count, inner, inner, -1)
 
     patches = patchify(images, encoder.config.patch_size)
     # The official code embeds all units and drops the masked ones after that.
@@ -65,7 +65,7 @@ def official_stages(model, images, ids_keep=None):
         record(f"stage{number}", x, inner)
         x, inner = merge(x), inner // 2
         record(f"merge{number}", x, inner)
-    x = x.reshape(units, num_kept, -1) + position
+    x = x.reshape(batch_size, num_kept, -1) + position
     stages["pos_added"] = x
     ids = jnp.arange(num_kept) if ids_keep is None else ids_keep
     index = relative_position_index(ids, encoder.grid)
@@ -103,7 +103,7 @@ def check_stages(stages, arrays):
     "size",
     ["tiny", *(pytest.param(s, marks=pytest.mark.extras) for s in ("small", "base"))],
 )
-def test_classifier_logits_and_stages(size):
+def test_classifier_reproduces_official_logits_and_stages(size):
     model, _ = reference.build_fixture(f"cls_{size}")
     arrays = golden(f"cls_{size}")
     images = jnp.asarray(reference.images("cls224", 2, 224))
@@ -120,7 +120,7 @@ def test_classifier_logits_and_stages(size):
 
 
 @pytest.mark.slow
-def test_mmpretrain_classifier():
+def test_classifier_reproduces_the_logits_of_mmpretrain():
     state = reference.state_dict("mmpretrain_tiny")
     model, _ = reference.build("hivit_tiny", state, fc_norm=False, layer_norm_eps=1e-5)
     logits = nnx.jit(model)(jnp.asarray(reference.images("cls224", 2, 224)))
@@ -129,7 +129,7 @@ def test_mmpretrain_classifier():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", MINI_MAES)
-def test_mini_mae_outputs_and_all_gradients(fixture):
+def test_mini_mae_reproduces_official_outputs_and_gradients(fixture):
     model, params = reference.build_fixture(fixture)
     arrays, facts = golden(fixture), FIXTURES[fixture]
     images = jnp.asarray(reference.images("mini64", 3, 64))
@@ -154,7 +154,7 @@ def test_mini_mae_outputs_and_all_gradients(fixture):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_base_mae():
+def test_base_mae_reproduces_official_outputs_and_gradients():
     model, params = reference.build_fixture("mae_base")
     arrays, facts = golden("mae_base"), FIXTURES["mae_base"]
     images = jnp.asarray(reference.images("mae224", 2, 224))
@@ -182,7 +182,7 @@ def test_base_mae():
 
 
 @pytest.mark.slow
-def test_layer_norm_eps_everywhere():
+def test_every_layer_norm_has_the_official_eps():
     """With low-variance weights, eps=1e-5 in a single norm changes outputs by 1e-3."""
     arrays, parts = golden("lowvar_eps"), FIXTURES["lowvar_eps"]["shrunk_suffixes"]
     images = jnp.asarray(reference.images("mini64", 3, 64))
@@ -209,7 +209,7 @@ def test_layer_norm_eps_everywhere():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_loss_of_a_given_prediction(norm_pix_loss):
+def test_loss_of_a_given_prediction_equals_the_official_loss(norm_pix_loss):
     model, _ = reference.build_fixture("mae_mini")
     model.encoder.config = replace(model.config, norm_pix_loss=norm_pix_loss)
     images = jnp.asarray(reference.images("mini64", 3, 64))
@@ -225,7 +225,7 @@ def test_loss_of_a_given_prediction(norm_pix_loss):
 
 
 @pytest.mark.slow
-def test_features_with_relative_positions():
+def test_features_with_relative_positions_equal_the_official_ones():
     model, _ = reference.build_fixture("features_mini_rpe")
     arrays = golden("features_mini_rpe")
     images = jnp.asarray(reference.images("mini64", 3, 64))
@@ -252,7 +252,7 @@ def test_features_with_relative_positions():
 
 
 @pytest.mark.slow
-def test_mini_classifier_gradients():
+def test_mini_classifier_reproduces_official_gradients():
     model, params = reference.build_fixture("features_mini_rpe")
     arrays = golden("cls_mini_grad")
     images = jnp.asarray(reference.images("mini64", 3, 64))

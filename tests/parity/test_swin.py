@@ -49,7 +49,7 @@ def check_tokens(model, images, arrays, atol):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", MINIS)
-def test_mini_classifier_outputs_and_all_gradients(fixture):
+def test_mini_classifier_reproduces_official_outputs_and_gradients(fixture):
     model, loss, logits, gradients = run_classifier(fixture)
     arrays = golden(fixture)
     close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
@@ -59,7 +59,7 @@ def test_mini_classifier_outputs_and_all_gradients(fixture):
 
 
 @pytest.mark.slow
-def test_padded_windows_and_odd_grids():
+def test_padded_windows_and_odd_grids_reproduce_official_features():
     """Padding precedes the shift, and keys of padding are attended to."""
     state, arrays = swin.state_dict("swin_mini_pad"), golden("swin_mini_pad")
     norms = {name: state.pop(name) for name in [*state] if name.startswith("norm")}
@@ -75,7 +75,7 @@ def test_padded_windows_and_odd_grids():
 
 
 @pytest.mark.slow
-def test_layer_norm_eps():
+def test_every_layer_norm_has_the_official_eps():
     """With these weights, eps=1e-6 in a single norm changes logits by 0.3."""
     parts = FIXTURES["swin_lowvar_eps"]["shrunk"]
     state = shrink(swin.state_dict("swin_mini"), parts)
@@ -98,7 +98,7 @@ def run_simmim(fixture, state=None):
 
 
 @pytest.mark.slow
-def test_mini_simmim_outputs_and_all_gradients():
+def test_mini_simmim_reproduces_official_outputs_and_gradients():
     model, losses, out, gradients = run_simmim("simmim_mini")
     arrays = golden("simmim_mini")
     close(losses, [FIXTURES["simmim_mini"]["loss_f64"]] * 2, 1e-6)
@@ -116,7 +116,7 @@ def test_mini_simmim_outputs_and_all_gradients():
 
 @pytest.mark.parametrize("case", FIXTURES["simmim_masks"]["cases"])
 def test_masks_equal_the_official_ones(case):
-    """The cells with the lowest noise are masked; their number is rounded up."""
+    """The cells with the lowest noise are masked; the number of cells is rounded up."""
     facts = FIXTURES["simmim_masks"]["cases"][case]
     size, cell, patch, ratio = map(float, case.split("_"))
     cells, side = facts["cells"], int(size // cell)
@@ -166,7 +166,7 @@ def shapes_of(fixture):
 @pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["swin_tiny_cls", "swin_small_cls"])
-def test_tiny_and_small_logits(fixture):
+def test_tiny_and_small_classifiers_reproduce_official_logits(fixture):
     model, _ = swin.build(fixture, swin.state_dict(fixture, shapes_of(fixture)))
     logits = nnx.jit(model)(swin.fixture_images(fixture))
     close(logits, golden(fixture)["logits"], 2e-5)
@@ -174,7 +174,7 @@ def test_tiny_and_small_logits(fixture):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_base_classifier():
+def test_base_classifier_reproduces_official_outputs_and_gradients():
     state = swin.state_dict("swin_base_cls", shapes_of("swin_base_cls"))
     _, loss, logits, gradients = run_classifier("swin_base_cls", state)
     close(loss, FIXTURES["swin_base_cls"]["loss_f64"], 1e-6)
@@ -184,7 +184,7 @@ def test_base_classifier():
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_base_simmim():
+def test_base_simmim_reproduces_official_outputs_and_gradients():
     state = swin.state_dict("simmim_swin_base", shapes_of("simmim_swin_base"))
     model, losses, out, gradients = run_simmim("simmim_swin_base", state)
     close(losses, [FIXTURES["simmim_swin_base"]["loss_f64"]] * 2, 1e-6)

@@ -31,6 +31,7 @@ TRAJECTORIES = {
         dict(schedule="cosine_from_start"),
     ),
 }
+# Prefix of the arrays -> section of the golden facts, where the names differ.
 SECTIONS = {"ft": "finetune"}
 
 
@@ -52,7 +53,7 @@ def options_of(facts, **keys):
     )
 
 
-def loss_and_params(fixture, helper):
+def training_setup(fixture, helper):
     """Return model, loss function, parameters, and converter to official names."""
     model, _ = helper.build(fixture)
     graphdef, params, tables = split_state(model)
@@ -82,11 +83,11 @@ def loss_and_params(fixture, helper):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", TRAJECTORIES)
 def test_eight_steps_equal_the_official_ones(recipe):
-    """The test compares losses, gradient norms, learning rates and final parameters."""
+    """Losses, gradient norms, learning rates and final parameters are equal."""
     name, prefix, helper, keys = TRAJECTORIES[recipe]
     arrays = reference.golden(name)
     facts = helper.FIXTURES[name][SECTIONS.get(prefix, prefix)]
-    model, loss_fn, params, official = loss_and_params(facts["fixture"], helper)
+    model, loss_fn, params, official = training_setup(facts["fixture"], helper)
     options, task = (
         options_of(facts, **keys),
         inputs.task_of_recipe(mini_runs.recipe(recipe)),
@@ -131,7 +132,7 @@ def test_eight_steps_equal_the_official_ones(recipe):
     ],
 )
 def test_schedules_equal_the_official_ones(recipe, title, steps_late):
-    """The test compares the learning rate at the first step of each epoch.
+    """The learning rates at the first step of each epoch are equal.
 
     The official multistep schedule changes one step after its milestones.
     """

@@ -21,7 +21,7 @@ from hivit_jax.tree import named_leaves, split_state
 
 @pytest.fixture(scope="module")
 def names():
-    """Names of the parameters of HiViT-T."""
+    """Return the names of the parameters of HiViT-T."""
     return [*named_leaves(split_state(networks.abstract_model("hivit_tiny"))[1])]
 
 
@@ -73,8 +73,8 @@ LAYERS = {"a": 0, "b/bias": 1, "b/kernel": 2}
 
 
 @pytest.mark.slow
-def test_other_parameters_are_trained_as_before():
-    """Moments, weight decay and layer decay of other parameters stay bit-identical."""
+def test_freezing_does_not_change_the_updates_of_other_parameters():
+    """Updates with weight decay and layer decay stay bit-identical."""
     options = mini_runs.mae().optimizer.copy_and_resolve_references()
     options.unlock()
     options.layer_decay = 0.5
@@ -97,7 +97,10 @@ def test_other_parameters_are_trained_as_before():
 
 @pytest.mark.slow
 def test_frozen_parameters_keep_every_bit():
-    """The averages keep every bit too. One value is -0.0, another is denormal."""
+    """Averages of frozen parameters keep every bit too.
+
+    One value is -0.0, another is denormal.
+    """
     task, frozen = networks.SquareTask(), {"kernel"}
     optimizer = freeze_updates(optax.adamw(0.1, weight_decay=0.5), frozen)
     graphdef = split_state(task.build_model())[0]
@@ -125,7 +128,7 @@ def test_frozen_parameters_keep_every_bit():
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
 def test_run_with_frozen_stages_resumes_bit_identically(tmp_path, capsys):
-    """In the run, all parameters change except the frozen ones."""
+    """All parameters except the frozen ones change, and only these have moments."""
     config = mini_runs.classifier(
         total_steps=2,
         checkpoint_every=1,

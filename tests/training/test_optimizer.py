@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 def test_ten_steps_equal_the_official_adamw(
     first_moment, loss_tolerance, parameter_tolerance
 ):
-    """The test compares losses and final parameters."""
+    """Losses and final parameters are equal for both dtypes of the first moment."""
     arrays, facts = (
         reference.golden("adamw_traj"),
         reference.FIXTURES["adamw_traj"],

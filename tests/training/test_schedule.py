@@ -12,8 +12,6 @@ from hivit_jax import config as configs
 from hivit_jax.training.schedule import peak_learning_rate
 
 OFFICIAL = json.loads((reference.GOLDEN / "lr_schedules.json").read_text())
-
-
 STEPS_PER_EPOCH = 1000
 
 
@@ -31,7 +29,7 @@ def recipe_schedule(recipe, *overrides, per_epoch=STEPS_PER_EPOCH):
         ("finetune", "finetune_blr5e-4_bs1024"),
     ],
 )
-def test_pretraining_and_finetuning(recipe, official_run):
+def test_pretraining_and_finetuning_follow_the_official_cosine(recipe, official_run):
     """The default schedule equals the official formula at each epoch.
 
     With first_epoch=1, step 0 is at epoch 1, as in the official training loop.
@@ -54,7 +52,8 @@ def test_pretraining_and_finetuning(recipe, official_run):
 
 
 @pytest.mark.parametrize("recipe", ["supervised:tiny", "supervised"])
-def test_training_from_scratch(recipe):
+def test_supervised_training_follows_the_official_cosine_on_request(recipe):
+    """By default, the cosine starts at the end of the warmup and does not jump."""
     fact = OFFICIAL["supervised_bs1024"]
     per_epoch = fact["n_iter_per_epoch"]
     from_start = "optimizer.schedule=cosine_from_start"
@@ -81,7 +80,7 @@ def test_training_from_scratch(recipe):
     assert default(np.int32(300 * per_epoch)) == pytest.approx(1e-5)
 
 
-def test_run_shorter_than_its_warmup():
+def test_run_shorter_than_its_warmup_only_warms_up():
     schedule = recipe_schedule("mae_base", "total_epochs=20")
     assert schedule(np.int32(10 * STEPS_PER_EPOCH)) == pytest.approx(0.8e-3)
     assert schedule(np.int32(20 * STEPS_PER_EPOCH - 1)) == pytest.approx(
@@ -117,18 +116,18 @@ def rates(**values):
 WARMUP = [0.05, 0.1625, 0.275, 0.3875]
 
 
-def test_constant():
+def test_constant_schedule_stays_at_the_peak():
     assert_allclose(rates(schedule="constant"), WARMUP + 37 * [0.5], rtol=1e-6)
 
 
-def test_multistep():
+def test_multistep_schedule_equals_torch():
     """Rates equal torch's MultiStepLR(milestones=[1, 2], gamma=0.2) after warmup."""
     actual = rates(schedule="multistep", milestones=(1, 2), gamma=0.2)
     expected = WARMUP + 6 * [0.5] + 10 * [0.1] + 21 * [0.02]
     assert_allclose(actual, expected, rtol=1e-6)
 
 
-def test_polynomial():
+def test_polynomial_schedule_equals_mmcv():
     """Rates equal mmcv's PolyLrUpdaterHook(power=2, min_lr=0.02) with linear warmup.
 
     The warmup has warmup_iters=4 and warmup_ratio=0.1.
@@ -140,8 +139,7 @@ def test_polynomial():
         assert rate == pytest.approx(regular * (1 - k), rel=1e-6)
 
 
-def test_first_epoch_of_other_schedules():
-    """first_epoch=1 shifts each schedule by one epoch."""
+def test_first_epoch_1_shifts_other_schedules_by_one_epoch():
     schedules = {
         "multistep": dict(milestones=(1, 2.5)),
         "polynomial": dict(power=1),
@@ -157,6 +155,6 @@ def test_first_epoch_of_other_schedules():
 
 
 @pytest.mark.parametrize(("lr_batch", "peak"), [(256, 0.2), (512, 0.1), (0, 0.1)])
-def test_peak(lr_batch, peak):
+def test_peak_is_proportional_to_batch_size_over_lr_batch(lr_batch, peak):
     config = mini_config(base_learning_rate=0.1, lr_batch=lr_batch)
     assert peak_learning_rate(config.optimizer, 512) == pytest.approx(peak)

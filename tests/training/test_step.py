@@ -14,11 +14,8 @@ from hivit_jax.training.step import make_init, make_train_step
 from hivit_jax.tree import split_state
 
 
-def overflowing_state(start):
-    """Return an optimizer with zero updates.
-
-    Each step multiplies the optimizer state by 10, until the state overflows.
-    """
+def optimizer_with_growing_state(start):
+    """Return an optimizer with zero updates, whose state grows tenfold in each step."""
 
     def update(updates, state, params=None):
         return jax.tree.map(jnp.zeros_like, updates), state * 10
@@ -50,7 +47,7 @@ OPTIMIZERS = {
     "weight decay overflows": optax.chain(
         optax.add_decayed_weights(3e38), optax.scale(-9.0)
     ),
-    "optimizer state": overflowing_state(1e38),
+    "optimizer state": optimizer_with_growing_state(1e38),
     "moments": optax.scale_by_adam(b1=float("inf")),
 }
 
@@ -87,7 +84,7 @@ def test_finite_steps_change_the_state():
     assert not np.array_equal(state["ema"]["kernel"], before["params"]["kernel"])
 
 
-def test_step_with_a_non_finite_loss_is_skipped():
+def test_step_with_a_non_finite_loss_is_not_counted():
     state, step = make_state_and_step(optax.adam(0.1))
     state, values = step(state, {}, make_batch(1e30), np.int32(0))
     assert not values["finite"]

@@ -30,16 +30,16 @@ from hivit_jax.weights.load import load_pretrained, read
 _, STATE = state_files.random_state_dict("mae_hivit_base")
 
 
-def to_bytes(state, dtype="F32", about=None, shift=0):
+def to_bytes(state, dtype="F32", metadata=None, shift=0):
     """Return the bytes of a safetensors file.
 
     Args:
-      about: content of the metadata "hivit_jax"; None: no metadata.
-      shift: number of bytes by which each array but the first starts too early.
+      metadata: text of the metadata entry "hivit_jax"; None: no metadata.
+      shift: number of bytes by which each array except the first starts too early.
     """
     header, start = {}, 0
-    if about is not None:
-        header["__metadata__"] = {"hivit_jax": about}
+    if metadata is not None:
+        header["__metadata__"] = {"hivit_jax": metadata}
     blob = b""
     for name, array in state.items():
         data = array.tobytes()
@@ -129,23 +129,23 @@ SAFETENSORS = {
         "grid of 3 units is not square",
     ),
     "metadata is not JSON": (
-        to_bytes(STATE, about="{"),
+        to_bytes(STATE, metadata="{"),
         "expected a JSON object as metadata",
     ),
     "metadata is a list": (
-        to_bytes(STATE, about="[1]"),
+        to_bytes(STATE, metadata="[1]"),
         "expected a JSON object as metadata",
     ),
     "metadata has an unknown network": (
-        to_bytes(STATE, about='{"arguments": {"name": "resnet50"}}'),
+        to_bytes(STATE, metadata='{"arguments": {"name": "resnet50"}}'),
         "invalid model arguments: unknown model name 'resnet50'",
     ),
     "metadata has an unknown setting": (
-        to_bytes(STATE, about='{"arguments": {"name": "hivit_base", "width": 3}}'),
+        to_bytes(STATE, metadata='{"arguments": {"name": "hivit_base", "width": 3}}'),
         "invalid model arguments: unknown override",
     ),
     "metadata has another size": (
-        to_bytes(STATE, about='{"arguments": {"name": "mae_hivit_base"}}'),
+        to_bytes(STATE, metadata='{"arguments": {"name": "mae_hivit_base"}}'),
         r"'decoder_blocks.0.attn.proj.bias' has shape \[8\]; expected \[512\]",
     ),
 }
@@ -214,7 +214,7 @@ OTHER_KINDS = {
     "an xz archive": lzma.compress(b"weights"),
     "a tar archive": b"model.pth".ljust(257, b"\0") + b"ustar\x0000" + bytes(2000),
     "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(99),
-    "a numpy array": b"\x93NUMPY\1\0v\0{'descr': '<f4'}",
+    "a NumPy array": b"\x93NUMPY\1\0v\0{'descr': '<f4'}",
     "a JSON file": b'{"message": "Not Found", "status": "404"}',
     "a file of zeros": bytes(4096),
     "a text file": b"Repository not found\n",

@@ -128,8 +128,8 @@ def test_state_dicts_in_safetensors_load_exactly(kind, tmp_path):
 def test_classifier_loads_the_encoder_of_an_mmpretrain_file(tmp_path, capsys):
     """The decoder of the file is ignored.
 
-    MMPretrain's decoder is not supported, because it treats the first visible unit as a
-    class token.
+    MMPretrain's decoder is not supported, because MMPretrain treats the first visible
+    unit as a class token.
     """
     state = KINDS["official_mae"][1]["model"]
     named = {}
@@ -189,7 +189,7 @@ def test_official_file_gives_the_official_outputs(fixture, tmp_path):
 def test_another_name_keeps_custom_sizes():
     """Loading a model under another name keeps its run options and custom sizes.
 
-    Sizes that are the defaults of the saved name become those of the new name.
+    Sizes that are defaults of the saved name change to the defaults of the new name.
     """
     saved = arguments_of(
         abstract_model("hivit_base_24", image_size=64, dtype="bfloat16")

@@ -90,7 +90,7 @@ def test_saved_model_loads_with_equal_arguments_and_values(name, tmp_path):
 
 
 @pytest.mark.parametrize(("scale", "divisor"), [(1 / 255, "255"), (1 / 65535, "65535")])
-def test_card_states_the_divisor_of_pixels(scale, divisor):
+def test_card_contains_the_divisor_of_pixels(scale, divisor):
     """The divisor is 255 for 8 bits and 65535 for 16 bits."""
     model = abstract_model("hivit_base", num_classes=2)
     model.info = replace(model.info, scale=scale, multi_label=True)
@@ -108,7 +108,7 @@ def test_card_states_the_divisor_of_pixels(scale, divisor):
         (None, "- code: hivit_jax {}\n"),
     ],
 )  # fmt: skip
-def test_card_names_the_project(urls, line, monkeypatch):
+def test_card_contains_version_and_address_of_the_project(urls, line, monkeypatch):
     """The model card contains version and address of the package's metadata, if any."""
 
     def read(name):
@@ -127,7 +127,7 @@ def test_card_names_the_project(urls, line, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
-def test_code_of_the_card_runs(name, tmp_path, monkeypatch, capsys):
+def test_code_in_the_card_runs(name, tmp_path, monkeypatch, capsys):
     """The model card's code runs in the saved directory.
 
     A classifier's code prints the name of the predicted class.
@@ -154,8 +154,8 @@ def test_code_of_the_card_runs(name, tmp_path, monkeypatch, capsys):
 def test_info_is_saved_in_every_file(file, tmp_path):
     """A model that is loaded with another number of classes has no class names.
 
-    Only the file config.json of a directory can be missing, because the weight files
-    contain the same info.
+    A directory without config.json loads with the same info, because the weight files
+    contain the info too.
     """
     model = mini("hivit_base", num_classes=2)
     facts = dict(class_names=("cat", "dog"), crop=0.9, mean=(0.1, 0.2, 0.3))

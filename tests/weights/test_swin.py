@@ -42,6 +42,7 @@ def with_buffers(fixture):
 
 
 def check_params(pretrained, expected):
+    """Check that the parameters are bit-identical to the expected arrays."""
     assert pretrained.params.keys() == expected.keys()
     for name, array in pretrained.params.items():
         assert array.tobytes() == expected[name].tobytes(), name
@@ -195,13 +196,16 @@ def test_transformers_vit_mae_loads_bit_identically(tmp_path):
     check_params(pretrained, named_leaves(from_official(state, model)))
 
 
-def test_inspect_and_errors(tmp_path, capsys):
+def test_inspect_prints_the_guessed_image_size(tmp_path, capsys):
     state, _ = with_buffers("swin_mini")
     path = str(write(tmp_path / "swin.pth", state))
     assert convert.main(["--inspect", path]) == 0
     out = capsys.readouterr().out
     assert "parameter names: official code or timm" in out
     assert "guessed: image_size 64, the size of the shift masks" in out
+
+
+def test_transformers_file_without_a_key_projection_is_refused(tmp_path):
     named = foreign.transformers_state(swin.state_dict("swin_mini"), "swin")
     del named["swin.encoder.layers.0.blocks.0.attention.self.key.weight"]
     path = foreign.write_directory(tmp_path / "hf", named, {"model_type": "swin"})

@@ -1,6 +1,6 @@
 """Tests of reading files of ``torch.save`` without PyTorch and without running code.
 
-Every class and function that a file names is inert. Dense tensors and numpy arrays of
+Every class and function that a file names is inert. Dense tensors and NumPy arrays of
 numbers are read. Sparse, quantized, conjugated and big-endian tensors are refused, and
 so are inconsistent files.
 """
@@ -202,7 +202,7 @@ def test_tensors_that_are_not_dense_are_refused(name, tmp_path):
 
 @FORMATS
 def test_damaged_files_are_refused(legacy, tmp_path):
-    """All truncated files are refused, and changed numbers if there are checksums."""
+    """Truncated files are refused, and so are changed numbers in zip archives."""
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth", legacy)
     content = path.read_bytes()
     for length in (*range(0, len(content) - 1, 97), len(content) - 1):
@@ -217,6 +217,7 @@ def test_damaged_files_are_refused(legacy, tmp_path):
 
 
 def test_archives_of_other_programs_are_refused(tmp_path):
+    """Archives of PyTorch are read even if all checksums are 0."""
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth")
     content = bytearray(path.read_bytes())
     for header, offset in ((b"PK\3\4", 14), (b"PK\1\2", 16)):

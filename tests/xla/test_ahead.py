@@ -15,10 +15,7 @@ from hivit_jax.xla.compile import compile_step
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
-
 HALF = "(0.5,0.5,0.5)"
-
-
 COLOR = dict(model__in_channels=3, data__mean=HALF, data__std=HALF)
 
 
@@ -47,14 +44,14 @@ def test_batches_have_the_compiled_shapes(source, overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
 def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
-    """The bytes are equal for two batch sizes; bytes of activations would grow."""
+    """Two batch sizes give equal numbers of bytes; activations would need more."""
     collectives = []
     for size in (64, 256):
         config = mini_runs.mae(batch_size=size, model__depths="(1,1,1)")
         config.mesh.data, config.mesh.fsdp = 8 // fsdp, fsdp
         config.optimizer.accumulate_steps = parts
-        devices = sharding.make_mesh(config.mesh, size, parts)
-        training = compile_ahead.prepare_training(config, devices)
+        mesh = sharding.make_mesh(config.mesh, size, parts)
+        training = compile_ahead.prepare_training(config, mesh)
         hlo = compile_step(training).as_text()
         collectives.append(cost.collectives(hlo))
     assert collectives[0] == collectives[1]

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 @pytest.mark.parametrize("start_size", [8, 39, 64])
 @pytest.mark.parametrize("limit", [40, 100])
 def test_search_finds_almost_the_largest_batch(monkeypatch, start_size, limit):
-    """The result is exact to an eighth, and no size is tried twice."""
+    """The result is at most an eighth too small, and no size is tried twice."""
     tried = []
 
     def report(config, devices, topology):

@@ -40,7 +40,7 @@ def test_device_name_determines_the_chip(kind, name):
     assert chips.chip_of(kind) == (name and chips.CHIPS[name])
 
 
-def test_peak_of_a_device_is_its_part_of_a_chip():
+def test_peak_of_a_device_is_its_fraction_of_the_chip():
     """A TPU7x chip consists of two devices, a v5e of one."""
     assert chips.peak_flops("TPU7x") == 2307e12 / 2
     assert chips.peak_flops("TPU v5 lite") == 197e12

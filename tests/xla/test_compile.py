@@ -1,4 +1,4 @@
-"""Tests of the cache of compiled programs, and of the lines about compilations."""
+"""Tests of the cache of compiled programs, and of the log lines of compilations."""
 
 import re
 
@@ -37,8 +37,8 @@ def test_programs_are_cached_in_the_workdir(
         jax.config.update(name, before)
 
 
-def test_announce(capsys):
-    """The first call with each combination of shapes logs two lines."""
+def test_first_call_with_each_combination_of_shapes_is_logged(capsys):
+    """The two lines contain the start and the duration of the compilation."""
     double = announce(jax.jit(lambda values: 2 * values["x"]), "the doubling")
     lines = []
     for size in (3, 3, 4, 3):

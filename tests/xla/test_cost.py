@@ -78,15 +78,15 @@ def test_all_gather_counts_the_bytes_of_its_result():
 )
 def test_collective_counts_the_larger_of_operand_and_result(operation, kind, mebibytes):
     """The operand is the larger array and has 2 MiB."""
-    devices = data_mesh()
+    mesh = data_mesh()
     function = jax.shard_map(
         operation,
-        mesh=devices,
+        mesh=mesh,
         in_specs=PartitionSpec(),
         out_specs=PartitionSpec("data"),
         check_vma=False,
     )
-    hlo = compile_to_hlo(function, devices, ((1024, 512), ()), out=("data",))
+    hlo = compile_to_hlo(function, mesh, ((1024, 512), ()), out=("data",))
     expected = {"kind": kind, "count": 1, "bytes_per_step": mebibytes * MIB}
     assert cost.collectives(hlo) == [expected]
 
@@ -104,8 +104,8 @@ def test_collectives_in_loops_count_every_iteration():
 
 
 def test_flops_of_a_kernel_count_devices_grid_and_inner_loops():
-    """loops=False ignores the iterations of loops, except of loops inside kernels."""
-    devices = data_mesh()
+    """With loops=False, iterations count only for loops inside kernels."""
+    mesh = data_mesh()
 
     def kernel(x, y):
         y[...] = jax.lax.fori_loop(0, 3, lambda _, y: y @ x[...], x[...])
@@ -118,14 +118,14 @@ def test_flops_of_a_kernel_count_devices_grid_and_inner_loops():
 
     spec = PartitionSpec("data")
     run = jax.shard_map(
-        call_kernel, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False
+        call_kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
     )
     jaxpr = jax.make_jaxpr(run)(jnp.ones((8 * 64, 16))).jaxpr
     flops = cost.matmul_flops_by_region(jaxpr, loops=False)
     assert flops == {"stem1": 8 * 4 * 3 * 2 * 16**3}
 
 
-def test_a_collective_in_several_kernels_counts_once():
+def test_collective_in_several_kernels_counts_once():
     hlo = """\
 %a (p: f32[32]) -> f32[256] {
   %p = f32[32]{0} parameter(0)
@@ -182,7 +182,7 @@ def test_memory_counts_aliased_outputs_once():
     }
 
 
-def test_updated_arrays_need_no_new_memory():
+def test_arrays_updated_in_place_need_no_new_memory():
     """4,096 bytes are updated in place, and a new array of 2,048 bytes is returned."""
     update = jax.jit(lambda x, y: (x + 1, 2 * y), donate_argnums=0)
     program = update.lower(jnp.zeros(1024), jnp.zeros(512)).compile()
@@ -197,7 +197,7 @@ def test_updated_arrays_need_no_new_memory():
 
 @pytest.mark.slow
 def test_flops_of_a_step_are_three_times_the_forward_pass():
-    """The test compares mae_tiny with two mask ratios."""
+    """The ratio holds for mae_tiny with two mask ratios."""
     flops, expected = [], []
     for mask_ratio in (0.5, 0.75):
         flags = [f"--config.mask_ratio={mask_ratio}", "--config.batch_size=8"]

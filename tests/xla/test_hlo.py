@@ -11,8 +11,8 @@ from hivit_jax.xla import cost
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
-# HLO text in the form of the TPU compiler. It contains tiles, memory spaces and a loop
-# without a trip count.
+# HLO text in the form of the TPU compiler, with tiles, memory spaces and a loop without
+# a trip count.
 ASYNCHRONOUS = """\
 HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
@@ -82,7 +82,7 @@ def test_start_and_done_count_once_per_loop_iteration(newer):
     }
     # The all-reduce reads and writes an array and a scalar, which is padded to a tile
     # of 512 bytes. In each of three iterations, the all-gather reads %x and the fusion
-    # %cut writes its result. The gathered array is in VMEM, so it is free. The
+    # %cut writes its result. The gathered array is free, because it is in VMEM. The
     # collective-permute reads and writes one array.
     all_reduce_bytes = 2 * (2 * 64 * 128 + 512)
     total_bytes = cost.bytes_by_region(hlo).total()
@@ -128,7 +128,7 @@ ENTRY %main (a: bf16[64,49,512], b: f32[8,1024], c: f32[512,256]) -> f32[] {
 """  # noqa: E501
 
 
-def test_bytes_of_regions():
+def test_bytes_of_regions_include_padding_and_copies():
     """Tiles pad 49 rows to 56.
 
     An operation without a region belongs to its consumer, a copy out of VMEM to its
@@ -142,7 +142,7 @@ def test_bytes_of_regions():
         "decoder attention": 56 * row + 56 * row + 4 * (8 * 1024 + 128 * 256),
         # %sum reads and writes [8, 1024].
         "exchange": 2 * 4 * 8 * 1024,
-        # %put works in place: it reads the update and two indices, and writes the
+        # %put works in place. %put reads the update and two indices, and writes the
         # update. All are scalars of 4 bytes.
         "input": 4 + 3 * 4,
         # %flat reads 56 rows and writes 50 rows without padding; %end reads these.
@@ -150,8 +150,8 @@ def test_bytes_of_regions():
     }
 
 
-def test_regions_of_a_compiled_program():
-    """The counts of a region include both passes. XLA:CPU does not pad arrays."""
+def test_counts_of_regions_include_both_passes():
+    """The test compiles a program for XLA:CPU, which does not pad arrays."""
 
     @jax.jit
     @jax.grad

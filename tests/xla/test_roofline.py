@@ -19,6 +19,6 @@ def test_slowest_resource_bounds_the_throughput():
     assert bound(1, 819e9 / 2) == ("memory", 2)
     # An all-reduce of 100 GB sends 200 GB, which takes 1 s at 200 GB/s.
     assert bound(1, 1, exchanged) == ("network", 10)
-    # Both devices of such a chip send 200 GB, for five images each.
+    # Each device of a two-device chip sends 200 GB for five images.
     two_devices = roofline.roofline(chip._replace(devices=2), 5, 1, 1, exchanged)
     assert two_devices["images_per_second_per_chip"] == 10 / 2

@@ -2,7 +2,7 @@
 
 Our parameters differ from the official parameters only in name and layout. Linear
 kernels are ``[in, out]``. The patch convolution is a Linear on the pixels of a cell.
-Attention heads have an axis of their own. The multi-scale latent has its cells in merge
+Attention heads have a separate axis. The multi-scale latent has its cells in merge
 order. The conversion permutes the latent's LayerNorm and the decoder embedding
 accordingly, so that the model does not have to permute activations.
 """
@@ -104,7 +104,7 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
         return Entry(name, lambda a: a.reshape(shape), lambda a: a[None, None])
     if leaf.endswith("_pos_embed"):
         return Entry(name, lambda a: a.reshape(shape), lambda a: a[None])
-    if parts[-2] == "qkv":  # kernel [E, 3, heads, E/heads], bias without the E
+    if parts[-2] == "qkv":  # kernel [E, 3, heads, E/heads], bias [3, heads, E/heads]
         flat = (shape[0], -1) if leaf == "kernel" else (-1,)
         return Entry(name, lambda a: a.T.reshape(shape), lambda a: a.reshape(flat).T)
     permuted = isinstance(model, MaskedAutoencoder) and config.multi_scale
@@ -120,8 +120,8 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
 def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a state dict with official names.
 
-    Names of MMPretrain's HiViT and of timm's Swin are translated. The names of ViT are
-    the same in MAE and timm. A state dict with a class token is a ViT's.
+    Names of MMPretrain's HiViT and of timm's Swin are translated. For ViT, MAE and timm
+    use equal names. A state dict with a class token belongs to a ViT.
     """
     if swin.is_swin(state):
         return swin.from_timm(state)
@@ -138,12 +138,12 @@ def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]
     """Return the names of official state dict entries that the model ignores.
 
     - The relative position index, and the shift masks of Swin: the model computes them.
-    - The norm of official masked autoencoders without multi-scale features, which they
-      store but do not apply.
-    - MMPretrain's decoder, which is not supported, because it treats HiViT's first
-      visible unit as a class token.
+    - The norm of official masked autoencoders without multi-scale features, because the
+      official code does not apply this norm.
+    - MMPretrain's decoder, which is not supported, because MMPretrain treats HiViT's
+      first visible unit as a class token.
     - The pooler of transformers' encoders, which is not part of a classifier.
-    - For a model without a decoder, the decoder and the norm of its input.
+    - For a model without a decoder, the decoder and the norm of the decoder's input.
     """
     if isinstance(model.config, SwinConfig):
         return [name for name in state if name.endswith(swin.BUFFERS)]
@@ -168,7 +168,7 @@ def from_official(
     """Convert an official or MMPretrain state dict into parameters of `model`.
 
     Args:
-      state: numpy arrays by their PyTorch names.
+      state: NumPy arrays by their PyTorch names.
       model: a built or abstract model of the same configuration.
       allow_missing: return None for parameters that the state dict does not contain.
 
@@ -215,7 +215,7 @@ def from_official(
 
 
 def to_official(params: Mapping, model: Model) -> dict[str, np.ndarray]:
-    """Convert nested parameters of `model` to numpy arrays by their official names.
+    """Convert nested parameters of `model` to NumPy arrays by their official names.
 
     The arrays are C-contiguous copies, because other programs write the memory of an
     array to a file regardless of its strides.
@@ -242,7 +242,7 @@ def to_state_dict(
       layout: one of `LAYOUTS`.
 
     Returns:
-      A dict from the name in the other program to a C-contiguous numpy array. No two
+      A dict from the name in the other program to a C-contiguous NumPy array. No two
       arrays share memory.
 
     Raises:

@@ -66,9 +66,9 @@ def to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def decoder_to_ours(
     array: np.ndarray, shape: tuple[int, ...], channels: int
 ) -> np.ndarray:
-    """Convert a weight or bias of SimMIM's decoder to ours.
+    """Convert a weight or bias of SimMIM's decoder to our layout.
 
-    The outputs of a unit are in the order [C, P, P] in SimMIM and [P, P, C] in ours.
+    The outputs for a unit have the order [C, P, P] in SimMIM and [P, P, C] here.
     """
     side = round((array.shape[0] // channels) ** 0.5)
     array = array.reshape(channels, side, side, -1)
@@ -76,7 +76,7 @@ def decoder_to_ours(
 
 
 def decoder_to_official(array: np.ndarray, channels: int) -> np.ndarray:
-    """Convert a kernel [width, P*P*C] or bias [P*P*C] of our decoder to SimMIM's."""
+    """Convert a kernel [width, P*P*C] or bias [P*P*C] to SimMIM's decoder layout."""
     side = round((array.shape[-1] // channels) ** 0.5)
     moved = array.reshape(-1, side, side, channels).transpose(3, 1, 2, 0)
     if array.ndim == 1:

@@ -60,7 +60,7 @@ def from_transformers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             raise CheckpointError(f"{name!r}: the state dict has no {missing[0]}")
         named[name] = np.concatenate([parts[part] for part in PARTS])
     if "mask_token" in named and any(name.startswith("layers.") for name in named):
-        # In SimMIM's official names, the encoder has a prefix.
+        # In SimMIM's official names, encoder entries have the prefix "encoder.".
         named = {
             name if name.startswith("decoder.") else f"encoder.{name}": array
             for name, array in named.items()

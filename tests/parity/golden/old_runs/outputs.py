@@ -1,4 +1,4 @@
-"""Outputs of a model on four made-up images."""
+"""Outputs of a model for four synthetic images."""
 
 import jax
 import numpy as np

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(task: str) -> ConfigDict:
-    """The recipe of a task, with the keys that every recipe had to contain."""
+    """Return the recipe of a task, with the keys that every recipe had to contain."""
     pretraining = task == "mae"
     config = ConfigDict()
     config.task = task

@@ -1,4 +1,4 @@
-"""Writes the files of this directory with hivit_jax before 0.1.
+"""Write the files of this directory with hivit_jax before 0.1.
 
 The docstring of test_old_runs.py contains the commands. TASK is mae, classify or
 linear_probe:
@@ -31,13 +31,13 @@ STEP = 4
 
 
 def command(task: str) -> list[str]:
-    """Recipe and overrides of a task."""
+    """Return the flags for the recipe of a task."""
     start = [] if task == "mae" else ["--config.init_from=mae/run"]
     return [f"--config={HERE / 'recipe.py'}:{task}", *start]
 
 
 def write(task: str) -> None:
-    """Interrupts a run in the working directory; writes all but TASK.jsonl."""
+    """Interrupt a run in the working directory; write all files except TASK.jsonl."""
     path, *flags = command(task)
     run = Path(task, "run")
     with contextlib.suppress(Interrupted):
@@ -58,7 +58,7 @@ def write(task: str) -> None:
 
 
 def finish(task: str) -> None:
-    """Resumes the run; writes TASK.jsonl."""
+    """Resume the run; write TASK.jsonl."""
     assert main([*command(task), f"--workdir={task}/run"]) == 0
     text = Path(task, "run", "metrics.jsonl").read_text()
     (HERE / f"{task}.jsonl").write_text(text)
