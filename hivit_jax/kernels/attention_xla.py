@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from hivit_jax.kernels import dispatch
+from hivit_jax.kernels import dispatch, target
 
 
 def dot_product_attention(
@@ -19,16 +19,20 @@ def dot_product_attention(
 ) -> jax.Array:
     """Return the attention output, [B, N, heads, head]; q, k and v have this shape too.
 
-    CPUs use `unnormalized_softmax`. GPUs use `cudnn_attention`, which saves no scores
-    for the backward pass, if q is bfloat16, the head width is a multiple of 8 up to
-    128, there is no mask, and all images share the bias. All other cases use
+    The kernel of `dispatch.long_attention` is used if it supports the arguments.
+    Otherwise CPUs use `unnormalized_softmax`. GPUs use `cudnn_attention`, which saves
+    no scores for the backward pass, if q is bfloat16, the head width is a multiple of 8
+    up to 128, there is no mask, and all images share the bias. All other cases use
     `jax.nn.dot_product_attention`.
 
     Args:
       bias, mask: see `unnormalized_softmax`.
       choice: see `dispatch.mlp`; "plain" also excludes cuDNN.
     """
-    if dispatch.platform() == "cpu":
+    out = dispatch.long_attention(q, k, v, bias, mask, choice)
+    if out is not None:
+        return out
+    if target.platform() == "cpu":
         weights, sums = unnormalized_softmax(q, k, bias, mask)
         # Normalizes the product instead of the weights, so that the backward pass sums
         # over rows of the output instead of rows of scores.
@@ -37,7 +41,7 @@ def dot_product_attention(
         return jnp.swapaxes(out, 1, 2).astype(v.dtype)
     head = q.shape[-1]
     cudnn = (
-        dispatch.platform() == "gpu"
+        target.platform() == "gpu"
         and choice != "plain"
         and (q.dtype == jnp.bfloat16 and head % 8 == 0 and head <= 128)
         and (bias is None or len(bias) == 1)

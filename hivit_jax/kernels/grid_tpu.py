@@ -70,7 +70,7 @@ def over_rows(
             scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
         ),
         out_shape=[*outputs, *core_sums],
-        compiler_params=_compiler_params(plan.interpret),
+        compiler_params=compiler_params(plan.interpret),
         cost_estimate=_cost(flops, (*rows, *outputs), (*weights, *sums_like), cores),
         interpret=plan.interpret,
         name=name,
@@ -90,17 +90,17 @@ def _blocks(block_rows, steps, arrays):
 
 
 def _whole(x):
-    """Return the spec of an array that every block reads whole."""
+    """Spec of an array that every block reads whole."""
     return pl.BlockSpec(x.shape, lambda core, step: (0,) * x.ndim)
 
 
 def _per_core(x):
-    """Return the spec of an array [cores, ...] in which each core writes one entry."""
+    """Spec of an array [cores, ...] of which each core writes its part."""
     rest = (0,) * (x.ndim - 1)
     return pl.BlockSpec((1, *x.shape[1:]), lambda core, step: (core, *rest))
 
 
-def _compiler_params(interpret: bool) -> pltpu.CompilerParams:
+def compiler_params(interpret: bool) -> pltpu.CompilerParams:
     """Return options of the TPU compiler: a VMEM limit and the order of the grid.
 
     The first axis is split over cores, and the second axis runs in order.

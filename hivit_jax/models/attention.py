@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hivit_jax.kernels import attention_xla, dispatch
+from hivit_jax.kernels import attention_xla, target
 from hivit_jax.models import positions
 from hivit_jax.models.layers import INIT, Linear
 from hivit_jax.models.positions import Grid
@@ -109,7 +109,7 @@ class Attention(nnx.Module):
     def _project_qkv(self, x):
         """Return q, k, v as one array, [B, K, C] -> [B, K, 3, heads, C/heads]."""
         rows = x.reshape(-1, x.shape[-1])
-        if dispatch.heads_are_sharded():
+        if target.heads_are_sharded():
             rows = self.qkv(rows)
         else:  # as one matrix product, for the reasons given in `RowLinear`
             kernel = self.qkv.kernel[...].reshape(x.shape[-1], -1).astype(x.dtype)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType
 
-from hivit_jax.kernels import dispatch
+from hivit_jax.kernels import dispatch, target
 from hivit_jax.models.attention import Attention
 from hivit_jax.models.config import RunOptions
 from hivit_jax.models.layers import INIT, Mlp, drop_path, drop_path_scale
@@ -222,4 +222,4 @@ def _compile_separately(x: jax.Array) -> bool:
     manual axes are excluded because XLA cannot partition a call over the other axes.
     """
     manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-    return dispatch.platform() == "cpu" and x.dtype == jnp.float32 and not manual
+    return target.platform() == "cpu" and x.dtype == jnp.float32 and not manual

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.kernels.dispatch import varying_axes
+from hivit_jax.kernels.target import varying_axes
 
 
 def count_visible_units(units: int, mask_ratio: float) -> int:

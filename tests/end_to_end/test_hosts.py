@@ -86,12 +86,13 @@ def test_one_host_evaluates_every_image(one_host):
     assert len(weights) == hosts.STEPS[1] - hosts.STEPS[0] + 2
 
 
-def test_hosts_share_batches_and_results(run, one_host):
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.extras)])
+def test_hosts_share_batches_and_results(count, run, one_host):
     """The hosts' shares concatenate to the batches of one host; results are equal."""
-    results_of_hosts = on_hosts(run, 4)
+    results_of_hosts = on_hosts(run, count)
     for key, batches in one_host[0].items():
         shares = [arrays[key] for arrays, _, _ in results_of_hosts]
-        assert {len(share) for share in shares} == {len(batches) // 4}
+        assert {len(share) for share in shares} == {len(batches) // count}
         assert_array_equal(np.concatenate(shares), batches)
     for _, values, _ in results_of_hosts:
         assert values["eval/count"] == VAL - 1

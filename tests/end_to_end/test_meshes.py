@@ -104,30 +104,15 @@ from pathlib import Path
 import hivit_jax
 loaded = {{name.split(".")[0] for name in sys.modules}}
 assert not loaded & {{*{OPTIONAL!r}, "orbax"}}, sorted(loaded)
-workdir, *flags = sys.argv[1:]
-from hivit_jax.main import main
-assert main([*flags, f"--workdir={{workdir}}/mae"]) == 0
-import mini_runs
-from hivit_jax.train import train
-train(mini_runs.classifier(), f"{{workdir}}/classifier")
+recipe, workdir, *flags = sys.argv[1:]
+if recipe == "mae":
+    from hivit_jax.main import main
+    assert main([*flags, f"--workdir={{workdir}}"]) == 0
+else:
+    import mini_runs
+    from hivit_jax.train import train
+    train(mini_runs.classifier(), workdir)
 """
-
-
-@pytest.fixture(scope="module")
-def one_device_runs(tmp_path_factory):
-    """Return a directory of two runs on one device without optional packages.
-
-    The workdirs are mae/ and classifier/.
-    """
-    directory = tmp_path_factory.mktemp("one_device")
-    missing = mini_runs.block_imports(directory / "missing", *OPTIONAL)
-    flags = mini_runs.arguments()
-    code, _, err = mini_runs.run_process(
-        *("-c", ONE_DEVICE_SCRIPT, directory, *flags),
-        PYTHONPATH=f"{missing}:{mini_runs.ROOT / 'tests' / 'helpers'}",
-    )
-    assert code == 0, err
-    return directory
 
 
 def assert_close_losses(actual, expected, steps=8):
@@ -140,13 +125,18 @@ def assert_close_losses(actual, expected, steps=8):
 @pytest.mark.parametrize(
     "name", ["mae", pytest.param("classifier", marks=pytest.mark.extras)]
 )
-def test_trains_on_one_device_without_optional_packages(name, one_device_runs, trained):
+def test_trains_on_one_device_without_optional_packages(name, tmp_path, trained):
     """Losses on one device, without `OPTIONAL` packages, equal those of a mesh."""
-    run = trained(getattr(mini_runs, name), **EVERY_STEP if name == "mae" else {})
-    assert_close_losses(
-        mini_runs.logged(one_device_runs / name), mini_runs.logged(run.workdir)
+    missing = mini_runs.block_imports(tmp_path / "missing", *OPTIONAL)
+    workdir = tmp_path / "run"
+    code, _, err = mini_runs.run_process(
+        *("-c", ONE_DEVICE_SCRIPT, name, workdir, *mini_runs.arguments()),
+        PYTHONPATH=f"{missing}:{mini_runs.ROOT / 'tests' / 'helpers'}",
     )
-    assert not list((one_device_runs / name).glob("events.*"))
+    assert code == 0, err
+    run = trained(getattr(mini_runs, name), **EVERY_STEP if name == "mae" else {})
+    assert_close_losses(mini_runs.logged(workdir), mini_runs.logged(run.workdir))
+    assert not list(workdir.glob("events.*"))
 
 
 @pytest.mark.parametrize(

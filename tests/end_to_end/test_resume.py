@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-STEPS, EVERY = 120, 50
+STEPS, EVERY = 60, 25
 
 
 @pytest.fixture(scope="module")

@@ -163,6 +163,21 @@ CASES = {
 }
 
 
+def kernels_in(jaxpr):
+    """Return the names of the kernels that a jaxpr calls."""
+    names = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            names.append(eqn.params["name"])
+            continue
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            names += kernels_in(inner) if hasattr(inner, "eqns") else []
+    return names
+
+
 def output_and_gradients(function, inputs, direction):
     """Return the output and the gradients with respect to every input."""
     value, pull = jax.vjp(function, *inputs)

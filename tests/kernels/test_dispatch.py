@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from kernel_cases import (
     SPECIAL,
+    kernels_in,
     library_attention,
     main_stage_block,
     output_and_gradients,
@@ -25,7 +26,7 @@ from hivit_jax import evaluate, inputs
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.distributed import sharding
 from hivit_jax.errors import ConfigError
-from hivit_jax.kernels import dispatch, numerics
+from hivit_jax.kernels import dispatch, numerics, target
 from hivit_jax.models import create_model
 from hivit_jax.training.schedule import make_schedule
 from hivit_jax.tree import named_leaves, split, split_state
@@ -42,21 +43,6 @@ WIDE = dict(
     decoder_num_heads=4,
     relative_position=False,
 )
-
-
-def kernels_in(jaxpr):
-    """Return the names of the kernels that a jaxpr calls."""
-    names = []
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
-            names.append(eqn.params["name"])
-            continue
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            names += kernels_in(inner) if hasattr(inner, "eqns") else []
-    return names
 
 
 @pytest.fixture
@@ -105,6 +91,7 @@ def test_fused_network_equals_plain(one_device):
         assert_allclose(gradient, expected[name], rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_train_step_with_kernels_on_a_mesh_equals_plain(monkeypatch):
     """Each of two devices has half of the batch; gradients are accumulated."""
@@ -146,13 +133,13 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
     Each kernel is traced once, because the stem is too narrow for kernels and all main
     blocks call one function.
     """
-    calls, target_run = [], dispatch.Target.run
+    calls, target_run = [], target.Target.run
 
     def run(target, kernel, *arguments):
         calls.append((kernel, target.shards))
         return target_run(target, kernel, *arguments)
 
-    monkeypatch.setattr(dispatch.Target, "run", run)
+    monkeypatch.setattr(target.Target, "run", run)
     results = {}
     for choice in ("plain", "fused"):
         config = mini_runs.classifier("digits", batch_size=16)
@@ -195,7 +182,7 @@ def test_unsupported_shapes_and_backends_use_no_kernels(one_device):
 @pytest.mark.slow
 def test_gpus_run_layer_norms_as_kernels(one_device, monkeypatch):
     """The LayerNorms of all 8 branches are kernels in bfloat16, except with "plain"."""
-    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    monkeypatch.setattr(target, "platform", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: v)
     for choice, dtype, count in (
         *(("fused", "bfloat16", 8), ("auto", "bfloat16", 8)),
@@ -229,8 +216,8 @@ def on_platform(monkeypatch):
             mem_bw_bytes_per_second=819e9,
         )
         chip = SimpleNamespace(**v5e)
-        monkeypatch.setattr(dispatch.pltpu, "get_tpu_info", lambda: chip)
-        monkeypatch.setattr(dispatch, "platform", lambda: name)
+        monkeypatch.setattr(target.pltpu, "get_tpu_info", lambda: chip)
+        monkeypatch.setattr(target, "platform", lambda: name)
         if name == "gpu":  # the kernel runs on the CPU
             monkeypatch.setattr(
                 dispatch, "Plan", partial(numerics.Plan, interpret=True)
@@ -349,6 +336,30 @@ def test_block_equals_plain_jax(
         a, b = np.float32(a), np.float32(b)
         assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
     assert bool(calls) == (platform == "gpu")
+
+
+@pytest.mark.slow
+def test_gradients_of_parameters_are_summed_over_devices():
+    """Each of two devices runs the kernels of a block on half of the images."""
+    graphdef, params, inputs = main_stage_block("relative bias", 16)
+    x, direction = random_arrays((16, 15, 128), (16, 15, 128))
+    leaves, tree = jax.tree.flatten(params)
+
+    def run(choice, x, *leaves):
+        block = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+        return block(x, kernels=choice, **inputs)
+
+    with mesh_of(data=2):
+        jaxpr = jax.make_jaxpr(partial(run, "fused"))(x, *leaves).jaxpr
+        assert kernels_in(jaxpr) == [ATTENTION, MLP]
+        actual, expected = (
+            fast_jit(partial(output_and_gradients, partial(run, choice)))(
+                [x, *leaves], direction
+            )
+            for choice in ("fused", "plain")
+        )
+    for a, b in zip(actual, expected, strict=True):
+        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.slow

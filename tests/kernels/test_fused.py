@@ -30,7 +30,7 @@ from kernel_cases import (
 from networks import fast_jit
 from numpy.testing import assert_allclose
 
-from hivit_jax.kernels import attention_xla, dispatch
+from hivit_jax.kernels import attention_xla, target
 from hivit_jax.models import layers, norms
 from hivit_jax.xla.chips import GPU_OPTIONS, devices_of
 
@@ -128,7 +128,7 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, with_bias, monkeypat
     inputs = qkv + random_arrays((1, 4, tokens, tokens)) * with_bias
     expected = output_and_gradients(library, inputs, direction)
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
-    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    monkeypatch.setattr(target, "platform", lambda: "gpu")
 
     def attend(q, k, v, bias=None, *, choice):
         return attention_xla.dot_product_attention(
@@ -231,15 +231,15 @@ def test_blocks_contain_whole_tiles_or_whole_images():
     A unit is a tile of 8 rows, or the fewest images that fill whole tiles: eight images
     of 49 rows, or one image of 576 rows.
     """
-    assert dispatch.block_rows(64 * 784, 8, 1024, 2000) == 1024
-    assert dispatch.block_rows(64 * 784, 8, 1024, 1000) == 896
-    assert dispatch.block_rows(64 * 49, 8, 256, 2000) == 224
-    assert dispatch.block_rows(64 * 49, 392, 1024, 2000) == 784
-    assert dispatch.block_rows(16 * 49, 392, 1024, 2000) == 392
-    assert dispatch.block_rows(8 * 49, 392, 1024, 2000) == 392
-    assert dispatch.block_rows(64 * 576, 576, 512, 2000) == 576
-    assert dispatch.block_rows(64 * 576, 576, 512, 500) is None
-    assert dispatch.block_rows(4 * 49, 392, 512, 2000) is None
+    assert target.block_rows(64 * 784, 8, 1024, 2000) == 1024
+    assert target.block_rows(64 * 784, 8, 1024, 1000) == 896
+    assert target.block_rows(64 * 49, 8, 256, 2000) == 224
+    assert target.block_rows(64 * 49, 392, 1024, 2000) == 784
+    assert target.block_rows(16 * 49, 392, 1024, 2000) == 392
+    assert target.block_rows(8 * 49, 392, 1024, 2000) == 392
+    assert target.block_rows(64 * 576, 576, 512, 2000) == 576
+    assert target.block_rows(64 * 576, 576, 512, 500) is None
+    assert target.block_rows(4 * 49, 392, 512, 2000) is None
 
 
 def test_residuals_are_saved_if_that_is_faster():
@@ -250,10 +250,10 @@ def test_residuals_are_saved_if_that_is_faster():
     the MLPs in the two stem stages and in the main stage of HiViT-B.
     """
     for balance, saved in ((166, [False, True, True]), (240, [False, False, True])):
-        target = dispatch.Target("cpu", balance=2 * balance)
+        tpu = target.Target("cpu", balance=2 * balance)
         for (width, hidden), is_saved in zip(
             ((128, 384), (256, 768), (512, 2048)), saved, strict=True
         ):
             product = 2 * width * hidden
             sizes = 2 * product, 5 * product, product, width, 2 * hidden
-            assert target.should_keep(*sizes) == is_saved, (balance, width)
+            assert tpu.should_keep(*sizes) == is_saved, (balance, width)

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 
 import hivit_jax
 from hivit_jax.errors import ConfigError
-from hivit_jax.kernels import dispatch
+from hivit_jax.kernels import target
 from hivit_jax.tree import named_leaves, split
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
@@ -66,7 +66,7 @@ def test_scan_and_remat_change_no_value(monkeypatch, name, options):
     are computed as on a TPU, where the blocks are part of one program.
     """
     loss, gradients, params = loss_and_gradients(name, **options)
-    monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+    monkeypatch.setattr(target, "platform", lambda: "tpu")
     # remat=False is the default. This argument gives the result its own cache entry.
     expected_loss, expected, expected_params = loss_and_gradients(name, remat=False)
     mini_runs.assert_identical(params, expected_params)
@@ -99,9 +99,9 @@ def count_lines(**options):
 )
 def test_equal_blocks_are_compiled_once(monkeypatch, platform, options):
     # Lines of the program that seven more blocks of the main stage add.
-    monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+    monkeypatch.setattr(target, "platform", lambda: "tpu")
     lines_without_sharing = count_lines(depths=(1, 1, 9)) - count_lines()
-    monkeypatch.setattr(dispatch, "platform", lambda: platform)
+    monkeypatch.setattr(target, "platform", lambda: platform)
     lines = count_lines(depths=(1, 1, 9), **options) - count_lines(**options)
     assert lines < lines_without_sharing / 3  # not 0, because parameters are stacked
 

@@ -194,7 +194,7 @@ def test_layer_norm_saves_only_its_input_and_vectors():
 
 def test_forward_mode_of_fused_kernels_is_refused():
     """Fused kernels have no forward mode; the error names the option to change."""
-    from hivit_jax.kernels.dispatch import Target
+    from hivit_jax.kernels.target import Target
 
     @jax.custom_vjp
     def kernel(x, weights, plan):

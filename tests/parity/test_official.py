@@ -193,7 +193,7 @@ def test_every_layer_norm_has_the_official_eps():
     state = shrink(reference.state_dict("mae_mini"), parts)
     model, _ = reference.build("mae_hivit_base", state, **config)
     noise = jnp.asarray(reference.noise("mini64", 3, 16))
-    out = model(images, noise=noise)
+    out = nnx.jit(model)(images, noise=noise)
     close(out.loss, FIXTURES["lowvar_eps"]["loss_f64"], 2e-6)
     close(out.pred, arrays["pred"], 2e-5)
     latent = np.asarray(out.latent)[..., np.argsort(latent_order(model.config))]
@@ -204,7 +204,7 @@ def test_every_layer_norm_has_the_official_eps():
     }
     state = shrink(reference.state_dict("features_mini_rpe"), parts)
     model, _ = reference.build("hivit_base", state, **config)
-    close(model(images), arrays["cls_logits"], 2e-5)
+    close(nnx.jit(model)(images), arrays["cls_logits"], 2e-5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,213 @@
+"""Attention of many tokens as a TPU kernel, without scores in HBM.
+
+`attention_tpu` keeps the bias of all heads and the weights of a branch in VMEM, which
+limits it to about 600 tokens with a bias. This kernel computes only
+``softmax(q k' + bias) v``, for one tile of 128 lanes at a time, which contains one head
+or several narrower heads. The bias of these heads and the sum of its gradient stay in
+VMEM while a core processes all images. So HBM traffic for the bias does not depend on
+the number of images.
+
+VMEM holds the scores of a block of queries and all keys of one head. Therefore the
+softmax needs no running maximum, and the backward pass recomputes the scores from q, k,
+v and the bias, and needs no other saved array.
+
+Queries, keys and values are tiles [N, 128] of arrays [B, N, C], so that no array is
+transposed. As in `attention_tpu`, the lanes of other heads are set to 0.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from hivit_jax.kernels.attention_groups import LANES, MASKED, head_lanes
+from hivit_jax.kernels.grid_tpu import compiler_params
+from hivit_jax.kernels.numerics import F32, Plan, dot
+
+
+def flash_attention(
+    q: jax.Array, bias: jax.Array, k: jax.Array, v: jax.Array, plan: Plan
+) -> jax.Array:
+    """Return ``softmax(q k' / sqrt(head) + bias) v`` for each image and head, [B*N, C].
+
+    Args:
+      q: [B*N, C].
+      bias: added to the scores of every image, [heads, N, N] float32.
+      k, v: [B, N, C].
+      plan: `rows` is the number of queries of a block. It must divide
+        `padded_tokens(N)`.
+    """
+    tokens = plan.tokens
+    padding, none = (0, padded_tokens(tokens) - tokens), (0, 0)
+    arrays = [jnp.pad(x.reshape(k.shape), (none, padding, none)) for x in (q, k, v)]
+    # Without this bias, queries would attend to the padding.
+    bias = jnp.pad(bias, (none, none, padding), constant_values=MASKED)
+    bias = jnp.pad(bias, (none, padding, none))
+    return _attend(*arrays, bias, plan)[:, :tokens].reshape(q.shape)
+
+
+def padded_tokens(tokens: int) -> int:
+    """Return a number of tokens rounded up to a multiple of 128."""
+    return -(-tokens // LANES) * LANES
+
+
+def vmem_bytes(tokens: int, rows: int, head: int, itemsize: int) -> int:
+    """Return the bytes of VMEM for the backward pass.
+
+    Args:
+      rows: queries of a block.
+      head: width of a head.
+      itemsize: bytes of an element of q.
+    """
+    padded = padded_tokens(tokens)
+    # The bias and its gradient, with two buffers each.
+    biases = 2 * 2 * 4 * LANES // head * padded**2
+    tiles = 2 * 7 * itemsize * padded * LANES  # q, k, v and four gradients
+    sums = 2 * 4 * padded * LANES  # gradients of k and v in float32
+    scores = 6 * 4 * rows * padded
+    return biases + tiles + sums + scores
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, bias, plan):
+    """Run the forward pass: [B, N, C] -> [B, N, C], where N is a multiple of 128."""
+    head, dtype = _head(q, plan), q.dtype
+
+    def kernel(q_ref, k_ref, v_ref, bias_ref, out_ref):
+        k, v = k_ref[0], v_ref[0]
+
+        @partial(_for_each_block, q_ref, plan.rows)
+        def _(rows):
+            q = q_ref[0, rows, :]
+            out = total = jnp.ones(q.shape, F32)
+            for index, lanes in enumerate(head_lanes(head)):
+                qh = jnp.where(lanes, q, 0)
+                p = _exponentials(qh, k, bias_ref[index, rows, :], head)
+                # The merged heads are divided by the sums below, because this takes
+                # fewer divisions than normalizing the scores.
+                out = jnp.where(lanes, dot(p.astype(dtype), v), out)
+                total = jnp.where(lanes, p.sum(-1, keepdims=True), total)
+            out_ref[0, rows, :] = (out / total).astype(dtype)
+
+    return _call(kernel, plan, [q, k, v], bias, outputs=1, products=2)[0]
+
+
+def _forward(q, k, v, bias, plan):
+    return _attend(q, k, v, bias, plan), (q, k, v, bias)
+
+
+def _backward(plan, saved, gradient):
+    q, k, v, bias = saved
+    head, dtype = _head(q, plan), q.dtype
+    factor = np.float32(head**-0.5)
+
+    def kernel(q_ref, k_ref, v_ref, dout_ref, bias_ref, *refs):
+        dq_ref, dk_ref, dv_ref, dbias_ref, dk_sum, dv_sum = refs
+        k, v = k_ref[0], v_ref[0]
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            dbias_ref[...] = jnp.zeros_like(dbias_ref)
+
+        @partial(_for_each_block, q_ref, plan.rows)
+        def _(rows):
+            q, dout = q_ref[0, rows, :], dout_ref[0, rows, :]
+            dq = jnp.zeros(q.shape, F32)
+            for index, lanes in enumerate(head_lanes(head)):
+                qh, do = (jnp.where(lanes, x, 0) for x in (q, dout))
+                p = _exponentials(qh, k, bias_ref[index, rows, :], head)
+                p = p * (1 / p.sum(-1, keepdims=True))
+                dp = dot(do, v, (1, 1))
+                ds = p * (dp - (dp * p).sum(-1, keepdims=True))
+                dbias_ref[index, rows, :] += ds
+                ds, p = ds.astype(dtype), p.astype(dtype)
+                dq = jnp.where(lanes, dot(ds, k) * factor, dq)
+                dk_sum[...] += dot(ds, qh, (0, 0)) * factor
+                dv_sum[...] += dot(p, do, (0, 0))
+            dq_ref[0, rows, :] = dq.astype(dtype)
+
+        dk_ref[0] = dk_sum[...].astype(dtype)
+        dv_ref[0] = dv_sum[...].astype(dtype)
+
+    scratch = [pltpu.VMEM((q.shape[1], LANES), F32)] * 2
+    arrays = [q, k, v, gradient]
+    return _call(kernel, plan, arrays, bias, outputs=3, products=5, scratch=scratch)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _head(q, plan):
+    """Return the width of a head."""
+    return q.shape[2] // plan.heads
+
+
+def _exponentials(q, k, bias, head):
+    """Return the exponentials of the scores, [rows, N]; the largest of a row is 1."""
+    scores = dot(q, k, (1, 1)) * np.float32(head**-0.5) + bias
+    return jnp.exp(scores - scores.max(-1, keepdims=True))
+
+
+def _for_each_block(ref: jax.Array, rows: int, run: Callable) -> None:
+    """Call run(slice of rows) for each block of `rows` rows of a ref [1, N, 128]."""
+
+    def body(i, _):
+        run(pl.ds(pl.multiple_of(i * rows, rows), rows))
+
+    jax.lax.fori_loop(0, ref.shape[1] // rows, body, None)
+
+
+def _call(
+    kernel: Callable,
+    plan: Plan,
+    arrays: Sequence[jax.Array],
+    bias: jax.Array,
+    outputs: int,
+    products: int,
+    scratch: Sequence = (),
+) -> list[jax.Array]:
+    """Run a kernel for each tile of heads and, within a tile, for each image.
+
+    Args:
+      kernel: called with the refs of the arrays, of the bias, of the outputs, and of
+        scratch.
+      arrays: [B, N, C] each; a call gets [1, N, 128] of each.
+      bias: [heads, N, N]; a call gets the bias of the tile's heads.
+      outputs: number of outputs [B, N, C] in the arrays' dtype. If there are several,
+        another output follows, the gradient of the bias.
+      products: matrix products of scores, or of their gradients, in a call.
+    """
+    images, tokens, width = arrays[0].shape
+    side_by_side = LANES // _head(arrays[0], plan)
+    tile = pl.BlockSpec((1, tokens, LANES), lambda tile, image: (image, 0, tile))
+    heads = pl.BlockSpec(
+        (side_by_side, tokens, tokens), lambda tile, image: (tile, 0, 0)
+    )
+    shape = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+    shapes, specs = [shape] * outputs, [tile] * outputs
+    if outputs > 1:
+        shapes.append(jax.ShapeDtypeStruct(bias.shape, bias.dtype))
+        specs.append(heads)
+    moved = [*arrays, bias, *shapes]
+    return pl.pallas_call(
+        kernel,
+        grid=(width // LANES, images),
+        in_specs=[tile] * len(arrays) + [heads],
+        out_specs=specs,
+        out_shape=shapes,
+        scratch_shapes=scratch,
+        compiler_params=compiler_params(plan.interpret),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * images * tokens**2 * width * side_by_side,
+            transcendentals=images * plan.heads * tokens**2,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
+        ),
+        interpret=plan.interpret,
+        name="flash_attention" if outputs == 1 else "flash_attention_gradient",
+    )(*arrays, bias)

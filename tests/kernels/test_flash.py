@@ -1,0 +1,138 @@
+"""Tests of the TPU kernel for attention of many tokens, interpreted on the CPU."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from kernel_cases import (
+    kernels_in,
+    library_attention,
+    output_and_gradients,
+    random_arrays,
+    relative_errors,
+)
+from networks import fast_jit
+from numpy.testing import assert_allclose
+
+from hivit_jax.kernels import target
+from hivit_jax.kernels.attention_xla import dot_product_attention
+from hivit_jax.kernels.flash_tpu import flash_attention
+from hivit_jax.kernels.numerics import Plan
+
+pytestmark = pytest.mark.slow
+
+KERNEL = "flash_attention"
+
+
+def inputs_of(images, tokens, heads, head, dtype=jnp.float32):
+    """Return (q, k, v, bias) and a cotangent of the output."""
+    shape = images, tokens, heads, head
+    *qkv, bias, direction = random_arrays(*3 * [shape], (heads, tokens, tokens), shape)
+    qkv = [(4 * x).astype(dtype) for x in qkv]
+    return [*qkv, 4 * bias], direction.astype(dtype)
+
+
+def plain(q, k, v, bias):
+    return library_attention(q, k, v, bias=bias[None])
+
+
+def fused(q, k, v, bias, rows=128):
+    """Run the kernel on arrays [B, N, heads, head]."""
+    tokens, heads = q.shape[1:3]
+    plan = Plan(0.0, rows=rows, interpret=True, heads=heads, tokens=tokens)
+    q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+    out = flash_attention(q.reshape(-1, q.shape[-1]), bias, k, v, plan)
+    return out.reshape(*q.shape[:2], heads, -1)
+
+
+def attend(q, k, v, bias, choice="fused", mask=None):
+    """Run the layer's attention with a bias that all images share."""
+    bias = None if bias is None else bias[None]
+    return dot_product_attention(q, k, v, bias=bias, mask=mask, choice=choice)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head", "rows"),
+    [(256, 2, 64, 128), (300, 2, 128, 384), (140, 4, 32, 128), (270, 4, 64, 128)],
+)
+def test_equals_plain_jax(tokens, heads, head, rows):
+    """Compare output and gradients of q, k, v and bias, with and without padding.
+
+    The widths of 128 and 256 are tiles of one, two and four heads.
+    """
+    inputs, direction = inputs_of(3, tokens, heads, head)
+    actual, expected = (
+        fast_jit(partial(output_and_gradients, function))(inputs, direction)
+        for function in (partial(fused, rows=rows), plain)
+    )
+    for a, b in zip(actual, expected, strict=True):
+        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_bfloat16_is_as_exact_as_plain_jax():
+    """The errors relative to float32 exceed those of plain JAX by at most a tenth."""
+    inputs, direction = inputs_of(2, 300, 2, 64, jnp.bfloat16)
+    exact = [x.astype(jnp.float32) for x in inputs]
+    truth = output_and_gradients(plain, exact, direction.astype(jnp.float32))
+    errors, plain_errors = (
+        relative_errors(function, inputs, direction, truth, fast_jit)
+        for function in (fused, plain)
+    )
+    for error, plain_error in zip(errors, plain_errors, strict=True):
+        assert error < 1.1 * plain_error + 1e-4
+
+
+def test_gradient_of_the_bias_is_summed_over_devices():
+    """Each of two devices runs the kernel on half of the images."""
+    inputs, direction = inputs_of(4, 256, 2, 64)
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:2]), ("data",))):
+        jaxpr = jax.make_jaxpr(attend)(*inputs).jaxpr
+        assert kernels_in(jaxpr) == [KERNEL]
+        actual = fast_jit(partial(output_and_gradients, attend))(inputs, direction)
+    expected = output_and_gradients(plain, inputs, direction)
+    for a, b in zip(actual, expected, strict=True):
+        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_only_supported_arguments_run_the_kernel():
+    """Fewer tokens, masks, odd widths, and biases per image are left to XLA."""
+
+    def kernels(images=2, tokens=256, heads=2, head=64, per_image=False, **options):
+        (q, k, v, bias), _ = inputs_of(images, tokens, heads, head)
+        run = partial(attend, bias=bias, **options)
+        if per_image:
+            bias = jnp.stack(images * [bias])
+            run = partial(dot_product_attention, bias=bias, mask=None, choice="fused")
+        with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
+            return kernels_in(jax.make_jaxpr(run)(q, k, v).jaxpr)
+
+    assert kernels() == kernels(heads=4, head=32) == [KERNEL]
+    assert kernels(tokens=255) == kernels(heads=3, head=32) == []
+    assert kernels(mask=jnp.ones((2, 1, 1, 256), bool)) == []
+    assert kernels(per_image=True) == kernels(choice="plain") == []
+    assert kernels(choice="auto") == []  # on a CPU
+
+
+def test_bias_must_fit_in_vmem(monkeypatch):
+    """1,600 tokens fit into the 128 MiB of a v5e, but not into 64 MiB; 1,024 do."""
+    monkeypatch.setattr(target, "platform", lambda: "tpu")
+
+    def kernels(tokens, mebibytes):
+        chip = SimpleNamespace(
+            vmem_capacity_bytes=mebibytes * 2**20,
+            bf16_ops_per_second=197e12,
+            mem_bw_bytes_per_second=819e9,
+        )
+        monkeypatch.setattr(target.pltpu, "get_tpu_info", lambda: chip)
+        q = jax.ShapeDtypeStruct((2, tokens, 2, 64), jnp.bfloat16)
+        bias = jax.ShapeDtypeStruct((2, tokens, tokens), jnp.float32)
+        run = partial(attend, choice="auto")
+        with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
+            return kernels_in(jax.make_jaxpr(run)(q, q, q, bias).jaxpr)
+
+    assert kernels(1600, 128) == kernels(1024, 64) == [KERNEL]
+    assert kernels(1600, 64) == []
