@@ -165,7 +165,7 @@ def test_image_with_several_labels_counts_in_each_class(check, healthy, tmp_path
 
 
 def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
-    """The images/s are those of a chip at 40 % of its peak; the cores can feed it."""
+    """The images/s are those of a chip at its utilization; the cores can feed it."""
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
     row = next(i for i, line in enumerate(lines) if "estimate" in line)
@@ -178,9 +178,15 @@ def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
     flops = 6 * model.macs(mask_ratio=0.75, layer_norm_cost=0)
     rows = {line[1]: line[2:] for line in lines[row + 1 :] if line[:1] == ["one"]}
     assert rows.keys() == chips.CHIPS.keys()
-    for name, peak in {"h100": 989, "v5e": 197, "v5p": 459}.items():
-        per_chip, cores = (float(cell.replace(",", "")) for cell in rows[name])
-        assert per_chip == pytest.approx(0.4 * peak * 1e12 / flops, abs=1)
+    expected = {
+        "h100": (0.2453, 989, "at 25%, measured"),
+        "v5e": (0.4, 197, "at 40%, assumed"),
+        "v5p": (0.4, 459, "at 40%, assumed"),
+    }
+    for name, (part, peak, basis) in expected.items():
+        assert " ".join(rows[name][:-2]) == basis
+        per_chip, cores = (float(cell.replace(",", "")) for cell in rows[name][-2:])
+        assert per_chip == pytest.approx(part * peak * 1e12 / flops, abs=1)
         assert cores == pytest.approx(per_chip / images_per_core, rel=0.01)
 
 
