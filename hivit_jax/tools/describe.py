@@ -160,9 +160,9 @@ def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
     if not flops:
         return "operations per training image: unknown, because the model has no `macs`"
     lines = [
-        f"about {flops / 1e9:,.1f} GFLOP per training image; {images:,} images in all",
-        "hours and chip-hours at the bfloat16 peak of a chip, which no run reaches, and",
-        "at the part of the peak that is measured or assumed (docs/cost.md):",
+        f"about {flops / 1e9:,.1f} GFLOP per training image; {images:,} images",
+        "hours and chip-hours at the bfloat16 peak of a chip, which no run reaches,",
+        "and at the part of the peak that is measured or assumed (docs/cost.md):",
         f"{'':23}{'at the peak':>25}{'at a part of the peak':>38}",
         _row("", "chips", "images/s/chip", *HOURS, "part of peak", *HOURS),
     ]
