@@ -64,6 +64,17 @@ def eval_line(label: str, values: Scalars) -> str:
     return f"{label}  eval  {'  '.join(parts)}  ({images})"
 
 
+def last_line(workdir: Path, step: int) -> str:
+    """Return the log line of the last checkpoint of a run without evaluation.
+
+    For example ``last checkpoint  step 360  not evaluated, because
+    data.eval_split='none'  DIR/checkpoints/360``.
+    """
+    path = workdir / "checkpoints" / str(step)
+    reason = "not evaluated, because data.eval_split='none'"
+    return f"last checkpoint  step {step}  {reason}  {path}"
+
+
 def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
     """Return the log line of the best checkpoint.
 
