@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from hivit_jax import evaluate, platforms
+from hivit_jax import evaluate, platforms, tasks
 from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.progress import counted
 from hivit_jax.reporting.console import log
@@ -67,6 +67,11 @@ def predict(
             "hivit_jax.tools.features writes its features"
         )
     config = files.config_of(pretrained, batch_size)
+    if tasks.find(config.task).predict_step is tasks.Task.predict_step:
+        raise ConfigError(
+            f"{pretrained.path}: task={config.task!r} has no predictions; expected a "
+            "classifier. hivit_jax.tools.features writes its features"
+        )
     task, source = files.open_images(pretrained, config, images)
     graphdef, variables = evaluate.restore(pretrained, task, files.one_device())
 
