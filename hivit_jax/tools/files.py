@@ -26,7 +26,7 @@ from hivit_jax.errors import ConfigError, DataError, HivitError, Parser, first_l
 from hivit_jax.models import configure
 from hivit_jax.models.base import make_info
 from hivit_jax.paths import expand
-from hivit_jax.progress import Progress
+from hivit_jax.progress import Progress, listed
 from hivit_jax.reporting.console import log
 from hivit_jax.weights.adapt import Pretrained
 from hivit_jax.weights.load import DATA_KEYS
@@ -62,7 +62,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
 def check_readable(count: int, paths: Sequence[str]) -> None:
     """Raise DataError if no image of the paths could be read."""
     if not count:
-        names = ", ".join(paths[:3]) or "test split"
+        names = listed(paths, 3) if paths else "test split"
         raise DataError(f"{names}: no image can be read")
 
 

@@ -12,7 +12,7 @@ from prepared import prepare
 from benchmarks.photographs import photographs, write
 from hivit_jax.data.sources import folder
 from hivit_jax.data.sources.base import Source, multi_hot
-from hivit_jax.tools import check_data, dataset_split
+from hivit_jax.tools import check_data, dataset_content, dataset_split
 from hivit_jax.xla import chips
 
 NAMES = sorted(photographs())
@@ -353,11 +353,12 @@ def test_report_lists_classes_kinds_of_files_and_settings(check, healthy, tmp_pa
     assert (sheet_pixels != 255).any()
 
 
-def test_images_in_both_splits_are_reported(check, tmp_path):
+def test_images_in_both_splits_are_reported(check, tmp_path, monkeypatch):
     """Images in both splits have equal content, or belong to the same group.
 
-    The groups of the pattern are the file numbers 10 to 13.
+    The groups of the pattern are the file numbers 10 to 13. At most three are listed.
     """
+    monkeypatch.setattr(dataset_content, "MAX_PAIRS", 3)
     write_folder(tmp_path)
     content = photo(tmp_path, 0).read_bytes()
     photo(tmp_path, 14, "val").write_bytes(content)
@@ -366,6 +367,7 @@ def test_images_in_both_splits_are_reported(check, tmp_path):
     assert f"    {photo(tmp_path, 0)} = {photo(tmp_path, 14, 'val')}\n" in out
     assert "1 file with equal content in both splits" in out.splitlines()[-1]
     assert "4 groups in both splits" in out.splitlines()[-1]
+    assert "4 groups in both splits: 10, 11, 12, ... and 1 more\n" in out
     assert check(tmp_path, "--group=(")[0] == 2
 
 

@@ -25,6 +25,7 @@ from hivit_jax.data.sources.archive_labels import (
 from hivit_jax.data.sources.folder import SUFFIXES
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
+from hivit_jax.progress import listed
 
 VERSION = "3"  # of saved indexes; earlier versions have one label per image
 
@@ -157,7 +158,7 @@ class WebDataset(Archives):
         if not found:
             raise DataError(
                 f"no tar file {split!r} in {directory}; found "
-                f"{', '.join(names[:5]) or 'nothing'}\n"
+                f"{listed(names, 5)}\n"
                 "Correct data.dir, or set data.train_split and data.eval_split to a "
                 "part of the names or a pattern such as '*.tar'"
             )

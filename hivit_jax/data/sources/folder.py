@@ -27,7 +27,7 @@ from hivit_jax.data.sources.file_index import (
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
-from hivit_jax.progress import Progress
+from hivit_jax.progress import Progress, listed
 
 __all__ = ["HIDDEN", "OUTSIDE", "SYSTEM_NAMES", "Folder", "Images", "is_hidden"]
 
@@ -198,7 +198,7 @@ def _no_directory(required: str, root: str) -> DataError:
     names = [name for name in names if not is_hidden(name)]
     return DataError(
         f"no directory {required}; data.dir={root!r} contains "
-        f"{', '.join(names[:8]) or 'nothing'}\n"
+        f"{listed(names, 8)}\n"
         "Correct data.dir, data.train_split or data.eval_split. Or set "
         "data.eval_fraction=0.1 to hold out images,\nor data.eval_split=none to train "
         "without evaluation; then data.dir itself may contain the classes or images."
