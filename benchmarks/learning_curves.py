@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from hivit_jax import inputs, rng
 from hivit_jax.config import step_options
 from hivit_jax.distributed.sharding import make_mesh
 from hivit_jax.models import image_shape
+from hivit_jax.tasks import Task
 from hivit_jax.training.schedule import make_schedule
 from hivit_jax.training.step import prepare
 from hivit_jax.tree import named_leaves, split
@@ -97,6 +99,55 @@ def twin(config: Any, model: Any, arrays: Any) -> HiViT:
     return network
 
 
+def torch_optimizer(
+    config: Any, network: HiViT, is_decayed: Callable[[str], bool]
+) -> torch.optim.AdamW:
+    """Return the optimizer of the twin.
+
+    Args:
+      is_decayed: function from the name of a parameter of the twin to whether weight
+        decay applies to it.
+    """
+    groups: dict[bool, list] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups[is_decayed(name)].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": config.optimizer.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        betas=config.optimizer.betas,
+        eps=1e-8,
+    )
+
+
+def torch_loss(
+    task: Task, network: HiViT, step: int, batch: dict[str, Any]
+) -> torch.Tensor:
+    """Return the loss of the twin on a batch, with the mask of hivit_jax."""
+    config = task.config
+    images = torch.tensor(np.array(task.preprocess(batch)))
+    images = images.permute(0, 3, 1, 2)
+    if config.task == "classify":
+        return F.cross_entropy(
+            network.classify(images),
+            torch.tensor(batch["label"]).long(),
+            label_smoothing=config.label_smoothing,
+        )
+    position = jnp.uint32(step * config.batch_size)  # of the batch's first example
+    keys = rng.step_keys(config.seed, "train", position, config.batch_size)
+    keys = rng.split_keys(keys.samples, "mask")
+    units = network.absolute_pos_embed.shape[1]
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(keys)
+    return network.masked_loss(
+        images,
+        torch.tensor(np.array(noise)),
+        config.mask_ratio,
+        config.model.get("norm_pix_loss") is not False,
+    )
+
+
 def curves(config: Any) -> tuple[list[float], list[float]]:
     """Return two lists of losses, of every step with hivit_jax and with PyTorch."""
     steps = config.total_steps
@@ -114,48 +165,17 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
     # to_official keeps the order of parameters, so that names can be paired.
     official = to_official(jax.device_get(state["params"]), model)
     names = dict(zip(official, named_leaves(abstract), strict=True))
-    groups: dict[bool, list] = {True: [], False: []}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            groups[task.is_decayed(names[name])].append(parameter)
-    torch_optimizer = torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": config.optimizer.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        betas=config.optimizer.betas,
-        eps=1e-8,
+    optimizer = torch_optimizer(
+        config, network, lambda name: task.is_decayed(names[name])
     )
-
-    def torch_loss(step, batch):
-        images = torch.tensor(np.array(task.preprocess(batch)))
-        images = images.permute(0, 3, 1, 2)
-        if config.task == "classify":
-            return F.cross_entropy(
-                network.classify(images),
-                torch.tensor(batch["label"]).long(),
-                label_smoothing=config.label_smoothing,
-            )
-        position = jnp.uint32(step * config.batch_size)  # of the batch's first example
-        keys = rng.step_keys(config.seed, "train", position, config.batch_size)
-        keys = rng.split_keys(keys.samples, "mask")
-        units = network.absolute_pos_embed.shape[1]
-        noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(keys)
-        return network.masked_loss(
-            images,
-            torch.tensor(np.array(noise)),
-            config.mask_ratio,
-            config.model.get("norm_pix_loss") is not False,
-        )
-
     losses: tuple[list[float], list[float]] = ([], [])
     for step, batch in enumerate(inputs.train_batches(config, 0, steps)):
-        for group in torch_optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = float(schedule(step))
-        loss = torch_loss(step, batch)
-        torch_optimizer.zero_grad()
+        loss = torch_loss(task, network, step, batch)
+        optimizer.zero_grad()
         loss.backward()
-        torch_optimizer.step()
+        optimizer.step()
         state, metrics = train_step(state, {}, batch, np.int32(step))
         losses[0].append(float(metrics["loss"]))
         losses[1].append(loss.item())

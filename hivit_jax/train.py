@@ -94,8 +94,6 @@ def train(
     check_same_on_all_processes(
         {"config": config, "dataset's size": images_per_epoch, "checkpoints": steps}
     )
-    if steps:
-        log(f"restoring the newest checkpoint in {checkpoints.directory} ...")
     if restored := checkpoints.restore_newest(training.state):
         step, state = restored
         report_resumption(config, dataset, checkpoints.directory / str(step))
@@ -191,10 +189,8 @@ def train(
             checkpoints.save(state, to_json(config))
             raise interrupted(stop, step, total_steps, workdir)
         results = run_evaluation() if results is None else results
-        if results:
-            log(console.best_line(workdir, checkpoints.steps(), task.best))
-        else:
-            log(console.last_line(workdir, step))
+        best = task.best if results else None
+        log(console.final_line(workdir, checkpoints.steps(), best))
         return results
     except (DataError, DivergedError, ResourceError) as error:
         # All processes must save together, but only one of them sees a local error.

@@ -1,6 +1,7 @@
 """Tests of the package's architecture rules, on syntax trees of its modules."""
 
 import ast
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -127,6 +128,17 @@ def test_only_top_level_modules_accept_a_whole_config():
                     assert argument.arg != "config" or not is_config, (
                         f"{name}:{node.lineno} {node.name}"
                     )
+
+
+def test_names_of_tests_are_unique():
+    """A name states subject and outcome, so that no two files have the same test."""
+    names = [
+        node.name
+        for path in sorted(Path(__file__).parent.rglob("test_*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
 
 
 def test_files_and_functions_are_short():

@@ -291,11 +291,10 @@ def topk_correct(logits: jax.Array, labels: jax.Array) -> PerSample:
     fewer than `MIN_TOP5` classes, "top5" is missing, because it would always be 1.
 
     Args:
-      logits: [B, classes].
-      labels: [B].
+      logits, labels: [B, classes] and [B].
     """
     true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     lower_index = jnp.arange(logits.shape[-1])[None] < labels[:, None]
     rank = ((logits > true) | ((logits == true) & lower_index)).sum(-1)
-    ks = (1, 5) if logits.shape[-1] >= MIN_TOP5 else (1,)
+    ks = [1, *[5] * (logits.shape[-1] >= MIN_TOP5)]
     return {f"top{k}": (rank < k).astype(jnp.float32) for k in ks}

@@ -311,7 +311,7 @@ def test_values_without_a_range_fail_the_check(check, tmp_path):
     )
 
 
-def test_ignored_files_are_counted_by_ending(check, tmp_path):
+def test_check_data_prints_ignored_files_by_ending(check, tmp_path):
     write_folder(tmp_path)
     for name in ("x.heic", "y.HEIC", ".DS_Store", "Thumbs.db", "notes.txt"):
         (photo(tmp_path, 0).parent / name).touch()
@@ -553,7 +553,7 @@ def test_digits_pass_the_check(capsys):
         (["--sample=many"], "--sample"),
     ],
 )
-def test_bad_flag_exits_with_code_2(flags, fragment, capsys):
+def test_bad_flag_of_check_data_exits_with_code_2(flags, fragment, capsys):
     assert check_data.main([*mini_runs.arguments("digits"), *flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -189,7 +189,7 @@ def write_archive(path, members, compression=zipfile.ZIP_STORED):
             file.writestr(name, content)
 
 
-def test_archives_of_other_programs_are_refused(tmp_path, capsys):
+def test_damaged_and_foreign_pth_files_are_refused(tmp_path, capsys):
     path = tmp_path / "x.pth"
     path.write_bytes(pickle.dumps({"model": {}}))
     check_refused(path, "contains no named tensors, only {'model': dict}", capsys)
