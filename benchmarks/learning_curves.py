@@ -34,7 +34,7 @@ from hivit_jax.models import image_shape
 from hivit_jax.tasks import Task
 from hivit_jax.training.schedule import make_schedule
 from hivit_jax.training.step import prepare
-from hivit_jax.tree import named_leaves, split
+from hivit_jax.tree import named_leaves
 from hivit_jax.weights.names.official import to_official
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +155,6 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
     per_epoch, _ = inputs.count_steps(config, inputs.images_per_epoch(config, task))
     schedule = make_schedule(config.optimizer, config.batch_size, per_epoch, steps)
     model = task.build_model()
-    abstract = split(model)[1]
     mesh = make_mesh(config.mesh, config.batch_size)
     training = prepare(task, mesh, schedule, **step_options(config))
     state, train_step = jax.jit(training.init)(), jax.jit(training.step)
@@ -164,7 +163,7 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
     network = twin(config, model, arrays)
     # to_official keeps the order of parameters, so that names can be paired.
     official = to_official(jax.device_get(state["params"]), model)
-    names = dict(zip(official, named_leaves(abstract), strict=True))
+    names = dict(zip(official, named_leaves(state["params"]), strict=True))
     optimizer = torch_optimizer(
         config, network, lambda name: task.is_decayed(names[name])
     )
