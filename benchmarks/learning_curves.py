@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from hivit_jax import inputs, rng
 from hivit_jax.config import step_options
 from hivit_jax.distributed.sharding import make_mesh
 from hivit_jax.models import image_shape
+from hivit_jax.tasks import Task
 from hivit_jax.training.schedule import make_schedule
 from hivit_jax.training.step import prepare
-from hivit_jax.tree import named_leaves, split
+from hivit_jax.tree import named_leaves
 from hivit_jax.weights.names.official import to_official
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,28 +99,20 @@ def twin(config: Any, model: Any, arrays: Any) -> HiViT:
     return network
 
 
-def curves(config: Any) -> tuple[list[float], list[float]]:
-    """Return the losses of all steps: with hivit_jax, and with the PyTorch twin."""
-    steps = config.total_steps
-    task = inputs.make_task(config)
-    per_epoch, _ = inputs.count_steps(config, inputs.images_per_epoch(config, task))
-    schedule = make_schedule(config.optimizer, config.batch_size, per_epoch, steps)
-    model = task.build_model()
-    abstract = split(model)[1]
-    mesh = make_mesh(config.mesh, config.batch_size)
-    training = prepare(task, mesh, schedule, **step_options(config))
-    state, train_step = jax.jit(training.init)(), jax.jit(training.step)
+def torch_optimizer(
+    config: Any, network: HiViT, is_decayed: Callable[[str], bool]
+) -> torch.optim.AdamW:
+    """Return the optimizer of the twin.
 
-    arrays = jax.device_get(state["params"] | state["model_state"])
-    network = twin(config, model, arrays)
-    # Names can be paired, because to_official keeps the order of parameters.
-    official = to_official(jax.device_get(state["params"]), model)
-    names = dict(zip(official, named_leaves(abstract), strict=True))
+    Args:
+      is_decayed: function from the name of a parameter of the twin to whether weight
+        decay applies to it.
+    """
     groups: dict[bool, list] = {True: [], False: []}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            groups[task.is_decayed(names[name])].append(parameter)
-    torch_optimizer = torch.optim.AdamW(
+            groups[is_decayed(name)].append(parameter)
+    return torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": config.optimizer.weight_decay},
             {"params": groups[False], "weight_decay": 0.0},
@@ -127,35 +121,60 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
         eps=1e-8,
     )
 
-    def torch_loss(step, batch):
-        images = torch.tensor(np.array(task.preprocess(batch)))
-        images = images.permute(0, 3, 1, 2)
-        if config.task == "classify":
-            return F.cross_entropy(
-                network.classify(images),
-                torch.tensor(batch["label"]).long(),
-                label_smoothing=config.label_smoothing,
-            )
-        position = jnp.uint32(step * config.batch_size)  # of the batch's first example
-        keys = rng.step_keys(config.seed, "train", position, config.batch_size)
-        keys = rng.split_keys(keys.samples, "mask")
-        units = network.absolute_pos_embed.shape[1]
-        noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(keys)
-        return network.masked_loss(
-            images,
-            torch.tensor(np.array(noise)),
-            config.mask_ratio,
-            config.model.get("norm_pix_loss") is not False,
-        )
 
+def torch_loss(
+    task: Task, network: HiViT, step: int, batch: dict[str, Any]
+) -> torch.Tensor:
+    """Return the loss of the twin on a batch, with the mask of hivit_jax."""
+    config = task.config
+    images = torch.tensor(np.array(task.preprocess(batch)))
+    images = images.permute(0, 3, 1, 2)
+    if config.task == "classify":
+        return F.cross_entropy(
+            network.classify(images),
+            torch.tensor(batch["label"]).long(),
+            label_smoothing=config.label_smoothing,
+        )
+    position = jnp.uint32(step * config.batch_size)  # of the batch's first example
+    keys = rng.step_keys(config.seed, "train", position, config.batch_size)
+    keys = rng.split_keys(keys.samples, "mask")
+    units = network.absolute_pos_embed.shape[1]
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(keys)
+    return network.masked_loss(
+        images,
+        torch.tensor(np.array(noise)),
+        config.mask_ratio,
+        config.model.get("norm_pix_loss") is not False,
+    )
+
+
+def curves(config: Any) -> tuple[list[float], list[float]]:
+    """Return the losses of all steps: with hivit_jax, and with the PyTorch twin."""
+    steps = config.total_steps
+    task = inputs.make_task(config)
+    per_epoch, _ = inputs.count_steps(config, inputs.images_per_epoch(config, task))
+    schedule = make_schedule(config.optimizer, config.batch_size, per_epoch, steps)
+    model = task.build_model()
+    mesh = make_mesh(config.mesh, config.batch_size)
+    training = prepare(task, mesh, schedule, **step_options(config))
+    state, train_step = jax.jit(training.init)(), jax.jit(training.step)
+
+    arrays = jax.device_get(state["params"] | state["model_state"])
+    network = twin(config, model, arrays)
+    # Names can be paired, because to_official keeps the order of parameters.
+    official = to_official(jax.device_get(state["params"]), model)
+    names = dict(zip(official, named_leaves(state["params"]), strict=True))
+    optimizer = torch_optimizer(
+        config, network, lambda name: task.is_decayed(names[name])
+    )
     losses: tuple[list[float], list[float]] = ([], [])
     for step, batch in enumerate(inputs.train_batches(config, 0, steps)):
-        for group in torch_optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = float(schedule(step))
-        loss = torch_loss(step, batch)
-        torch_optimizer.zero_grad()
+        loss = torch_loss(task, network, step, batch)
+        optimizer.zero_grad()
         loss.backward()
-        torch_optimizer.step()
+        optimizer.step()
         state, metrics = train_step(state, {}, batch, np.int32(step))
         losses[0].append(float(metrics["loss"]))
         losses[1].append(loss.item())

@@ -156,9 +156,7 @@ def start_torch(
       plain: compute the softmax of attention explicitly, without fused attention.
       first_step: file with the weights, images and targets of HiViT-B's first step.
     """
-    import numpy as np
     import torch
-    from torch.nn import functional as F
 
     from benchmarks.torch_twin import Attention
 
@@ -171,19 +169,10 @@ def start_torch(
     side = network.image_size
     images, target = torch.randn(args.batch, 3, side, side), None
     if name == "HiViT-B" and first_step and first_step.exists():
-        saved = {key: torch.tensor(x) for key, x in np.load(first_step).items()}
-        images = saved.pop("images").permute(0, 3, 1, 2).contiguous()
-        target = saved.pop("target").to(device)
-        network.load_state_dict(saved)
+        images, target = load_first_step(network, first_step)
+        target = target.to(device)
     network, images = network.to(device), images.to(device)
-    smoothing = SMOOTHING if args.task == "classify" else 0.0
-
-    def loss_of(images, target):
-        if pretrain:
-            return network.masked_loss(images, target)
-        logits = network.classify(images)
-        return F.cross_entropy(logits, target, label_smoothing=smoothing)
-
+    loss_of = torch_loss(network, args.task)
     if compiled:
         loss_of = torch.compile(loss_of, mode=args.torch_mode)
     run_step = inference_step if args.task == "inference" else training_step
@@ -211,6 +200,37 @@ def start_torch(
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }
     return run, memory, facts
+
+
+def load_first_step(network: Any, first_step: Path) -> tuple[Any, Any]:
+    """Load the weights that `start_ours` wrote, and return the images and targets."""
+    import numpy as np
+    import torch
+
+    saved = {key: torch.tensor(x) for key, x in np.load(first_step).items()}
+    images = saved.pop("images").permute(0, 3, 1, 2).contiguous()
+    target = saved.pop("target")
+    network.load_state_dict(saved)
+    return images, target
+
+
+def torch_loss(network: Any, task: str) -> Callable:
+    """Return a function (images, target) -> loss of a network.
+
+    Args:
+      task: see `build_network`.
+    """
+    from torch.nn import functional as F
+
+    smoothing = SMOOTHING if task == "classify" else 0.0
+
+    def loss_of(images, target):
+        if task == "pretrain":
+            return network.masked_loss(images, target)
+        logits = network.classify(images)
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+
+    return loss_of
 
 
 def training_step(network: Any, loss_of: Callable, device: str) -> Callable:

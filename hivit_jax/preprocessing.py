@@ -11,7 +11,7 @@ import numpy as np
 
 from hivit_jax.augment import image as image_ops
 from hivit_jax.data import crops
-from hivit_jax.data.decoding import PIL_MODES, StoredValues
+from hivit_jax.data.decoding import PIL_MODES, StoredValues, UnsuitableImage
 from hivit_jax.data.rasters import decode
 from hivit_jax.errors import ConfigError, DataError, first_line
 from hivit_jax.models import Model
@@ -38,8 +38,8 @@ def preprocess(model: Model) -> Callable[[Any], np.ndarray]:
 
     The returned function raises:
       ConfigError: the shape or dtype of an array is not supported.
-      DataError: a file cannot be read, or the number of channels of an image differs
-        from the model's.
+      DataError: a file cannot be read, or the channels or values of an image do not fit
+        the model.
     """
     info = model.info
 
@@ -57,7 +57,10 @@ def preprocess(model: Model) -> Callable[[Any], np.ndarray]:
 
 def _resize(image: Any, info: ModelInfo) -> np.ndarray:
     """Convert one image to [H, W, C] of the dtype `info.dtype`."""
-    pixels, size = _pixels(image, info), info.image_size
+    try:
+        pixels, size = _pixels(image, info), info.image_size
+    except UnsuitableImage as error:
+        raise DataError(error.after_training) from error
     resized = np.zeros((*size, info.channels), info.dtype)
     crop = crops.center_crop(*pixels.shape[:2], size, info.crop)
     crops.paste_crop(pixels, crop, resized, size, info.interpolation, info.antialias)
@@ -81,6 +84,8 @@ def _pixels(image: Any, info: ModelInfo) -> np.ndarray:
         try:
             content = image if is_content else Path(path).read_bytes()
             return decode(content, channels, value_range, info.dtype)
+        except UnsuitableImage as error:
+            raise DataError(f"cannot read {path}: {error.after_training}") from error
         except Exception as error:  # damaged files cause exceptions of many types
             raise DataError(f"cannot read {path}: {first_line(error)}") from error
     if isinstance(image, Image.Image) and not image.mode.startswith(("I", "F")):

@@ -1,7 +1,7 @@
 """Progress lines of long operations; text of counts and durations."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic
 from typing import TypeVar
 
@@ -72,6 +72,16 @@ def counted(count: int, noun: str, plural: str = "") -> str:
       plural: "": the noun followed by an s.
     """
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def listed(names: Sequence[str], limit: int) -> str:
+    """Join names with commas: ``a, b, ... and 3 more``; "nothing" without names.
+
+    Args:
+      limit: number of names; the others are only counted.
+    """
+    more = [f"... and {len(names) - limit:,} more"] if len(names) > limit else []
+    return ", ".join([*names[:limit], *more]) or "nothing"
 
 
 def duration(seconds: float) -> str:

@@ -38,7 +38,7 @@ from hivit_jax.training.schedule import make_schedule, skip_steps
 from hivit_jax.training.step import State, Training, prepare
 from hivit_jax.weights import adapt
 from hivit_jax.weights.initial import read_initial
-from hivit_jax.xla.compile import compile_steps
+from hivit_jax.xla.compile import announce, compile_steps
 
 
 @resources.raise_resource_errors()
@@ -189,8 +189,8 @@ def train(
             checkpoints.save(state, to_json(config))
             raise interrupted(stop, step, total_steps, workdir)
         results = run_evaluation() if results is None else results
-        if results:
-            log(console.best_line(workdir, checkpoints.steps(), task.best))
+        best = task.best if results else None
+        log(console.final_line(workdir, checkpoints.steps(), best))
         return results
     except (DataError, DivergedError, ResourceError) as error:
         # All processes must save together, but only one of them sees a local error.
@@ -221,8 +221,12 @@ def start_record(config: Any, workdir: Path, step: int) -> metrics.Writer:
 
 def initial_state(config: Any, task: Task, training: Training) -> State:
     """Return the state of a new run, initialized from `init_from` if set."""
-    pretrained = config.init_from and read_initial(config.model, config.init_from)
-    state = jax.jit(training.init, out_shardings=shardings_of(training.state))()
+    pretrained = None
+    if config.init_from:
+        log(f"reading the pretrained model {config.init_from} ...")
+        pretrained = read_initial(config.model, config.init_from)
+    init = jax.jit(training.init, out_shardings=shardings_of(training.state))
+    state = announce(init, "the initialization of the parameters")()
     if pretrained:
         state |= adapt.initialize_from(
             pretrained,

@@ -1,6 +1,7 @@
 """Tests of the package's architecture rules, on syntax trees of its modules."""
 
 import ast
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -14,11 +15,11 @@ EXEMPT = ("tasks/", "models/", "weights/names/", "tools/")
 
 
 @cache
-def modules():
-    """Return [(file, lines, syntax tree)] of the modules of the package."""
-    files = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+def modules(root=PACKAGE):
+    """Return [(file, lines, syntax tree)] of the modules below a directory."""
+    files = {path: path.read_text() for path in sorted(root.rglob("*.py"))}
     return [
-        (path.relative_to(PACKAGE).as_posix(), text.splitlines(), ast.parse(text))
+        (path.relative_to(root).as_posix(), text.splitlines(), ast.parse(text))
         for path, text in files.items()
     ]
 
@@ -129,10 +130,24 @@ def test_only_top_level_modules_accept_a_whole_config():
                     )
 
 
+def test_names_of_tests_are_unique():
+    """A name states subject and outcome, so that no two files have the same test."""
+    names = [
+        node.name
+        for path in sorted(Path(__file__).parent.rglob("test_*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
 def test_files_and_functions_are_short():
-    """Files have at most 300 lines, functions 60; the training loop may have 160."""
+    """Files have at most 300 lines, functions 60; the training loop may have 160.
+
+    The limits hold for the package and for the benchmarks.
+    """
     longer = {("train.py", "train"): 160}
-    for name, lines, tree in modules():
+    for name, lines, tree in modules() + modules(PACKAGE.parent / "benchmarks"):
         assert len(lines) <= 300, name
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):

@@ -48,7 +48,9 @@ def test_masked_autoencoder_is_not_a_classifier(tmp_path, capsys):
         ([*MINI, "--workdir=x", "--config.batch_size"], ["--config.KEY=VALUE"]),
     ],
 )
-def test_bad_flag_exits_with_code_2(argv, fragments, capsys, monkeypatch, tmp_path):
+def test_bad_flag_of_the_main_command_exits_with_code_2(
+    argv, fragments, capsys, monkeypatch, tmp_path
+):
     (tmp_path / "README.md").write_text("# not a recipe\n")
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2

@@ -125,9 +125,26 @@ def test_16_bit_and_gray_rgb_images_equal_8_bit_images():
     assert_array_equal(run(pixels.repeat(3).reshape(16, 16, 3)), expected)
 
 
+def test_images_that_do_not_fit_the_model_must_be_converted(tmp_path):
+    """The error names no config key, because the model is trained."""
+    run = hivit_jax.preprocess(model_of(digits_config(), dtype="uint16"))
+    np.save(path := tmp_path / "five.npy", bands := np.zeros((16, 16, 5), np.uint16))
+    for image, found in (
+        (bands, "expected 1 channel, found 5"),
+        (path, "five.npy: expected 1 channel, found 5"),
+        (np.zeros((16, 16), np.float32), "found float32 from 0 to 0"),
+    ):
+        with pytest.raises(DataError) as raised:
+            run(image)
+        assert found in str(raised.value)
+        assert str(raised.value).endswith(
+            "; convert the image to match the trained model"
+        )
+
+
 def test_floats_require_a_value_range():
     config, pixels = digits_config(), np.float32(noise_image(16, 16)) * 3 - 100
-    with pytest.raises(DataError, match="value_range"):
+    with pytest.raises(DataError, match="found float32 values from -100 .*; convert"):
         hivit_jax.preprocess(model_of(config))(pixels)
     run = hivit_jax.preprocess(model_of(config, value_range=(-100.0, 665.0)))
     assert_array_equal(run(pixels), run(noise_image(16, 16)))

@@ -52,3 +52,10 @@ def test_track_yields_items_and_prints_to_stderr(clock, capsys):
 def test_short_operations_are_silent(capsys):
     list(Progress("indexing", 3).track("abc"))
     assert capsys.readouterr() == ("", "")
+
+
+def test_cut_list_ends_with_the_number_of_other_names():
+    names = ["a", "b", "c", "d"]
+    assert progress.listed(names, 2) == "a, b, ... and 2 more"
+    assert progress.listed(names, 4) == "a, b, c, d"
+    assert progress.listed([], 4) == "nothing"

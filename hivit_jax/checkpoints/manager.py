@@ -151,6 +151,7 @@ class Checkpoints:
         errors: dict[int, CheckpointError] = {}
         for step in sorted(self._manager.all_steps(read=True), reverse=True):
             state = None
+            log(f"restoring {self.directory / str(step)} ...")
             try:
                 state = self.restore(step, abstract_state)
             except CheckpointError as error:

@@ -37,6 +37,20 @@ OPPOSITE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 
 
+class UnsuitableImage(DataError):
+    """An image whose channels or values do not fit the config.
+
+    The message contains the config keys to set before training.
+
+    Attributes:
+      after_training: the message for a trained model, whose config is fixed.
+    """
+
+    def __init__(self, problem: str, advice: str):
+        super().__init__(f"{problem}; {advice}")
+        self.after_training = f"{problem}; convert the image to match the trained model"
+
+
 @dataclass(frozen=True)
 class StoredValues:
     """Values of an image as stored in its file, before conversion to 8 bits.
@@ -59,7 +73,7 @@ class StoredValues:
           value_range: (low, high), which replaces `limits`; (): use `limits`.
 
         Raises:
-          DataError: both `value_range` and `limits` are ().
+          UnsuitableImage: both `value_range` and `limits` are ().
         """
         if value_range:
             is_inverted = self.limits and self.limits[0] > self.limits[1]
@@ -68,9 +82,9 @@ class StoredValues:
         if not self.limits:
             finite = self.array[np.isfinite(self.array)]
             found = f" from {finite.min():g} to {finite.max():g}" if finite.size else ""
-            raise DataError(
-                f"expected 8 or 16 bits, found {self.array.dtype} values{found}; set "
-                "data.value_range=(LOW, HIGH), the values of black and white"
+            raise UnsuitableImage(
+                f"expected 8 or 16 bits, found {self.array.dtype} values{found}",
+                "set data.value_range=(LOW, HIGH), the values of black and white",
             )
         return self.limits
 
@@ -78,7 +92,7 @@ class StoredValues:
         """Convert to a PIL image with values rounded and clipped to 0 .. 255.
 
         Raises:
-          DataError: see `black_and_white`.
+          UnsuitableImage: see `black_and_white`.
           ValueError: a value is not finite.
         """
         from PIL import Image

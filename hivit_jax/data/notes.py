@@ -107,10 +107,11 @@ def split_notes(
     notes = []
     if source.loose:
         count = source.ignored[OUTSIDE]
+        more = count - len(source.loose)
         notes.append(
             f"{split} split: ignored {counted(count, 'image')} outside of the class "
             f"directories: {', '.join(source.loose)}"
-            f"{', ...' if count > len(source.loose) else ''}"
+            f"{f', ... and {more:,} more' if more else ''}"
         )
     labels = np.asarray(source.labels)
     if labels.ndim == 2 and (count := int((~labels.any(1)).sum())):

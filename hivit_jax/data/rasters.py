@@ -5,8 +5,13 @@ import io
 import numpy as np
 
 from hivit_jax.data import decoding
-from hivit_jax.data.decoding import PIL_MODES, StoredValues, stored_values
-from hivit_jax.errors import DataError
+from hivit_jax.data.decoding import (
+    PIL_MODES,
+    StoredValues,
+    UnsuitableImage,
+    stored_values,
+)
+from hivit_jax.progress import counted
 
 DTYPES = ("uint8", "uint16", "float32")  # values of `data.dtype`
 NPY = b"\x93NUMPY"
@@ -17,7 +22,7 @@ LUMINANCE = (0.299, 0.587, 0.114)
 LIMITS = {"uint8": (0, 255), "uint16": (0, 65535)}
 
 
-class ChannelError(DataError):
+class ChannelError(UnsuitableImage):
     """The number of channels in a file differs from the model's."""
 
 
@@ -46,7 +51,7 @@ def decode(
 
     Raises:
       ChannelError: the number of channels in the file is wrong.
-      DataError: `dtype` cannot represent the values in the file.
+      UnsuitableImage: `dtype` cannot represent the values in the file.
       Exception: an error of any type if the image cannot be read.
     """
     may_use_pil = dtype == "uint8" and channels in PIL_MODES
@@ -72,10 +77,10 @@ def decode(
     if values.dtype == np.uint8:
         return values.astype(np.uint16) * 257
     if values.dtype != np.uint16:
-        raise DataError(
+        raise UnsuitableImage(
             f"data.dtype='uint16': expected unsigned values of 8 or 16 bits, found "
-            f"{values.dtype} from {values.min():g} to {values.max():g}; set "
-            "data.dtype=float32 and data.scale, the value that becomes 1"
+            f"{values.dtype} from {values.min():g} to {values.max():g}",
+            "set data.dtype=float32 and data.scale, the value that becomes 1",
         )
     return values
 
@@ -205,6 +210,6 @@ def _match_channels(array: np.ndarray, channels: int) -> np.ndarray:
         gray = gray if array.dtype.kind == "f" else np.rint(gray)
         return gray[..., None].astype(array.dtype)
     raise ChannelError(
-        f"expected {channels} channels, found {bands}; set model.in_channels={bands}, "
-        "or leave the file out with data.exclude"
+        f"expected {counted(channels, 'channel')}, found {bands}",
+        f"set model.in_channels={bands}, or leave the file out with data.exclude",
     )

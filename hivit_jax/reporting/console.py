@@ -80,3 +80,20 @@ def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
     values = best_evaluation(lines, best)
     line = eval_line(f"step {values['step']}", values)
     return f"best checkpoint  {line}  {workdir / 'checkpoints' / str(values['step'])}"
+
+
+def final_line(workdir: Path, steps: Collection[int], best: Best | None) -> str:
+    """Return the last log line of a run: its best checkpoint, or its last one.
+
+    For example ``last checkpoint  step 360  not evaluated, because
+    data.eval_split='none'  DIR/checkpoints/360``.
+
+    Args:
+      steps: steps of the existing checkpoints, at least one.
+      best: see `best_line`; None: the run has no evaluation.
+    """
+    if best:
+        return best_line(workdir, steps, best)
+    path = workdir / "checkpoints" / str(max(steps))
+    reason = "not evaluated, because data.eval_split='none'"
+    return f"last checkpoint  step {max(steps)}  {reason}  {path}"

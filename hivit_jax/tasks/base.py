@@ -213,8 +213,11 @@ class Task:
         raise NotImplementedError
 
     def predict_step(self, model: Model, batch: dict) -> Rows:
-        """Return the rows for `records`, computed without labels."""
-        raise ConfigError(f"task={self.config.task!r} has no predictions")
+        """Return the rows for `records`, computed without labels.
+
+        A task without this method has no predictions.
+        """
+        raise NotImplementedError
 
     def panels(self, model: Model, frozen: Any, batch: dict, keys: Keys) -> Rows:
         """Return the arrays for `figures`, computed from one small fixed batch."""

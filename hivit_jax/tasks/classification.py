@@ -18,6 +18,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models import configure, variant
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.reporting.classes import MIN_TOP5
 from hivit_jax.reporting.multi_label import mean_average_precision
 from hivit_jax.rng import Keys
 from hivit_jax.tasks import predictions
@@ -104,7 +105,7 @@ class Classification(Task):
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
-        """Return the cross entropy with mixed targets, and top-1 and top-5 accuracy.
+        """Return the cross entropy with mixed targets, and `topk_correct`.
 
         With several labels per image, returns only the binary cross entropy.
         """
@@ -286,13 +287,14 @@ def classification_metrics(logits: jax.Array, labels: jax.Array) -> PerSample:
 def topk_correct(logits: jax.Array, labels: jax.Array) -> PerSample:
     """Return {"top1", "top5": [B]}: 1.0 if the true class has one of the top k logits.
 
-    Among classes with equal logits, the one with the lowest index ranks first.
+    Among classes with equal logits, the one with the lowest index ranks first. With
+    fewer than `MIN_TOP5` classes, "top5" is missing, because it would always be 1.
 
     Args:
-      logits: [B, classes].
-      labels: [B].
+      logits, labels: [B, classes] and [B].
     """
     true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     lower_index = jnp.arange(logits.shape[-1])[None] < labels[:, None]
     rank = ((logits > true) | ((logits == true) & lower_index)).sum(-1)
-    return {f"top{k}": (rank < k).astype(jnp.float32) for k in (1, 5)}
+    ks = [1, *[5] * (logits.shape[-1] >= MIN_TOP5)]
+    return {f"top{k}": (rank < k).astype(jnp.float32) for k in ks}

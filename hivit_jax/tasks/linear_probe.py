@@ -97,7 +97,7 @@ class LinearProbe(Classification):
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
-        """Return the cross entropy, and top-1 and top-5 accuracy.
+        """Return the cross entropy and `topk_correct` of each image.
 
         With several labels per image, returns only the binary cross entropy.
         """

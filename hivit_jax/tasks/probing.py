@@ -46,7 +46,8 @@ def nearest_neighbors(
       heartbeat: called after every batch.
 
     Returns:
-      knn/top1 and knn/top5 as fractions, and knn/count, the number of test images.
+      Fractions knn/top1 and, with at least `MIN_TOP5` classes, knn/top5; and knn/count,
+      the number of test images.
 
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
@@ -76,13 +77,14 @@ def nearest_neighbors(
         part = jax.device_put((features[i : i + CHUNK], labels[i : i + CHUNK]))
         chunks.append(jax.device_get(classify(*part, *train_set)))
         progress.update(len(part[1]))
-    top1, top5 = (
-        float(np.concatenate([chunk[name] for chunk in chunks]).mean())
-        for name in ("top1", "top5")
-    )
-    images = counted(count, "image")
-    log(f"nearest neighbors  top1 {top1:.2%}  top5 {top5:.2%}  ({images})")
-    return {"knn/top1": top1, "knn/top5": top5, "knn/count": count}
+    accuracies = {
+        name: float(np.concatenate([chunk[name] for chunk in chunks]).mean())
+        for name in chunks[0]
+    }
+    text = "  ".join(f"{name} {value:.2%}" for name, value in accuracies.items())
+    log(f"nearest neighbors  {text}  ({counted(count, 'image')})")
+    values = {f"knn/{name}": value for name, value in accuracies.items()}
+    return values | {"knn/count": count}
 
 
 def fit_to_devices(config: Any) -> tuple[Any, Mesh]:

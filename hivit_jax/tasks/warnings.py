@@ -3,6 +3,7 @@
 from typing import Any
 
 from hivit_jax.data.sources.base import DatasetInfo
+from hivit_jax.data.sources.splits import NO_EVALUATION
 from hivit_jax.progress import counted
 from hivit_jax.training.schedule import peak_learning_rate
 
@@ -58,9 +59,11 @@ def _length_warnings(
             f"batch_size={config.batch_size} exceeds the {num_images:,} training "
             "images: a batch contains some images several times"
         )
+    evaluated = config.data.eval_split != NO_EVALUATION
+    end_only = "is evaluated" if evaluated else "draws its curves and figures"
     for name, consequence in (
         ("log_every", "logs only its last step"),
-        ("eval_every", "is evaluated only at its end"),
+        ("eval_every", f"{end_only} only at its end"),
         ("checkpoint_every", "saves only its last step, so a killed run is lost"),
     ):
         if config[name] > max(total_steps, HARMLESS_INTERVALS[name]):

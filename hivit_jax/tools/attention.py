@@ -13,10 +13,10 @@ from flax import nnx
 from hivit_jax import platforms
 from hivit_jax.errors import ConfigError, Parser, run_command
 from hivit_jax.models import Model
-from hivit_jax.paths import expand
 from hivit_jax.preprocessing import preprocess
 from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
+from hivit_jax.tools import files
 from hivit_jax.tools.loading import read_model
 from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import split
@@ -24,7 +24,7 @@ from hivit_jax.weights.load import build
 from hivit_jax.xla.compile import announce
 
 USAGE = """\
-python -m hivit_jax.tools.attention --checkpoint PATH IMAGE [IMAGE ...]
+python -m hivit_jax.tools.attention --checkpoint PATH IMAGE|DIRECTORY ...
               [--out FILE.png] [--block INDEX] [--unit ROW,COLUMN]
 
 Draws, for each image, the attention weights of a unit or class token to all units: the
@@ -33,6 +33,9 @@ bright. A red frame marks the unit.
 
 --checkpoint  workdir of a run, checkpoint, directory written by save_pretrained, .pth
               or .safetensors file, or hf://ORGANIZATION/NAME
+IMAGE|DIRECTORY
+              images; directories are searched recursively. Of a directory with more
+              than 16 images, 16 evenly spaced images are drawn
 --out         default: attention.png
 --block       index of a block among the blocks with attention; default: -1, the last
 --unit        row and column of the unit, which has 16x16 pixels in most models;
@@ -133,7 +136,7 @@ def run(argv: Sequence[str] | None) -> None:
     parser = Parser(usage=USAGE, allow_abbrev=False)
     add = partial(parser.add_argument, help=argparse.SUPPRESS)  # USAGE explains them
     add("--checkpoint", required=True)
-    add("images", nargs="+", type=expand)
+    add("images", nargs="+")
     add("--out", default="attention.png")
     add("--block", type=int, default=-1)
     add("--unit", default="")
@@ -148,7 +151,7 @@ def run(argv: Sequence[str] | None) -> None:
     if out.is_dir():
         raise ConfigError(f"--out={args.out} is a directory; expected a .png file")
     model = build(read_model(args.checkpoint))
-    images = preprocess(model)(args.images)
+    images = preprocess(model)(files.drawn_images(args.images))
     maps = attention_maps(model, images, block=args.block, unit=unit)
     if not model.config.class_tokens:
         unit = unit or center(model)

@@ -34,7 +34,7 @@ from hivit_jax.tools.dataset_content import contact_sheet, content_report
 from hivit_jax.tools.dataset_split import IMAGES_PER_JOB, UNREADABLE, Split
 from hivit_jax.tools.dataset_verdict import Verdict, nested_classes
 from hivit_jax.tools.outputs import output_path
-from hivit_jax.xla.chips import CHIPS, UTILIZATION
+from hivit_jax.xla.chips import CHIPS
 
 MAX_LISTED = 20  # lines per fault in the printed report
 TIMING_SECONDS = 3.0  # CPU time in which the loader's speed is measured
@@ -95,15 +95,16 @@ def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) 
     The table is left out if the cost of the model is unknown.
     """
     flops = task.training_flops(model)
-    title = f"estimate at {UTILIZATION:.0%} of peak"
     speed, cores = images_per_core_second, counted(available_cores(), "core")
     lines = [f"speed: {speed:,.0f} training images/s per core, {cores} here"]
     if not flops:
         return lines[0]
-    lines += ["", _row(title, "images/s", "cores")]
+    lines += ["", _row("estimate at part of peak", "images/s", "cores")]
     for name, chip in CHIPS.items():
-        needed = UTILIZATION * chip.flops / flops
-        lines.append(_row(f"one {name}", f"{needed:,.0f}", f"{needed / speed:,.1f}"))
+        part, basis = chip.utilization.peak, chip.utilization.basis
+        needed = part * chip.flops / flops
+        title = f"one {name} at {part:.0%}, {basis}"
+        lines.append(_row(title, f"{needed:,.0f}", f"{needed / speed:,.1f}"))
     return "\n".join(lines)
 
 

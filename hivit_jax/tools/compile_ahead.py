@@ -25,7 +25,7 @@ from hivit_jax.reporting.metrics import prepare_workdir
 from hivit_jax.tools.describe import resolved_schedule
 from hivit_jax.training.step import Training, prepare
 from hivit_jax.xla.ahead import compile_report
-from hivit_jax.xla.chips import CHIPS, GIB, PLUGINS, UTILIZATION, devices_of
+from hivit_jax.xla.chips import CHIPS, GIB, PLUGINS, devices_of
 
 REPORT = "compile.json"  # in the workdir
 
@@ -88,10 +88,11 @@ def step_report(
 def run_cost(config: Any, report: dict[str, Any]) -> dict[str, Any]:
     """Return {"run": images and hours of the whole run}, as JSON values.
 
-    Hours are given at the roofline bound and at `UTILIZATION` of this bound, without
-    evaluation and reading of images. Both are None if the step does not fit.
+    Hours are given at the roofline bound and at the chip's utilization of this bound,
+    without evaluation and reading of images. Both are None if the step does not fit.
     """
-    chips = report["devices"] // CHIPS[report["topology"].partition(":")[0]].devices
+    chip = CHIPS[report["topology"].partition(":")[0]]
+    chips, utilization = report["devices"] // chip.devices, chip.utilization
     images = resolved_schedule(config)[1] * config.batch_size
     hours, roofline = None, report["roofline"]
     if roofline:
@@ -101,8 +102,10 @@ def run_cost(config: Any, report: dict[str, Any]) -> dict[str, Any]:
             "images": images,
             "chips": chips,
             "hours_at_bound": hours,
-            "utilization": UTILIZATION,
-            "hours_at_utilization": hours and hours / UTILIZATION,
+            "utilization": utilization.bound,
+            "utilization_basis": utilization.basis,
+            "utilization_measurement": utilization.measurement,
+            "hours_at_utilization": hours and hours / utilization.bound,
         }
     }
 
@@ -195,15 +198,22 @@ def summary(report: dict[str, Any]) -> str:
         )
     run = report.get("run", {})
     if run.get("hours_at_bound"):
-        lines.append(f"time to train on all {run['images']:,} images of the run:")
+        lines.append(
+            f"time to train on all {run['images']:,} images of the run on "
+            f"{counted(run['chips'], 'chip')}:"
+        )
+        # Files of earlier versions contain only the assumption.
+        basis = run.get("utilization_basis", "assumed")
         fractions = {
-            "at the bound": run["hours_at_bound"],
-            f"at {run['utilization']:.0%} of it": run["hours_at_utilization"],
+            "at the bound, which no run reaches": run["hours_at_bound"],
+            f"at {run['utilization']:.0%} of it, {basis}": run["hours_at_utilization"],
         }
         lines += [
-            f"  {label:<14}{hours:12,.2f} hours{hours * run['chips']:14,.1f} chip-hours"
+            f"  {label:<36}{hours:12,.2f} hours{hours * run['chips']:14,.1f} chip-hours"
             for label, hours in fractions.items()
         ]
+        if measurement := run.get("utilization_measurement"):
+            lines.append(f"  measured: {measurement}")
     if "largest_batch_per_device" in report:
         lines.append(
             f"largest batch per device: {report['largest_batch_per_device']} "

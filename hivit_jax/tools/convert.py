@@ -14,6 +14,7 @@ from typing import Any
 from hivit_jax import platforms
 from hivit_jax.errors import ConfigError, Parser, run_command
 from hivit_jax.models import arguments_of, configure, variant
+from hivit_jax.progress import listed
 from hivit_jax.reporting.console import log
 from hivit_jax.tools.loading import read_model
 from hivit_jax.tools.outputs import output_path
@@ -96,7 +97,7 @@ def inspect(
     lines = [pretrained.path, f"{title}: {count:,} parameters", *rows]
     lines += pretrained.notes
     if unused := pretrained.unused:
-        lines.append(f"unused entries: {len(unused)}, {', '.join(unused[:3])}")
+        lines.append(f"unused entries: {len(unused)}, {listed(unused, 3)}")
     text = "\n  ".join(lines) + f"\nas {model.name}:\n"
     _, report = match_arrays(pretrained, model)
     if names:

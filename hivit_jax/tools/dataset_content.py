@@ -7,7 +7,7 @@ import numpy as np
 from hivit_jax.data.summary import equal_files, shared_groups
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.models import image_shape
-from hivit_jax.progress import counted
+from hivit_jax.progress import counted, listed
 from hivit_jax.reporting import figures
 from hivit_jax.tasks.defaults import pixel_scale
 from hivit_jax.tools.dataset_split import Split
@@ -76,14 +76,13 @@ def leak_lines(splits: Sequence[Split], group: str) -> tuple[list[str], list[str
         for train_index, test_index in pairs[:MAX_PAIRS]:
             line = f"    {train.name(train_index)} = {test.name(test_index)}"
             lines.append(line)
+        if len(pairs) > MAX_PAIRS:
+            lines.append(f"    ... and {len(pairs) - MAX_PAIRS:,} more")
     if group:
         names = [[split.name(i) for i in split.indices.tolist()] for split in splits]
         if shared := shared_groups(group, names):
             problems.append(f"{counted(len(shared), 'group')} in both splits")
-            listed = ", ".join(shared[:MAX_PAIRS])
-            lines.append(
-                f"{problems[-1]}: {listed}{' ...' * (len(shared) > MAX_PAIRS)}"
-            )
+            lines.append(f"{problems[-1]}: {listed(shared, MAX_PAIRS)}")
     return lines, problems
 
 

@@ -24,7 +24,10 @@ from hivit_jax.training.schedule import (
     warmup_steps,
 )
 from hivit_jax.tree import named_leaves, split, split_state
-from hivit_jax.xla.chips import CHIPS, UTILIZATION
+from hivit_jax.xla.chips import CHIPS
+
+CHIP_COUNT = 8  # number of chips in the table of hours
+HOURS = "hours", "chip-hours"
 
 
 def describe(config: Any) -> str:
@@ -148,37 +151,50 @@ def schedule_table(config: Any) -> str:
 
 
 def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
-    """Return a table of a run's throughput and hours at the peak of each chip.
+    """Return a table of a run's hours and chip-hours for each type of chip.
 
-    The table also contains the hours at `UTILIZATION` of the peak. It is computed from
-    the multiply-adds of `Task.passes` forward passes, without memory traffic,
-    recomputation, evaluation and reading of images.
+    The table contains the hours at the peak of a chip and at its utilization. They are
+    computed from the multiply-adds of `Task.passes` forward passes, without memory
+    traffic, recomputation, evaluation and reading of images.
     """
     _, total_steps, _ = resolved_schedule(config)
     images = total_steps * config.batch_size
     flops = task.training_flops(model)
     if not flops:
         return "operations per training image: unknown, because the model has no `macs`"
-    titles = "images/s per chip", "chip-hours", "hours, 8 chips"
     lines = [
-        f"about {flops / 1e9:,.1f} GFLOP per training image; {images:,} images in all",
-        "at the bfloat16 peak of a chip, which no run reaches, or at "
-        f"{UTILIZATION:.0%} of it (docs/cost.md):",
-        _row("", *titles, f"{titles[-1]}, {UTILIZATION:.0%}"),
+        f"about {flops / 1e9:,.1f} GFLOP per training image; {images:,} images",
+        "hours and chip-hours at the bfloat16 peak of a chip, which no run reaches,",
+        "and at the part of the peak that is measured or assumed (docs/cost.md):",
+        f"{'':23}{'at the peak':>25}{'at a part of the peak':>38}",
+        _row("", "chips", "images/s/chip", *HOURS, "part of peak", *HOURS),
     ]
     for name, chip in CHIPS.items():
-        speed = chip.flops / flops
-        hours = images / speed / 3600
-        row = hours, hours / 8, hours / 8 / UTILIZATION
-        lines.append(_row(name, f"{speed:,.0f}", *(f"{each:,.2f}" for each in row)))
-    lines.append(
-        "--mode compile --topology=v5e:2x4 (or another) includes memory traffic"
-    )
+        utilization, speed = chip.utilization, chip.flops / flops
+        chip_hours = images / speed / 3600
+        realistic = chip_hours / utilization.peak
+        hours = (chip_hours / CHIP_COUNT, chip_hours, realistic / CHIP_COUNT, realistic)
+        at_peak, chips_at_peak, *rest = (f"{each:,.2f}" for each in hours)
+        part = f"{utilization.peak:.0%} {utilization.basis}"
+        count = str(CHIP_COUNT)
+        cells = count, f"{speed:,.0f}", at_peak, chips_at_peak, part, *rest
+        lines.append(_row(name, *cells))
+    lines += [
+        f"measured on {name}: {chip.utilization.measurement}"
+        for name, chip in CHIPS.items()
+        if chip.utilization.measurement
+    ]
+    lines += [
+        "assumed: no measurement; a chip with little bandwidth per FLOP/s reaches less",
+        "--mode compile --topology=v5e:2x4 (or another) includes memory traffic",
+    ]
     return "\n".join(lines)
 
 
 def _row(name: str, *cells: str) -> str:
-    return f"{name:8}" + "".join(f"{cell:>21}" for cell in cells)
+    widths = 6, 14, 11, 12, 15, 11, 12
+    pairs = zip(cells, widths, strict=True)
+    return f"{name:8}" + "".join(f"{cell:>{width}}" for cell, width in pairs)
 
 
 def resolved_schedule(config: Any) -> tuple[int, int, optax.Schedule]:

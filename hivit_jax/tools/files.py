@@ -14,22 +14,26 @@ from tqdm import tqdm
 
 from hivit_jax import config as configs
 from hivit_jax import inputs, tasks
+from hivit_jax.data.decoding import UnsuitableImage
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources import registry
 from hivit_jax.data.sources.base import DatasetInfo, Source
+from hivit_jax.data.sources.folder import Images
 from hivit_jax.data.sources.paths import Paths
 from hivit_jax.data.transforms import Transform
 from hivit_jax.distributed.sharding import make_mesh, on_mesh
 from hivit_jax.errors import ConfigError, DataError, HivitError, Parser, first_line
 from hivit_jax.models import configure
 from hivit_jax.models.base import make_info
-from hivit_jax.progress import Progress
+from hivit_jax.paths import expand
+from hivit_jax.progress import Progress, listed
 from hivit_jax.reporting.console import log
 from hivit_jax.weights.adapt import Pretrained
 from hivit_jax.weights.load import DATA_KEYS
 from hivit_jax.xla.compile import announce
 
 MAX_BATCH = 64  # largest default batch size
+MAX_DRAWN = 16  # images of one directory in a figure
 
 
 def make_parser(usage: str) -> Parser:
@@ -58,7 +62,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
 def check_readable(count: int, paths: Sequence[str]) -> None:
     """Raise DataError if no image of the paths could be read."""
     if not count:
-        names = ", ".join(paths[:3]) or "test split"
+        names = listed(paths, 3) if paths else "test split"
         raise DataError(f"{names}: no image can be read")
 
 
@@ -118,6 +122,32 @@ def open_images(
     return tasks.create(config, info), source
 
 
+def drawn_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Return the image files that a figure shows, in the order of the paths.
+
+    Of a directory with more than `MAX_DRAWN` images, evenly spaced images are drawn. A
+    line states their number.
+
+    Args:
+      paths: image files, and directories that are searched recursively.
+
+    Raises:
+      DataError: a directory contains no image.
+    """
+    drawn = []
+    for path in (Path(expand(str(each))) for each in paths):
+        if not path.is_dir():
+            drawn.append(path)
+            continue
+        images = Images(path)
+        count = min(len(images), MAX_DRAWN)
+        if count < len(images):
+            log(f"{path}: drawing {count} of {len(images):,} images, evenly spaced")
+        spaced = np.linspace(0, len(images) - 1, count).astype(int)
+        drawn += [Path(images.name(index)) for index in spaced]
+    return drawn
+
+
 def _classes_of_dataset(config: Any) -> Sequence[str]:
     """Return the class names of the config's dataset; () if it cannot be read."""
     try:
@@ -146,6 +176,8 @@ class _TolerantTransform(Transform):
         """See `Transform.__call__`."""
         try:
             self._transform(sample, draws, out)
+        except UnsuitableImage as error:
+            raise ValueError(error.after_training) from error
         except DataError as error:
             raise ValueError(first_line(error)) from error
 

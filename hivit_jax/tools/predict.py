@@ -5,17 +5,19 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
 
-from hivit_jax import evaluate, platforms
+from hivit_jax import evaluate, platforms, tasks
 from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.progress import counted
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
 from hivit_jax.tools.loading import read_model
 from hivit_jax.tools.outputs import output_path
+from hivit_jax.weights.adapt import Pretrained
 
 USAGE = """\
 python -m hivit_jax.tools.predict --checkpoint PATH --out OUT [IMAGE|DIRECTORY ...]
@@ -61,12 +63,8 @@ def predict(
     """
     out = output_path("--out", out, [checkpoint, *images])
     pretrained = read_model(checkpoint)
-    if pretrained.arguments.get("num_classes") == 0:
-        raise ConfigError(
-            f"{pretrained.path} has no head; expected a classifier. "
-            "hivit_jax.tools.features writes its features"
-        )
     config = files.config_of(pretrained, batch_size)
+    _check_has_predictions(pretrained, config)
     task, source = files.open_images(pretrained, config, images)
     graphdef, variables = evaluate.restore(pretrained, task, files.one_device())
 
@@ -95,6 +93,20 @@ def predict(
     if images and source.ignored:
         log(f"ignored files: {source.ignored_text()}")
     return num_readable
+
+
+def _check_has_predictions(pretrained: Pretrained, config: Any) -> None:
+    """Raise ConfigError if the model has no head, or its task no predictions."""
+    if pretrained.arguments.get("num_classes") == 0:
+        problem = " has no head"
+    elif tasks.find(config.task).predict_step is tasks.Task.predict_step:
+        problem = f": task={config.task!r} has no predictions"
+    else:
+        return
+    raise ConfigError(
+        f"{pretrained.path}{problem}; expected a classifier. hivit_jax.tools.features "
+        "writes its features"
+    )
 
 
 def run(argv: Sequence[str] | None) -> None:

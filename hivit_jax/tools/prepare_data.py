@@ -37,6 +37,7 @@ from hivit_jax.errors import (
     run_command,
     unknown,
 )
+from hivit_jax.progress import listed
 from hivit_jax.tools import parquet
 from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 
@@ -144,10 +145,10 @@ def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
     tars = [Path(manual_dir, tar) for tar in (TRAIN, VALIDATION) if tar in needed]
     missing = [tar.name for tar in tars if not tar.is_file()]
     if missing:
-        found = ", ".join(sorted(os.listdir(manual_dir))[:8])
+        found = listed(sorted(os.listdir(manual_dir)), 8)
         raise ConfigError(
             f"--manual_dir={manual_dir} has no {' and no '.join(missing)}\n"
-            f"found: {found or 'nothing'}"
+            f"found: {found}"
         )
     totals = {}
     for tar in tars:

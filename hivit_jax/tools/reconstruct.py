@@ -14,12 +14,13 @@ from flax import nnx
 
 from hivit_jax import platforms
 from hivit_jax.augment.resample import MAXIMUM
+from hivit_jax.data.decoding import UnsuitableImage
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.errors import ConfigError, DataError, Parser, run_command
 from hivit_jax.models.masked import MaskedModel
-from hivit_jax.paths import expand
 from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
+from hivit_jax.tools import files
 from hivit_jax.tools.loading import read_model
 from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import split
@@ -27,11 +28,14 @@ from hivit_jax.weights.load import build
 from hivit_jax.xla.compile import announce
 
 USAGE = """\
-python -m hivit_jax.tools.reconstruct --checkpoint PATH IMAGE [IMAGE ...]
+python -m hivit_jax.tools.reconstruct --checkpoint PATH IMAGE|DIRECTORY ...
               [--out FILE.png] [--mask_ratio RATIO] [--seed 0] [--statistics unit]
 
 --checkpoint  a masked autoencoder: workdir of a run, directory written by
               save_pretrained, .pth or .safetensors file, or hf://ORGANIZATION/NAME
+IMAGE|DIRECTORY
+              images; directories are searched recursively. Of a directory with more
+              than 16 images, 16 evenly spaced images are drawn
 --mask_ratio  fraction of units to mask; default: the training config's, or 0.75 if
               there is no training config
 --statistics  source of the mean and standard deviation that convert predictions of
@@ -94,7 +98,7 @@ def run(argv: Sequence[str] | None) -> None:
     parser = Parser(usage=USAGE, allow_abbrev=False)
     add = partial(parser.add_argument, help=argparse.SUPPRESS)  # USAGE explains them
     add("--checkpoint", required=True)
-    add("images", nargs="+", type=lambda path: Path(expand(path)))
+    add("images", nargs="+")
     add("--out", default="reconstruction.png")
     add("--mask_ratio", type=float)
     add("--seed", type=int, default=0)
@@ -118,7 +122,8 @@ def run(argv: Sequence[str] | None) -> None:
     data = pretrained.recipe.get("data", {})
     value_range, dtype = data.get("value_range", ()), data.get("dtype", "uint8")
     scale = data.get("scale") or MAXIMUM[dtype]
-    pixels = np.stack([read(path, shape, value_range, dtype) for path in args.images])
+    paths = files.drawn_images(args.images)
+    pixels = np.stack([read(path, shape, value_range, dtype) for path in paths])
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     images = (np.float32(pixels) / scale - mean) / std
     predicted, mask = reconstruct(
@@ -155,6 +160,8 @@ def read(
     try:
         options = dict(value_range=value_range, dtype=dtype)
         return evaluation_image(path.read_bytes(), shape, **options)
+    except UnsuitableImage as error:
+        raise DataError(f"cannot read {path}: {error.after_training}") from error
     except Exception as error:  # damaged files cause exceptions of many types
         raise DataError(f"cannot read {path}: {error}") from error
 

@@ -19,6 +19,7 @@ from hivit_jax import config as configs
 from hivit_jax import platforms, record
 from hivit_jax.errors import ConfigError, HivitError, Parser, run_command
 from hivit_jax.paths import absolute, expand
+from hivit_jax.progress import listed
 from hivit_jax.reporting import metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tools.outputs import output_path
@@ -69,7 +70,8 @@ def read_run(workdir: Path, name: str) -> dict[str, Any]:
 
     Returns:
       "name"; "summary" {label: text}; "series" {metric: {"step", "value"}}; "seconds"
-      of training by step; "batch_size"; "events"; "figures"; "config" {key: value}.
+      of training by step; "batch_size"; "events"; "figures"; "left_out", the number of
+      steps by figure that "figures" lacks; "config" {key: value}.
 
     Raises:
       ConfigError: `workdir` contains no metrics, or a config file is damaged.
@@ -77,7 +79,7 @@ def read_run(workdir: Path, name: str) -> dict[str, Any]:
     lines = read_metrics(workdir)
     starts = [(path.name, _read_config(path)) for path in record.config_files(workdir)]
     config = starts[-1][1] if starts else {}
-    batch_size = config.get("batch_size")
+    batch_size, (images, left_out) = config.get("batch_size"), figures(workdir)
     return {
         "name": name,
         "summary": summary(workdir, lines, starts, config),
@@ -85,7 +87,8 @@ def read_run(workdir: Path, name: str) -> dict[str, Any]:
         "seconds": training_seconds(lines, batch_size) if batch_size else None,
         "batch_size": batch_size,
         "events": events(workdir, lines, starts),
-        "figures": figures(workdir),
+        "figures": images,
+        "left_out": left_out,
         "config": record.flatten(config),
     }
 
@@ -103,7 +106,7 @@ def read_metrics(workdir: Path) -> Lines:
             inside = sorted(p.parent.name for p in workdir.glob(f"*/{METRICS}"))
             found = "no file"
             if inside:
-                found += f"; subdirectories with metrics: {', '.join(inside[:5])}"
+                found += f"; subdirectories with metrics: {listed(inside, 5)}"
         raise ConfigError(
             f"{path}: expected the metrics of a run, found {found}.\n"
             "Give the --workdir of a run that has logged at least one step"
@@ -193,23 +196,27 @@ def compare(run_configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def figures(workdir: Path) -> dict[str, list[dict[str, Any]]]:
+def figures(workdir: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
     """Return the images of each figure in the order of their steps, as data URIs.
 
     If a figure has more than `MAX_STEPS` steps, returns evenly spaced ones that include
-    the first and the last. The figure of the curves is left out.
+    the first and the last. The figure of the curves is not included.
+
+    Returns:
+      The images by figure, and the number of other steps by figure.
     """
     paths: dict[str, list[tuple[int, Path]]] = {}
     for path in (workdir / "figures").glob("*.png"):
         name, step = re.fullmatch(r"(.+?)(?:_(\d{7,}))?", path.stem).groups()
         if path.stem != "curves":
             paths.setdefault(name, []).append((int(step or 0), path))
-    found = {}
+    found, left_out = {}, {}
     for name, images in sorted(paths.items()):
         images, n = sorted(images), min(len(images), MAX_STEPS)
         chosen = [images[k * (len(images) - 1) // max(n - 1, 1)] for k in range(n)]
         found[name] = [{"step": step, "src": _data_uri(p)} for step, p in chosen]
-    return found
+        left_out[name] = len(images) - n
+    return found, left_out
 
 
 def _data_uri(path: Path) -> str:

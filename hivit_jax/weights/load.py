@@ -24,6 +24,7 @@ from hivit_jax.models import (
 )
 from hivit_jax.models.base import make_info
 from hivit_jax.paths import absolute, expand
+from hivit_jax.progress import listed
 from hivit_jax.reporting import metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split
@@ -89,7 +90,7 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
         found = [f for f in sorted(path.glob("*")) if f.name.endswith(files.SUFFIXES)]
         if len(found) == 1 and found[0].is_file():
             return _read_file(found[0], averaged, overrides)
-        names = ", ".join(file.name for file in found[:4])
+        names = listed([file.name for file in found], 4)
         if found:
             raise CheckpointError(f"{error}, or one file of: {names}") from error
         if path.name in list_models() and not path.exists():
@@ -142,8 +143,7 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
         log(f"{path}: {notes[-1]}")
     unused += unneeded_entries(official_names(state), model)
     if leftovers := [name for name in unused if not name.endswith(BUFFERS)]:
-        more = f" and {len(leftovers) - 5} more" if len(leftovers) > 5 else ""
-        log(f"{path}: unused entries: {', '.join(leftovers[:5])}{more}")
+        log(f"{path}: unused entries: {listed(leftovers, 5)}")
     recipe = metadata.get("recipe", {})
     return Pretrained(
         path=str(path),

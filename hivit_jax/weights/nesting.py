@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hivit_jax.errors import CheckpointError
+from hivit_jax.progress import listed
 from hivit_jax.weights.torch_format import StandIn, is_array
 
 # Keys of the state dict in files of training programs, in order of preference. "": the
@@ -58,11 +59,10 @@ def find_state_dict(
     """
     found = _state_dicts(content)
     if not found:
-        kinds = ", ".join(
-            f"{key!r}: {_type_name(content[key])}" for key in [*content][:4]
-        )
+        kinds = [f"{key!r}: {_type_name(value)}" for key, value in content.items()]
         raise CheckpointError(
-            f"contains no named tensors, only {{{kinds}}}; expected a state dict"
+            f"contains no named tensors, only {{{listed(kinds, 4)}}}; expected a state "
+            "dict"
         )
     keys = [key for key, names in found.items() if any(map(_is_anchor, names))]
     if not keys:  # no supported model; `infer.infer` raises an error

@@ -5,6 +5,7 @@ from typing import Any
 
 from hivit_jax.errors import CheckpointError
 from hivit_jax.models import VARIANTS, Model
+from hivit_jax.progress import listed
 
 
 class Shapes(dict[str, tuple[int, ...]]):
@@ -21,10 +22,9 @@ class Shapes(dict[str, tuple[int, ...]]):
         """
         if len(self.get(name, ())) != ndim or 0 in self[name]:
             found = list(self[name]) if name in self else "missing"
-            names = ", ".join([*self][:3]) or "none"
             raise CheckpointError(
                 f"not a {self.kind}: {name!r} is {found}; expected an array with "
-                f"{ndim} dimensions.\nThe first of {len(self)} entries: {names}"
+                f"{ndim} dimensions.\nFound the entries {listed([*self], 3)}"
             )
         return self[name]
 

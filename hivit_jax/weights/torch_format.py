@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from hivit_jax.errors import CheckpointError, first_line
+from hivit_jax.progress import listed
 
 # First object in files of the format before PyTorch 1.6.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -176,7 +177,7 @@ class TorchFile:
             if len(found) != 1 or any(n.endswith("constants.pkl") for n in names):
                 kind = "a TorchScript program" if found else "another zip archive"
                 raise CheckpointError(
-                    f"{self._path} is {kind}, with {', '.join(names[:3])}; expected a "
+                    f"{self._path} is {kind}, with {listed(names, 3)}; expected a "
                     "state dict that torch.save wrote"
                 )
             for member in members:

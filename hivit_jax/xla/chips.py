@@ -12,6 +12,31 @@ from jax.experimental import topologies
 from hivit_jax.errors import ConfigError
 
 
+class Utilization(NamedTuple):
+    """Fractions of a chip's limits that a training run reaches.
+
+    Attributes:
+      peak: fraction of the bfloat16 peak, by the operations of `Task.training_flops`.
+      bound: fraction of the bound that `--mode compile` computes.
+      measurement: run and document that the fractions come from; "": an assumption.
+    """
+
+    peak: float
+    bound: float
+    measurement: str = ""
+
+    @property
+    def basis(self) -> str:
+        """The word "measured" or "assumed"."""
+        return "measured" if self.measurement else "assumed"
+
+
+ASSUMED = Utilization(0.4, 0.4)  # for planning; see docs/cost.md
+MEASURED_H100 = Utilization(
+    0.2453, 0.53, "HiViT-B, pretraining on one H100, docs/performance.md"
+)
+
+
 class Chip(NamedTuple):
     """Memory and peak rates of a chip.
 
@@ -22,6 +47,7 @@ class Chip(NamedTuple):
       network: bytes per second sent to chips of the same slice or node, on all links.
       source: publication of these numbers.
       devices: number of JAX devices per chip.
+      utilization: fractions of the peak and of the bound that a run reaches.
     """
 
     memory: int
@@ -30,11 +56,10 @@ class Chip(NamedTuple):
     network: float
     source: str
     devices: int = 1
+    utilization: Utilization = ASSUMED
 
 
 GIB = 2**30
-# Fraction of a peak or bound that a run is assumed to reach; see docs/cost.md.
-UTILIZATION = 0.4
 TPU_DOCS = "cloud.google.com/tpu/docs/{}, half of the bidirectional interconnect"
 TPU7X = TPU_DOCS.format("tpu7x")
 NVIDIA = "NVIDIA {} SXM data sheet, dense, half of the bidirectional NVLink"
@@ -55,7 +80,14 @@ CHIPS = {
     "a100-80": Chip(80 * 10**9, 312e12, 2039e9, 300e9, A100),
     "l4": Chip(24 * 10**9, 121e12, 300e9, 32e9, L4),
     "rtx4090": Chip(24 * 10**9, 165.2e12, 1008e9, 32e9, RTX4090),
-    "h100": Chip(80 * 10**9, 989e12, 3350e9, 450e9, NVIDIA.format("H100")),
+    "h100": Chip(
+        80 * 10**9,
+        989e12,
+        3350e9,
+        450e9,
+        NVIDIA.format("H100"),
+        utilization=MEASURED_H100,
+    ),
     "h200": Chip(141 * 10**9, 989e12, 4800e9, 450e9, NVIDIA.format("H200")),
     "b200": Chip(180 * 10**9, 2250e12, 8000e9, 900e9, B200),
 }

@@ -35,9 +35,11 @@ def roofline(
         "network": sent / chip.network,
     }
     bound = max(seconds, key=seconds.get)
+    peaks = chip._asdict()
+    del peaks["utilization"]
     return {
         "images_per_second_per_chip": images / seconds[bound],
         "bound": bound,
         "seconds_per_step": seconds,
-        "peaks": chip._asdict(),
+        "peaks": peaks,
     }

@@ -65,7 +65,7 @@ def test_order_is_a_function_of_seed_and_position():
     assert (other_seed != expected[0]).mean() > 0.5
 
 
-def test_order_is_frozen():
+def test_balanced_order_is_frozen():
     """The order never changes, so that saved runs resume exactly."""
     found = BalancedOrder(LABELS, 1.0, 0).samples_at(np.arange(62, 70))
     assert np.stack(found).tolist() == FROZEN

@@ -24,7 +24,7 @@ def test_every_epoch_is_another_permutation():
             assert (order_of_epoch == earlier).mean() < 0.01
 
 
-def test_order_is_frozen():
+def test_permutation_is_frozen():
     """The order never changes, so that saved runs resume exactly."""
     first = [500, 469, 1156, 606, 909, 555, 794, 1425]
     assert permutation(0, 0, 1437)[:8].tolist() == first

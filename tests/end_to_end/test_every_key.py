@@ -398,7 +398,7 @@ ELSEWHERE = {
     "data.exclude": "test_exclude",
     "data.flip": "test_training_flips_and_erases_resized_images",
     "data.max_unreadable": "test_unreadable_images",
-    "data.multi_label": "test_several_labels",
+    "data.multi_label": "test_images_with_several_labels_are_trained_and_predicted",
     "data.name": "test_every_step",
     "data.randaugment": "test_randaugment",
     "data.reader": "test_training_is_bit_identical",

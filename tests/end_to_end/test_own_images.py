@@ -45,14 +45,29 @@ OVERRIDES = dict(data__name="folder", model__image_size=32, batch_size=8, total_
 
 @pytest.mark.slow
 def test_pretraining_needs_no_labels_and_no_evaluation(tiles, tmp_path, capsys):
-    """Without evaluation images, figures show training images."""
+    """Without evaluation images, figures show training images.
+
+    The slow initialization is announced, and the last line names the last checkpoint.
+    """
     overrides = OVERRIDES | dict(data__dir=tiles, data__eval_split="none")
     overrides |= dict(data__class_level="none", eval_every=1, checkpoint_every=1)
     flags = mini_runs.arguments("photographs", **overrides)
     workdir = tmp_path / "run"
     assert main([*flags, f"--workdir={workdir}"]) == 0
     out = capsys.readouterr().out
-    assert "eval" not in out
+    *lines, last = out.splitlines()
+    assert last == (
+        "last checkpoint  step 2  not evaluated, because data.eval_split='none'  "
+        f"{workdir}/checkpoints/2"
+    )
+    assert (workdir / "checkpoints" / "2").is_dir()
+    assert not [line for line in lines if "eval" in line]
+    programs = [line.split(",")[0] for line in lines if line.startswith("compiling")]
+    assert programs == [
+        "compiling the initialization of the parameters",
+        "compiling the train step",
+        "compiling the figures",
+    ]
     assert not [key for line in lines_of(workdir) for key in line if "eval" in key]
     figures = {path.name for path in (workdir / "figures").iterdir()}
     assert figures == {
@@ -188,7 +203,7 @@ def test_classifier_of_own_files_predicts_new_images(write, tmp_path, capsys):
 @pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
-def test_several_labels(tmp_path, capsys):
+def test_images_with_several_labels_are_trained_and_predicted(tmp_path, capsys):
     """The upper half of an image may be red, the lower half blue.
 
     Images with neither have no label.

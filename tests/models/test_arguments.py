@@ -82,7 +82,7 @@ def test_arguments_may_be_numbers_of_any_library(name, argument, stored):
     ],
     ids=str,
 )
-def test_invalid_arguments_are_refused(overrides):
+def test_invalid_hivit_arguments_are_refused(overrides):
     """Arguments of a wrong type, out of range or not finite raise an error.
 
     A bool is not a number. The message names the argument.

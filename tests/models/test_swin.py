@@ -20,7 +20,7 @@ MINI = dict(image_size=64, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window
 
 @pytest.mark.slow
 @pytest.mark.parametrize("title", swin.FACTS["params_macs"])
-def test_parameters_and_multiply_adds_equal_the_official_ones(title):
+def test_swin_parameters_and_multiply_adds_equal_the_official_ones(title):
     name, size, _, window = title.removeprefix("simmim ").split()[:4]
     if title.startswith("simmim"):
         model = abstract_model(
@@ -47,7 +47,7 @@ def test_finetuning_has_the_official_layers_and_weight_decay():
 
 
 @pytest.mark.slow
-def test_pretraining_has_the_official_weight_decay():
+def test_swin_pretraining_has_the_official_weight_decay():
     """The mask token does not decay; the relative position tables do."""
     task = inputs.task_of_recipe(mini_runs.recipe("simmim_swin"))
     (facts,) = swin.FACTS["weight_decay"].values()

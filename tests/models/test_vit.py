@@ -24,7 +24,7 @@ PUBLISHED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_and_multiply_adds_equal_the_official_ones(name):
+def test_vit_parameters_and_multiply_adds_equal_the_official_ones(name):
     model, facts = abstract_model(name), FACTS["params_macs"][PUBLISHED[name]]
     assert model.parameter_count() == facts["params"]
     assert model.macs(layer_norm_cost=0) == facts["macs"]
@@ -40,7 +40,7 @@ def test_layer_ids_equal_the_official_ones():
 
 
 @pytest.mark.slow
-def test_pretraining_has_the_official_weight_decay():
+def test_vit_pretraining_has_the_official_weight_decay():
     """Class token and mask token decay; fixed tables are not trained."""
     task = inputs.task_of_recipe(mini_runs.recipe("mae_vit"))
     facts = FACTS["weight_decay"]["mae_vit_base pretraining (0.05)"]
@@ -86,7 +86,7 @@ def test_maps_exclude_the_class_token_and_tokens_include_it():
         ({"image_size": 60}, "image_size=60"),
     ],
 )
-def test_invalid_arguments_are_refused(overrides, message):
+def test_invalid_vit_arguments_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         abstract_model("vit_base", **MINI | overrides)
 

@@ -129,7 +129,7 @@ def test_classifier_reproduces_the_logits_of_mmpretrain():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", MINI_MAES)
-def test_mini_mae_reproduces_official_outputs_and_gradients(fixture):
+def test_hivit_mini_mae_reproduces_official_outputs_and_gradients(fixture):
     model, params = reference.build_fixture(fixture)
     arrays, facts = golden(fixture), FIXTURES[fixture]
     images = jnp.asarray(reference.images("mini64", 3, 64))
@@ -154,7 +154,7 @@ def test_mini_mae_reproduces_official_outputs_and_gradients(fixture):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_base_mae_reproduces_official_outputs_and_gradients():
+def test_hivit_base_mae_reproduces_official_outputs_and_gradients():
     model, params = reference.build_fixture("mae_base")
     arrays, facts = golden("mae_base"), FIXTURES["mae_base"]
     images = jnp.asarray(reference.images("mae224", 2, 224))
@@ -182,7 +182,7 @@ def test_base_mae_reproduces_official_outputs_and_gradients():
 
 
 @pytest.mark.slow
-def test_every_layer_norm_has_the_official_eps():
+def test_every_hivit_layer_norm_has_the_official_eps():
     """With low-variance weights, eps=1e-5 in a single norm changes outputs by 1e-3."""
     arrays, parts = golden("lowvar_eps"), FIXTURES["lowvar_eps"]["shrunk_suffixes"]
     images = jnp.asarray(reference.images("mini64", 3, 64))

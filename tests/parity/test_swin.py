@@ -49,7 +49,7 @@ def check_tokens(model, images, arrays, atol):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", MINIS)
-def test_mini_classifier_reproduces_official_outputs_and_gradients(fixture):
+def test_swin_mini_classifier_reproduces_official_outputs_and_gradients(fixture):
     model, loss, logits, gradients = run_classifier(fixture)
     arrays = golden(fixture)
     close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
@@ -142,7 +142,7 @@ def test_resized_relative_tables_equal_the_official_ones(case):
 
 
 @pytest.mark.parametrize("fixture", ["swin_mini", "swin_mini_clamp", "simmim_mini"])
-def test_official_state_dict_survives_a_round_trip(fixture):
+def test_official_swin_state_dict_survives_a_round_trip(fixture):
     """Names, shapes and bytes are unchanged; index and mask buffers are recomputed."""
     state = swin.state_dict(fixture)
     name, config = swin.arguments(fixture)
@@ -174,7 +174,7 @@ def test_tiny_and_small_classifiers_reproduce_official_logits(fixture):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_base_classifier_reproduces_official_outputs_and_gradients():
+def test_swin_base_classifier_reproduces_official_outputs_and_gradients():
     state = swin.state_dict("swin_base_cls", shapes_of("swin_base_cls"))
     _, loss, logits, gradients = run_classifier("swin_base_cls", state)
     close(loss, FIXTURES["swin_base_cls"]["loss_f64"], 1e-6)

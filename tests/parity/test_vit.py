@@ -41,7 +41,7 @@ def run_mae(fixture):
 
 
 @pytest.mark.slow
-def test_mini_mae_reproduces_official_outputs_and_gradients():
+def test_vit_mini_mae_reproduces_official_outputs_and_gradients():
     model, losses, out, gradients = run_mae("mae_vit_mini")
     arrays = golden("mae_vit_mini")
     close(losses, [FIXTURES["mae_vit_mini"]["loss_f64"]] * 2, 1e-6)
@@ -88,7 +88,7 @@ def run_classifier(fixture, state=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", CLASSIFIERS)
-def test_mini_classifier_reproduces_official_outputs_and_gradients(fixture):
+def test_vit_mini_classifier_reproduces_official_outputs_and_gradients(fixture):
     model, loss, logits, gradients = run_classifier(fixture)
     arrays = golden(fixture)
     close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
@@ -104,7 +104,7 @@ def test_mini_classifier_reproduces_official_outputs_and_gradients(fixture):
 
 
 @pytest.mark.slow
-def test_every_layer_norm_has_the_official_eps():
+def test_every_vit_layer_norm_has_the_official_eps():
     """With these weights, eps=1e-5 in a single norm changes outputs by more than 1."""
     arrays, parts = golden("vit_lowvar_eps"), FIXTURES["vit_lowvar_eps"]["shrunk"]
     state = shrink(vit.state_dict("vit_cls_mini"), parts)
@@ -137,7 +137,7 @@ def shapes_of(name, **overrides):
 @pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["vit_base_cls", "vit_base_token"])
-def test_base_classifier_reproduces_official_outputs(fixture):
+def test_vit_base_classifier_reproduces_official_outputs(fixture):
     name, config = vit.arguments(fixture)
     state = vit.state_dict(fixture, shapes_of(name, **config))
     if fixture == "vit_base_token":
@@ -153,7 +153,7 @@ def test_base_classifier_reproduces_official_outputs(fixture):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_base_mae_reproduces_official_outputs_and_gradients(monkeypatch):
+def test_vit_base_mae_reproduces_official_outputs_and_gradients(monkeypatch):
     shapes = shapes_of("mae_vit_base")
     monkeypatch.setitem(FIXTURES["mae_vit_base"], "state_dict", shapes)
     _, losses, out, gradients = run_mae("mae_vit_base")
@@ -166,7 +166,7 @@ def test_base_mae_reproduces_official_outputs_and_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("fixture", ["mae_vit_mini", *CLASSIFIERS])
-def test_official_state_dict_survives_a_round_trip(fixture):
+def test_official_vit_state_dict_survives_a_round_trip(fixture):
     """Names, shapes and bytes are unchanged."""
     state = vit.state_dict(fixture)
     name, config = vit.arguments(fixture)

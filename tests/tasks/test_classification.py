@@ -32,6 +32,9 @@ def test_top1_and_top5():
     values = metrics_of(logits, np.arange(8))
     assert values["top1"].tolist() == [0, 0, 0, 0, 0, 0, 0, 1]
     assert values["top5"].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    # With five classes, the top-5 accuracy would always be 1.
+    for num_classes, names in ((5, {"loss", "top1"}), (6, {"loss", "top1", "top5"})):
+        assert metrics_of(logits[:, :num_classes], [0] * 8).keys() == names
 
 
 def test_equal_logits_rank_by_class_index():

@@ -60,6 +60,11 @@ def test_usual_settings_give_no_warnings():
         (["optimizer.warmup_epochs=200"], ["warmup_epochs=200", "172 epochs"]),
         (["batch_size=1024"], ["batch_size=1024 exceeds the 291 training images"]),
         (["eval_every=1251"], ["eval_every=1251 exceeds the 1,000 steps"]),
+        (["eval_every=1251"], ["which is evaluated only at its end"]),
+        (
+            ["eval_every=1251", "data.eval_split=none"],
+            ["eval_every=1251", "which draws its curves and figures only at its end"],
+        ),
         (["checkpoint_every=1251"], ["checkpoint_every=1251", "killed run is lost"]),
         (["log_every=2000"], ["log_every=2000"]),
         (["model.num_classes=1000"], ["num_classes=1000 exceeds the 9 classes"]),

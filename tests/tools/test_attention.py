@@ -9,6 +9,7 @@ from PIL import Image
 import hivit_jax
 from hivit_jax.errors import ConfigError
 from hivit_jax.tools import attention as command
+from hivit_jax.tools import files
 from hivit_jax.tools.attention import attention_maps
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("minimal_output")]
@@ -94,6 +95,31 @@ def test_command(name, tmp_path, capsys):
         assert command.main([*map(str, flags), option]) == 2
         assert fragment in capsys.readouterr().err
     assert command.main([*map(str, flags), str(tmp_path / "no.png")]) == 4
+
+
+def test_images_of_a_directory_are_drawn(tmp_path, capsys, monkeypatch):
+    """Of many images, evenly spaced ones are drawn, and a line states their number."""
+    hivit_jax.save_pretrained(mini("hivit_base"), tmp_path / "model")
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    for name in ("0.png", "1.png", "2.png", "3.png", "deep/4.png"):
+        write_image(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").write_text("")
+    monkeypatch.setattr(files, "MAX_DRAWN", 3)
+    single = write_image(tmp_path / "a.png")
+    names = [path.name for path in files.drawn_images([single, tmp_path / "photos"])]
+    assert names == ["a.png", "0.png", "2.png", "4.png"]
+    line = f"{tmp_path}/photos: drawing 3 of 5 images, evenly spaced\n"
+    assert capsys.readouterr().out == line
+    out, heights = tmp_path / "attention.png", []
+    for images in (tmp_path / "photos", single):
+        flags = ["--checkpoint", tmp_path / "model", "--out", out, images]
+        assert command.main([*map(str, flags)]) == 0
+        with Image.open(out) as picture:
+            heights.append(picture.height)
+    assert heights[0] > 2 * heights[1]
+    (tmp_path / "empty").mkdir()
+    assert command.main([*map(str, flags[:-1]), str(tmp_path / "empty")]) == 4
+    assert "expected files that end in" in capsys.readouterr().err
 
 
 def test_blocks_with_windows():

@@ -12,7 +12,7 @@ from prepared import prepare
 from benchmarks.photographs import photographs, write
 from hivit_jax.data.sources import digits, folder
 from hivit_jax.data.sources.base import Source, multi_hot
-from hivit_jax.tools import check_data, dataset_split
+from hivit_jax.tools import check_data, dataset_content, dataset_split
 from hivit_jax.xla import chips
 
 NAMES = sorted(photographs())
@@ -165,7 +165,7 @@ def test_image_with_several_labels_counts_in_each_class(check, healthy, tmp_path
 
 
 def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
-    """The images/s are those of a chip at 40 % of its peak; the cores can feed it."""
+    """The images/s are those of a chip at its utilization; the cores can feed it."""
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
     row = next(i for i, line in enumerate(lines) if "estimate" in line)
@@ -178,9 +178,15 @@ def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
     flops = 6 * model.macs(mask_ratio=0.75, layer_norm_cost=0)
     rows = {line[1]: line[2:] for line in lines[row + 1 :] if line[:1] == ["one"]}
     assert rows.keys() == chips.CHIPS.keys()
-    for name, peak in {"h100": 989, "v5e": 197, "v5p": 459}.items():
-        per_chip, cores = (float(cell.replace(",", "")) for cell in rows[name])
-        assert per_chip == pytest.approx(0.4 * peak * 1e12 / flops, abs=1)
+    expected = {
+        "h100": (0.2453, 989, "at 25%, measured"),
+        "v5e": (0.4, 197, "at 40%, assumed"),
+        "v5p": (0.4, 459, "at 40%, assumed"),
+    }
+    for name, (part, peak, basis) in expected.items():
+        assert " ".join(rows[name][:-2]) == basis
+        per_chip, cores = (float(cell.replace(",", "")) for cell in rows[name][-2:])
+        assert per_chip == pytest.approx(part * peak * 1e12 / flops, abs=1)
         assert cores == pytest.approx(per_chip / images_per_core, rel=0.01)
 
 
@@ -316,7 +322,7 @@ def test_values_without_a_range_fail_the_check(check, tmp_path):
     )
 
 
-def test_ignored_files_are_counted_by_ending(check, tmp_path):
+def test_check_data_prints_ignored_files_by_ending(check, tmp_path):
     write_folder(tmp_path)
     for name in ("x.heic", "y.HEIC", ".DS_Store", "Thumbs.db", "notes.txt"):
         (photo(tmp_path, 0).parent / name).touch()
@@ -359,11 +365,12 @@ def test_report_lists_classes_kinds_of_files_and_settings(check, healthy, tmp_pa
     assert (sheet_pixels != 255).any()
 
 
-def test_images_in_both_splits_are_reported(check, tmp_path):
+def test_images_in_both_splits_are_reported(check, tmp_path, monkeypatch):
     """Images in both splits have equal content, or belong to the same group.
 
-    The groups of the pattern are the file numbers 10 to 13.
+    The groups of the pattern are the file numbers 10 to 13. At most three are listed.
     """
+    monkeypatch.setattr(dataset_content, "MAX_PAIRS", 3)
     write_folder(tmp_path)
     content = photo(tmp_path, 0).read_bytes()
     photo(tmp_path, 14, "val").write_bytes(content)
@@ -372,6 +379,7 @@ def test_images_in_both_splits_are_reported(check, tmp_path):
     assert f"    {photo(tmp_path, 0)} = {photo(tmp_path, 14, 'val')}\n" in out
     assert "1 file with equal content in both splits" in out.splitlines()[-1]
     assert "4 groups in both splits" in out.splitlines()[-1]
+    assert "4 groups in both splits: 10, 11, 12, ... and 1 more\n" in out
     assert check(tmp_path, "--group=(")[0] == 2
 
 
@@ -600,7 +608,7 @@ def test_digits_pass_the_check(capsys):
         (["--sample=many"], "--sample"),
     ],
 )
-def test_bad_flag_exits_with_code_2(flags, fragment, capsys):
+def test_bad_flag_of_check_data_exits_with_code_2(flags, fragment, capsys):
     assert check_data.main([*mini_runs.arguments("digits"), *flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 def test_search_batch_adds_the_largest_batch_to_the_report(
     monkeypatch, tmp_path, capsys
 ):
-    """compile.json and the printed text contain the report."""
+    """compile.json and the printed text contain the report and the hours."""
 
     def step_report(config, devices, topology):
         size = config.batch_size // 8
@@ -48,9 +48,13 @@ def test_search_batch_adds_the_largest_batch_to_the_report(
         assert content["run"]["hours_at_bound"] == pytest.approx(hours)
         assert content["run"]["hours_at_utilization"] == pytest.approx(hours / 0.4)
         assert [line.split() for line in out.splitlines() if "chip-hours" in line] == [
-            ["at", "the", "bound", "0.00", "hours", "0.0", "chip-hours"],
-            ["at", "40%", "of", "it", "0.00", "hours", "0.0", "chip-hours"],
+            [*bound.split(), "0.00", "hours", "0.0", "chip-hours"]
+            for bound in (
+                "at the bound, which no run reaches",
+                "at 40% of it, assumed",
+            )
         ]
+        assert "512 images of the run on 8 chips:\n" in out
     assert (
         content["largest_batch_per_device"]
         <= 40
@@ -68,6 +72,28 @@ REPORT = {
     "collectives": [{"kind": "all-reduce", "count": 2, "bytes_per_step": 3e6}],
     "roofline": {"images_per_second_per_chip": 123.4, "bound": "memory"},
 }
+
+
+def test_hours_use_the_measured_utilization_of_a_chip():
+    config = mini_runs.mae(batch_size=64)
+    memory = dict(total=1, limit=2, arguments=1, temporaries=1)
+    report = REPORT | {
+        "topology": "h100:8",
+        "batch_per_device": 8,
+        "fits": True,
+        "hbm_bytes_per_device": memory,
+    }
+    report |= compile_ahead.run_cost(config, report)
+    run = report["run"]
+    assert run["hours_at_utilization"] == pytest.approx(run["hours_at_bound"] / 0.53)
+    summary = compile_ahead.summary(report)
+    assert "at 53% of it, measured" in summary
+    assert "measured: HiViT-B, pretraining on one H100" in summary
+    # A report of an earlier version contains only the assumption.
+    report["run"] = {
+        name: value for name, value in run.items() if "utilization_" not in name
+    }
+    assert "at 53% of it, assumed" in compile_ahead.summary(report)
 
 
 def test_earlier_summary_describes_the_report_in_compile_json(tmp_path):

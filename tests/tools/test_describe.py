@@ -44,7 +44,11 @@ def test_describe_counts_the_parameters_of_overrides(capsys):
 
 @pytest.mark.slow
 def test_hours_count_forward_and_backward_passes():
-    """An image costs three forward passes, or one if the encoder is frozen."""
+    """An image costs three forward passes, or one if the encoder is frozen.
+
+    Hours and chip-hours at the measured or assumed part of the peak follow from those
+    at the peak.
+    """
     for config, passes in (
         (mini_runs.recipe("digits_mae"), 3),
         (mini_runs.recipe("digits_linear"), 1),
@@ -52,12 +56,19 @@ def test_hours_count_forward_and_backward_passes():
         task = inputs.task_of_recipe(config)
         model = nnx.eval_shape(task.build_model)
         lines = hours_table(config, task, model).splitlines()
-        row = next(line for line in lines if line.startswith("h100"))
-        speed = 989e12 / (2 * passes * task.macs(model))  # two FLOP per multiply-add
         images = config.total_steps * config.batch_size
-        hours = images / speed / 3600
-        values = hours, hours / 8, hours / 8 / 0.4
-        assert row.split() == ["h100", f"{speed:,.0f}", *(f"{v:,.2f}" for v in values)]
+        for name, peak, fraction, part in (
+            ("h100", 989e12, 0.2453, ["25%", "measured"]),
+            ("v5e", 197e12, 0.4, ["40%", "assumed"]),
+        ):
+            row = next(line for line in lines if line.startswith(name))
+            speed = peak / (2 * passes * task.macs(model))  # two FLOP per multiply-add
+            hours = images / speed / 3600
+            values = hours / 8, hours, hours / 8 / fraction, hours / fraction
+            hours, chip_hours, *realistic = (f"{value:,.2f}" for value in values)
+            expected = [name, "8", f"{speed:,.0f}", hours, chip_hours, *part]
+            assert row.split() == [*expected, *realistic]
+        assert any("measured on h100: HiViT-B" in line for line in lines)
 
 
 @pytest.mark.processes

@@ -56,7 +56,10 @@ def test_config_of_finds_the_task_of_other_families(name, task):
 
 @pytest.mark.slow
 def test_predictions_of_a_model_without_a_recipe_equal_its_logits(tmp_path, capsys):
-    """A model without a head is an error for `predict`, but not for `features`."""
+    """A model without a head is an error for `predict`, but not for `features`.
+
+    A masked autoencoder is an error before anything is compiled.
+    """
     model = mini(depths=(1, 1, 1), num_classes=2)
     model.info = replace(model.info, class_names=("cat", "dog"))
     hivit_jax.save_pretrained(model, tmp_path / "model")
@@ -74,6 +77,11 @@ def test_predictions_of_a_model_without_a_recipe_equal_its_logits(tmp_path, caps
     bare = f"--checkpoint={tmp_path / 'bare'}"
     assert predict.main([bare, *flags]) == 2
     assert "has no head" in capsys.readouterr().err
+    hivit_jax.save_pretrained(mini("mae_hivit_base"), tmp_path / "mae")
+    assert predict.main([f"--checkpoint={tmp_path / 'mae'}", *flags]) == 2
+    printed = capsys.readouterr()
+    assert "task='mae' has no predictions; expected a classifier" in printed.err
+    assert "compiling" not in printed.out
     flags = ["--batch_size=1", f"--out={tmp_path / 'a.npz'}", image]
     assert features.main([bare, *flags]) == 0
     assert np.load(tmp_path / "a.npz")["features"].shape == (1, 64)

@@ -151,7 +151,8 @@ def test_run_and_saved_model_predict_equal_rows(
     assert [row["label"] for row in table] == ["", "", "blue", "", "green"]
     assert [row["predicted"] for row in table] == ["", "red", "green", "", "green"]
     assert "unknown image format" in table[0]["error"]
-    assert "data.value_range" in table[3]["error"]
+    assert table[3]["error"].startswith("expected 8 or 16 bits, found float32 values")
+    assert table[3]["error"].endswith("; convert the image to match the trained model")
     assert not any(table[k]["error"] for k in (1, 2, 4))
     lines = [json.loads(line) for line in Path("c.jsonl").read_text().splitlines()]
     assert lines[0].keys() == {"file", "error"}
@@ -200,7 +201,9 @@ def test_unusable_paths_and_outputs_are_errors(
 
 
 @pytest.mark.slow
-def test_features_equal_the_pooled_features_of_the_model(run, shared, data, tmp_path):
+def test_features_equal_the_pooled_features_of_the_model(
+    run, shared, data, tmp_path, capsys
+):
     """Damaged files are left out. With --pyramid, the file contains feature maps."""
     (tmp_path / "x.png").write_bytes(b"x")
     images = [str(tmp_path / "x.png"), str(data / "val")]
@@ -224,6 +227,12 @@ def test_features_equal_the_pooled_features_of_the_model(run, shared, data, tmp_
     }  # fmt: skip
     # Without any readable image, the command fails.
     assert features.main([*flags, f"--out={out}", images[0]]) == 4
+    np.save(tmp_path / "five.npy", np.zeros((40, 48, 5), np.uint8))
+    capsys.readouterr()
+    assert features.main([*flags, f"--out={out}", str(tmp_path / "five.npy")]) == 4
+    err = capsys.readouterr().err
+    assert "expected 3 channels, found 5; convert the image to match" in err
+    assert "model.in_channels" not in err
 
 
 @pytest.mark.extras

@@ -422,7 +422,9 @@ def test_tfrecords_of_tfds_are_read(tmp_path):
         (["--short_sid=3"], ["--short_sid=3"]),
     ],
 )
-def test_bad_flag_exits_with_code_2(options, fragments, flags, tmp_path, capsys):
+def test_bad_flag_of_prepare_data_exits_with_code_2(
+    options, fragments, flags, tmp_path, capsys
+):
     assert main([*flags, f"--data_dir={tmp_path}", *options]) == 2
     check_message(capsys.readouterr().err, fragments)
     assert not os.listdir(tmp_path)

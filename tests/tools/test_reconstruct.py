@@ -45,6 +45,12 @@ def test_command_draws_a_row_of_panels_per_image(saved, tmp_path, capsys):
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, *images]
     flags = [str(flag) for flag in flags]
     assert command.main(flags) == 0
+    expected = out.read_bytes()
+    (tmp_path / "photos").mkdir()
+    for path in images:
+        (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
+    assert command.main([*flags[:4], str(tmp_path / "photos")]) == 0
+    assert out.read_bytes() == expected
     printed = capsys.readouterr().out
     assert "75.0% of each image masked" in printed
     text = "brightness and contrast of each true unit, unknown to the model"

@@ -174,7 +174,7 @@ def test_unfinished_run_is_reported_without_checkpoint_or_config(tmp_path):
 
 
 def test_figures_of_many_steps_are_an_evenly_spaced_selection(tmp_path, monkeypatch):
-    """The selection includes the first and the last step."""
+    """The selection includes the first and the last step. The others are counted."""
     monkeypatch.setattr(report, "MAX_STEPS", 3)
     run = write_run(tmp_path / "a")
     for step in range(10, 60, 10):
@@ -182,7 +182,9 @@ def test_figures_of_many_steps_are_an_evenly_spaced_selection(tmp_path, monkeypa
         figures.write_png(run / "figures" / f"some_cells_{step:07d}.png", pixels)
     for name in ("schedule", "curves"):
         figures.write_png(run / "figures" / f"{name}.png", pixels)
-    images_by_name = page_data(run)["runs"][0]["figures"]
+    [data] = page_data(run)["runs"]
+    assert data["left_out"] == {"schedule": 0, "some_cells": 2}
+    images_by_name = data["figures"]
     assert {
         name: [image["step"] for image in images_by_name[name]]
         for name in images_by_name

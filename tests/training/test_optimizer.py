@@ -108,7 +108,7 @@ def weight_decays(model, task):
 
 
 @pytest.mark.slow
-def test_pretraining_has_the_official_weight_decay():
+def test_hivit_pretraining_has_the_official_weight_decay():
     expected = golden_facts("weight_decay_groups")["mae_pretrain_base"]
     actual = weight_decays(
         networks.abstract_model("mae_hivit_base"), inputs.make_task(mini_runs.mae())

@@ -189,7 +189,7 @@ def write_archive(path, members, compression=zipfile.ZIP_STORED):
             file.writestr(name, content)
 
 
-def test_archives_of_other_programs_are_refused(tmp_path, capsys):
+def test_damaged_and_foreign_pth_files_are_refused(tmp_path, capsys):
     path = tmp_path / "x.pth"
     path.write_bytes(pickle.dumps({"model": {}}))
     check_refused(path, "contains no named tensors, only {'model': dict}", capsys)
@@ -319,7 +319,7 @@ def malicious_cases(marker):
                 "model": {"a": tensor},
                 "args": argparse.Namespace(x=Planted(eval, write)),
             },
-            "not a HiViT: .*\n.*1 entries: a",
+            "not a HiViT: .*\nFound the entries a$",
         ),
         "a list": ([tensor], "contains a list; expected a dict"),
         "a number for a tensor": ({"model": {"a": 3}}, no_tensors),

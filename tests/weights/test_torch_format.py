@@ -216,7 +216,7 @@ def test_damaged_files_are_refused(legacy, tmp_path):
             read(path)
 
 
-def test_archives_of_other_programs_are_refused(tmp_path):
+def test_zip_archives_without_a_state_dict_are_refused(tmp_path):
     """Archives of PyTorch are read even if all checksums are 0."""
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth")
     content = bytearray(path.read_bytes())

@@ -1,5 +1,7 @@
 """Tests of finding chips by device name, and of metrics that use their peaks."""
 
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,9 +74,30 @@ def test_metrics_of_a_cpu_contain_only_throughput():
     assert found == {"images_per_second": 400, "images_per_second_per_chip": 100}
 
 
+ROOT = Path(__file__).parents[2]
+
+
+def test_utilization_of_an_h100_is_the_one_in_the_benchmark():
+    """The throughput is measured; docs/cost.md contains the bound of `compile`."""
+    results = ROOT / "benchmarks" / "results"
+    row = json.loads((results / "peers_pretrain_gpu.json").read_text())["rows"]
+    speed = row["hivit_jax"]["images_per_second"]
+    accelerator = json.loads((results / "accelerator_cuda.json").read_text())
+    flops = accelerator["auto"]["result"]["model_flops_per_image"]
+    chip = chips.CHIPS["h100"]
+    assert chip.utilization.basis == "measured"
+    assert chip.utilization.peak == pytest.approx(speed * flops / chip.flops, rel=1e-3)
+    table = (ROOT / "docs" / "cost.md").read_text()
+    bound = re.search(r"`compile`, h100:8, .* \| ([\d,]+) \|", table)[1]
+    measured = speed / float(bound.replace(",", ""))
+    assert chip.utilization.bound == pytest.approx(measured, abs=0.005)
+    others = [c.utilization for name, c in chips.CHIPS.items() if name != "h100"]
+    assert {utilization.basis for utilization in others} == {"assumed"}
+
+
 def test_table_of_chips_in_the_docs_is_complete():
     """docs/cost.md lists the peaks of all chips, and which of them have a compiler."""
-    text = (Path(__file__).parents[2] / "docs" / "cost.md").read_text()
+    text = (ROOT / "docs" / "cost.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
     rows = {row[0].strip("| `"): row[1:] for row in rows if len(row) == 6}
     assert rows.keys() == chips.CHIPS.keys()

@@ -15,6 +15,7 @@ from hivit_jax.data.sources.layout import found_in
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
+from hivit_jax.progress import listed
 
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "image")
 LABEL_COLUMNS = ("label", "class", "class_name", "category")
@@ -253,6 +254,6 @@ def _rows_of_split(
     if not present:
         raise DataError(
             f"{file}: expected rows with the split {' or '.join(names)}; found "
-            f"{', '.join(sorted({*splits})[:8])}"
+            f"{listed(sorted({*splits}), 8)}"
         )
     return np.flatnonzero(np.array(splits) == present[0])

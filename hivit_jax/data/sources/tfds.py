@@ -23,6 +23,7 @@ from hivit_jax.data.sources.base import KNOWN_DATASETS, Record, Source, multi_ho
 from hivit_jax.data.sources.layout import found_in
 from hivit_jax.errors import DataError, first_line, require, unknown
 from hivit_jax.paths import expand
+from hivit_jax.progress import listed
 
 SEVERAL_LABELS = "Sequence of ClassLabel"
 FEATURES = (["Image", "ClassLabel"], ["Image", SEVERAL_LABELS])
@@ -293,7 +294,7 @@ def _prepared_path(name: str, directory: str) -> str:
     found = found_in(directory, [base] * bool(names))  # of a bucket, only `base`
     raise DataError(
         f"{name} is not prepared in {root}: expected VERSION/dataset_info.json, found "
-        f"{', '.join(names[:5]) or 'nothing'}; {found}\n"
+        f"{listed(names, 5)}; {found}\n"
         f"Set --config.data.dir=DIR to the directory that contains {base}/, or prepare "
         f"it with python -m hivit_jax.tools.prepare_data --name {base}"
     )

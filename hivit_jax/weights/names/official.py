@@ -21,6 +21,7 @@ from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.positions import merge_order, relative_position_index
 from hivit_jax.models.simmim import SimMIM
 from hivit_jax.models.swin import SwinConfig
+from hivit_jax.progress import listed
 from hivit_jax.tree import leaf_name, split
 from hivit_jax.weights.names import baselines, swin
 from hivit_jax.weights.names.baselines import to_layout
@@ -206,7 +207,7 @@ def from_official(
 
     params = jax.tree_util.tree_map_with_path(convert, split(model)[1])
     if remaining:
-        names = ", ".join(map(repr, list(remaining)[:3]))
+        names = listed([*map(repr, remaining)], 3)
         raise CheckpointError(
             f"unexpected entries in the state dict: {names}; {model.name} has no such "
             "parameters"

@@ -143,7 +143,7 @@ def test_long_names(tmp_path):
     assert len(registry.open_source(pattern, "train")) == 2
 
 
-def test_images_without_labels(tmp_path):
+def test_archives_without_labels_are_accepted(tmp_path):
     """Unlabeled images are accepted; a mixture with labeled images is an error."""
     write_tar(
         tmp_path / "train.tar", [("a.png", b"1"), ("b.png", b"2"), ("c.txt", b"")]
@@ -216,7 +216,7 @@ def open_labels(root, name, split="train", **keys):
 
 
 @pytest.mark.parametrize("name", ["cls", "json", "zip"])
-def test_several_labels(tmp_path, name):
+def test_archives_have_several_labels_per_image(tmp_path, name):
     """Several labels are separated by ";", or a list in JSON; ";" stands for none."""
     write_labels(tmp_path, name, "train", ["0;3", ";", "2"])
     write_labels(tmp_path, name, "val", ["1;0"])
@@ -266,7 +266,7 @@ def test_missing_zip(tmp_path):
         open_labels(tmp_path, "zip")
 
 
-def test_index_of_an_earlier_version_is_not_used(tmp_path):
+def test_archive_index_of_an_earlier_version_is_rebuilt(tmp_path):
     """An index without labels, saved before labels were read from JSON, is rebuilt."""
     members = [("a.jpg", b"0"), ("a.json", b'{"label": 2}')]
     write_tar(tmp_path / "train.tar", members)

@@ -222,7 +222,7 @@ def test_images_without_labels_ignore_the_same_names(root):
     }
 
 
-def test_ignored_files_are_counted_by_ending(root):
+def test_folder_counts_ignored_files_by_ending(root):
     """A hidden directory counts as one file. The cached index contains the counts."""
     make(root, *(f"train/{name}" for name in IGNORED), "train/stray.png")
     make(root, *(f"train/n1/{k}.heic" for k in range(3)), "train/n02/x.HEIC")
@@ -241,7 +241,7 @@ def test_ignored_files_are_counted_by_ending(root):
     assert folder.Folder(str(root), "train").ignored_text().count(",") == 8
 
 
-def test_index_of_an_earlier_version_is_not_used(root, cache_directory):
+def test_folder_index_of_an_earlier_version_is_not_used(root, cache_directory):
     """An old index is not used, because its classes may be hidden directories."""
     make(root, "train/.ipynb_checkpoints/a.png")
     folder.Folder(str(root), "train")

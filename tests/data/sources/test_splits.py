@@ -180,7 +180,7 @@ def test_leaf_classes(root):
     assert (test.classes, test.labels.tolist()) == (source.classes, [1])
 
 
-def test_images_without_labels(root):
+def test_images_outside_class_folders_have_no_labels(root):
     """Images have no labels outside class folders or with class_level="none"."""
     source = opened(root / "brick", "train", eval_split="none")
     assert (len(source), source.classes, source.labeled) == (40, (), False)

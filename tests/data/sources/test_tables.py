@@ -142,7 +142,7 @@ def test_no_evaluation_images(root):
         opened(file, class_level="leaf")
 
 
-def test_several_labels(root):
+def test_tables_have_several_labels_per_image(root):
     """Several labels are separated by ";"; an empty label stands for no class."""
     rows = ["a/0.png,dog;cat", "b/0.png,", "b/1 2.png, cat ;;cat", "c/0.png,emu"]
     file = write(root, "path,label", *rows)

@@ -41,7 +41,7 @@ def fixture_layout(fixture):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", FIXTURES)
-def test_official_state_dict_survives_a_round_trip(fixture):
+def test_official_hivit_state_dict_survives_a_round_trip(fixture):
     """Names and bytes are unchanged after a conversion to our parameters and back.
 
     All values of the state dict differ, so that the test detects a transposed array.
