@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from hivit_jax.data import storage
 from hivit_jax.data.sources.file_index import is_hidden
 from hivit_jax.paths import expand
+from hivit_jax.progress import listed
 
 MAX_NAMES = 8  # listed files and directories
 
@@ -27,5 +28,4 @@ def found_in(directory: str, names: Iterable[str] = ()) -> str:
             text = "data.dir is not set, and the current directory"
         names = os.listdir(path)
     visible = sorted(name for name in names if not is_hidden(name))
-    more = ", ..." if len(visible) > MAX_NAMES else ""
-    return f"{text} contains {', '.join(visible[:MAX_NAMES]) or 'nothing'}{more}"
+    return f"{text} contains {listed(visible, MAX_NAMES)}"
