@@ -60,5 +60,7 @@ def test_text_without_data_dir_names_the_current_directory(tmp_path, monkeypatch
     assert layout.found_in("").endswith("the current directory contains nothing")
     for k in range(layout.MAX_NAMES + 1):
         (tmp_path / f"{k}").touch()
-    assert layout.found_in("").endswith(" contains 0, 1, 2, 3, 4, 5, 6, 7, ...")
+    assert layout.found_in("").endswith(
+        " contains 0, 1, 2, 3, 4, 5, 6, 7, ... and 1 more"
+    )
     assert layout.found_in("gs://b", ["a", "b"]) == "data.dir='gs://b' contains a, b"
