@@ -16,7 +16,7 @@ class BalancedOrder:
 
     An epoch has as many examples as the dataset. Each class has an endless sequence of
     permutations of its examples. An epoch with m positions for the class uses the next
-    m examples of this sequence. After any number of epochs, the numbers of uses of two
+    m examples of this sequence. After any number of epochs, the use counts of two
     examples of a class therefore differ by at most 1. Like `order.permutation`, the
     order is a function of seed and epoch.
 

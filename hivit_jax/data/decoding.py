@@ -1,9 +1,9 @@
 """Decode image files to 8 bits per channel.
 
 Pillow converts images with more bits by clipping or truncation. This module maps values
-linearly instead, so that black becomes 0 and white becomes 255. In images of unsigned
-integers with up to 16 bits, black and white are the ends of the range of these bits.
-For other types, the user sets their values (`data.value_range`).
+linearly instead, so that black becomes 0 and white becomes 255. For unsigned integers
+of up to 16 bits, black and white are the smallest and largest value of that many bits.
+For other types, the user sets black and white (`data.value_range`).
 """
 
 import io
@@ -29,11 +29,11 @@ END_OF_IMAGE = b"\xff\xd9"
 MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 # TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
-SIGNED = (2,)  # value of SAMPLE_FORMAT
+SIGNED = (2,)  # value of SAMPLE_FORMAT for signed integers
 # Byte order in a raw mode -> opposite byte order. B: big-endian, L: little, N: native.
 OPPOSITE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 # Big-endian raw mode -> native raw mode. libtiff returns values in native byte order,
-# but Pillow decodes them with these big-endian raw modes.
+# but Pillow would decode them with these big-endian raw modes.
 NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 
 

@@ -52,7 +52,7 @@ class TfReader:
 
     Args:
       source: one split of a dataset.
-      transform: transform of its examples.
+      transform: converts each example to arrays.
       seed: seed of the transform's random numbers.
       local_batch_size: examples that this process reads per batch.
       threads: number of threads; 0: one per core.
@@ -155,7 +155,7 @@ class TfReader:
             }
 
     def _record(self, index: int) -> Record:
-        """Return the record for TensorFlow; NO_RECORD if `_load` must read it."""
+        """Return the record to read with TensorFlow; NO_RECORD: `_load` reads it."""
         if index < 0:
             return NO_RECORD
         if self._decodes and index not in self._unreadable:

@@ -21,7 +21,7 @@ from benchmarks import photographs
 from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.data import loader, order, tf_data
-from hivit_jax.data.crc32c import FAST
+from hivit_jax.data.crc32c import HAS_GOOGLE_CRC32C
 from hivit_jax.data.sources import registry
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.main import main
@@ -311,7 +311,7 @@ def test_threads_load_batches_that_tensorflow_fails_to_read(roots, tmp_path, loa
     batches = list(inputs.train_batches(with_tf(config), 0, 5))
     assert_batches_equal(batches, inputs.train_batches(config, 0, 5))
     # Threads verify checksums only if google-crc32c is installed.
-    assert sum(batch["weight"].sum() for batch in batches) == 40 - 2 * FAST
+    assert sum(batch["weight"].sum() for batch in batches) == 40 - 2 * HAS_GOOGLE_CRC32C
 
 
 def test_batches_of_two_processes_concatenate_to_the_batch(roots, monkeypatch):

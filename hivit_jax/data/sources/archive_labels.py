@@ -19,12 +19,12 @@ UNLABELED = b""
 
 
 def text_label(text: str) -> bytes | None:
-    """Return the label in a text such as ``3`` or ``0;2``; None if there is none."""
+    """Return the label in a text such as ``3`` or ``0;2``; None for other texts."""
     return _join(split_labels(text)) if text.strip() else None
 
 
 def json_label(data: bytes) -> bytes | None:
-    """Return the label of a JSON object; None if there is none.
+    """Return the label of a JSON object; None if it has no valid label.
 
     The label is the value of the key "label", a class index or a list of class indices.
     """

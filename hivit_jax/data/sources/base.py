@@ -62,7 +62,7 @@ class Source:
       ignored: reason, such as a file name's ending, -> number of files in the split's
         directories that are ignored for this reason.
       loose: names of the first ignored images outside of the class directories.
-      unmatched: entries of `data.exclude` that are not the name of a file of the split.
+      unmatched: entries of `data.exclude` that match no file of the split.
       labeled: False if the images have no labels; all labels are then 0. With several
         labels per image, an image of no class counts as labeled; its vector is 0.
       labels: label of each example, int [n], or, with several labels per image, vectors
@@ -147,7 +147,7 @@ class Source:
     def class_counts(self) -> tuple[int, ...]:
         """Return the number of examples of each class; () if the labels are unknown.
 
-        Labels below 0 are not counted. They are an error when the loader reads them.
+        Labels below 0 are not counted; the loader raises an error when it reads one.
         """
         labels = np.asarray(self.labels)
         if not self.labeled or labels.ndim != 1 or labels.dtype.kind not in "iu":

@@ -168,7 +168,7 @@ def _open_folder(
     """Open a split of class folders or unlabeled images.
 
     If evaluation images are held out or there is no evaluation, the default training
-    split is `directory` itself, unless it contains a directory "train".
+    split is `directory` itself, unless `directory` contains a directory "train".
     """
     train_default, eval_default = DEFAULT_SPLITS["folder"]
     if selection.eval_fraction or eval_split == NO_EVALUATION:
