@@ -37,7 +37,7 @@ from hivit_jax.tools.outputs import output_path
 from hivit_jax.xla.chips import CHIPS, UTILIZATION
 
 MAX_LISTED = 20  # lines per fault in the printed report
-TIMING_SECONDS = 3.0  # CPU time in which the loader's speed is measured
+TIMING_SECONDS = 3.0  # CPU-seconds to spend on measuring the loader's speed
 
 
 def split_report(split: Split, faults: dict[str, list[str]]) -> str:
@@ -90,9 +90,10 @@ def images_per_cpu_second(split: Split, transform: Transform) -> float:
 
 
 def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) -> str:
-    """Return a table: for each type of accelerator, the CPU cores that keep it busy.
+    """Return the loader's speed, and a table of CPU cores per type of accelerator.
 
-    The table is left out if the cost of the model is unknown.
+    The cores keep one accelerator busy. Without a known cost of the model, there is no
+    table.
     """
     flops = task.training_flops(model)
     title = f"estimate at {UTILIZATION:.0%} of peak"

@@ -28,8 +28,8 @@ MAX_STEPS = 24  # images per figure and run in a report
 METRICS = "metrics.jsonl"
 NOT_DRAWN = {"step", "epoch", "seconds_left", "eval/count"}
 # Titles of the first and last charts, in order. Charts of other metrics are in between.
-FIRST = {"loss": "training loss", "eval/loss": "evaluation loss"}
-LAST = {
+FIRST_CHARTS = {"loss": "training loss", "eval/loss": "evaluation loss"}
+LAST_CHARTS = {
     "learning_rate": "learning rate",
     "gradient_norm": "gradient norm",
     "images_per_second": "throughput, images/s",
@@ -51,7 +51,7 @@ def make_report(workdirs: Iterable[str]) -> str:
       ConfigError: a directory is not the workdir of a run with metrics.
     """
     paths = list(dict.fromkeys(absolute(workdir) for workdir in workdirs))
-    # A name is the end of a path, with as few parts as make all names different.
+    # The name of a run is the shortest end of its path that no other run shares.
     names, parts = [], 1
     while len(set(names)) < len(paths):
         names, parts = ["/".join(path.parts[-parts:]) for path in paths], parts + 1
@@ -120,7 +120,7 @@ def read_metrics(workdir: Path) -> Lines:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return the config of a start, with the defaults of keys that it lacks."""
+    """Return the config of a start; keys that the file lacks have their defaults."""
     try:
         saved = json.loads(path.read_text())
     except ValueError as error:
@@ -173,12 +173,12 @@ def charts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         if any(column["value"])
     }
     names = sorted(names, key=lambda name: (not name.startswith("eval/"), name))
-    others = [name for name in names if name not in FIRST | LAST]
-    titles = dict(FIRST)
+    others = [name for name in names if name not in FIRST_CHARTS | LAST_CHARTS]
+    titles = dict(FIRST_CHARTS)
     for name in others:
         group, _, metric = name.rpartition("/")
         titles[name] = f"{'evaluation' if group == 'eval' else 'training'} {metric}"
-    titles |= LAST
+    titles |= LAST_CHARTS
     return [{"name": n, "title": title} for n, title in titles.items() if n in names]
 
 
