@@ -135,9 +135,9 @@ def long_attention(
 ) -> jax.Array | None:
     """Return the attention output for at least `LONG` tokens with a bias, or None.
 
-    On TPUs, one kernel computes it if `attention` supports fewer tokens. For the
-    arguments see `attention_xla.dot_product_attention`. Also returns None without a
-    bias, with a bias that differs between images, and with a mask.
+    This kernel, for TPUs, needs less VMEM than `attention` and so supports more tokens.
+    For the arguments see `attention_xla.dot_product_attention`. Also returns None
+    without a bias, with a bias that differs between images, and with a mask.
     """
     target, (_, tokens, heads, head) = find_target(choice, q), q.shape
     width = heads * head

@@ -264,7 +264,7 @@ class Task:
           batches: rows of `predict_step`, and "index", "name", "label" (-1: unknown)
             and "error" ("": the image is readable; otherwise the rows of
             `predict_step` have no meaning).
-          out: path that the user gave.
+          out: file or directory from the command line.
           source: the images.
 
         Raises:

@@ -224,8 +224,10 @@ def test_damaged_record_is_an_unreadable_image(bucket):
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
-def test_copies_are_read(bucket, prepared, tmp_path, file_format, capfd):
-    """With data.cache, shards are copied; later runs read only the copies."""
+def test_later_runs_read_the_copies_in_data_cache(
+    bucket, prepared, tmp_path, file_format, capfd
+):
+    """With data.cache, a run copies shards, and later runs read only the copies."""
     expected = batches(config(prepared / file_format))
     cfg = config(f"gs://bucket/{file_format}", data__cache=tmp_path / "cache")
     assert_batches_equal(batches(cfg), expected)
@@ -258,7 +260,7 @@ def test_partial_copy_is_never_read(bucket, tmp_path):
     cache = ShardCache(str(tmp_path / "cache"))
     partial_copy = cache.target(address).with_name(f"{path.name}.part")
     partial_copy.parent.mkdir(parents=True)
-    # As from a killed run, but longer than the object.
+    # A killed run leaves a partial copy. This one is longer than the object.
     partial_copy.write_bytes(b"x" * 200_000)
     bucket.statuses = {path.name: 503}
     assert cache.fetch(address) == address

@@ -33,7 +33,7 @@ READABLE = {
     "jpeg, CMYK": encode(IMAGE.convert("CMYK"), "JPEG"),
     "jpeg, RGB": encode(IMAGE, "JPEG", keep_rgb=True),
     "jpeg, EXIF rotation": encode(IMAGE, "JPEG", exif=EXIF),
-    "jpeg, junk behind": encode(IMAGE, "JPEG") + b"junk" * 100,
+    "jpeg, trailing junk": encode(IMAGE, "JPEG") + b"junk" * 100,
     "png": encode(IMAGE, "PNG"),
     "png, alpha": encode(ALPHA, "PNG"),
     "png, palette": encode(IMAGE.convert("P"), "PNG"),
@@ -239,7 +239,7 @@ def test_16_bit_cmyk_equals_8_bit_cmyk():
 
 UNIT = (GRAY / 65535).astype(np.float32)
 SIGNED = GRAY.astype(np.int32) - 32768
-# Kind of image whose black and white no format defines -> (encoded image, both values)
+# Kind of image whose format defines no black and white -> (encoded, (black, white))
 NEEDS_RANGE = {
     "tiff, float": (encode(UNIT, "TIFF"), (0, 1)),
     "tiff, float, big-endian, deflate": (tiff(UNIT, ">", deflate=True), (0.0, 1.0)),
@@ -257,7 +257,7 @@ NEEDS_RANGE = {
 
 @pytest.mark.parametrize("name", NEEDS_RANGE)
 def test_floats_and_signed_or_32_bit_integers_require_a_range(name):
-    """Without `value_range`, DataError, which ends the run, names the config key."""
+    """Without `value_range`, decoding raises a DataError that names the config key."""
     encoded, value_range = NEEDS_RANGE[name]
     with pytest.raises(DataError, match=r"found .* from .* data\.value_range="):
         decode(encoded, 3)

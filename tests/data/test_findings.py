@@ -39,10 +39,9 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
     ],
 )
 def test_images_that_lose_levels_are_reported(values, value_range, detail):
-    """An image loses values if decoding leaves less than a quarter of its levels.
+    """An image loses values if too few of its levels remain after decoding.
 
-    An image with more than 256 levels counts as one with 256. An image also loses
-    values if only one of several levels remains.
+    Too few are fewer than 64 and fewer than a quarter, or one of several levels.
     """
     reported = findings(values, value_range)
     assert reported[LOST].startswith(detail)

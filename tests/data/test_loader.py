@@ -24,7 +24,7 @@ from hivit_jax.errors import DataError
 
 
 @pytest.mark.slow
-def test_training_batches():
+def test_training_batches_follow_the_permutations_of_the_epochs():
     source, cfg = data_sources_digits.Digits("train"), digits_config()
     # 16 x 96 = 1,536 examples: one epoch of 1,437 images and 99 of the next
     batches = list(inputs.train_batches(cfg, 0, 16))
@@ -112,8 +112,8 @@ def test_batches_do_not_depend_on_threads(folder, workers):
 
 
 @pytest.mark.parametrize(("workers", "cores"), [(1, {0, 1, 2}), (0, {5})])
-def test_number_of_threads(folder, monkeypatch, workers, cores):
-    """Batches use data.workers threads, or one thread per core."""
+def test_data_workers_sets_the_number_of_threads(folder, monkeypatch, workers, cores):
+    """With data.workers=0, there is one thread per core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores, raising=False)
     cfg = folder_config(folder, data__workers=workers, batch_size=40)
     batches = inputs.train_batches(cfg, 0, 100)
@@ -186,7 +186,9 @@ def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
         (True, 2, r"values 0 or 1 as label, found 2; multi_hot in"),
     ],
 )
-def test_label_of_wrong_type(folder, monkeypatch, multi_label, label, message):
+def test_label_of_wrong_type_is_an_error(
+    folder, monkeypatch, multi_label, label, message
+):
     """A label must be one number or, with data.multi_label, a vector of 0 and 1."""
     config = folder_config(folder)
     source = registry.open_source(config.data, "train")
@@ -201,7 +203,7 @@ def test_label_of_wrong_type(folder, monkeypatch, multi_label, label, message):
 
 
 @pytest.mark.parametrize("wrong", [10, -1])
-def test_label_outside_the_classes(folder, monkeypatch, wrong):
+def test_label_outside_the_classes_is_an_error(folder, monkeypatch, wrong):
     cfg = folder_config(folder)
     source = registry.open_source(cfg.data, "train")
     monkeypatch.setattr(source, "labels", np.where(source.labels == 3, wrong, 0))

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow  # importing tensorflow takes over 10 s
 def tf():
     """Return tensorflow.
 
-    A fixture imports it, because it must not be imported while tests are collected.
+    A fixture imports tensorflow, so that collecting the tests does not import it.
     """
     return tf_data.tensorflow()
 
@@ -275,7 +275,7 @@ def test_readers_mark_the_same_unreadable_images(roots, name, capfd, monkeypatch
     errors = capfd.readouterr().err
     assert_batches_equal(batches, inputs.train_batches(config, 0, 10))
     unreadable = sum(batch["unreadable"].sum() for batch in batches)
-    # In two epochs. One of the six damaged files is readable.
+    # Two epochs. Five of the six damaged files are unreadable.
     assert unreadable == 2 * 5
     assert errors.count("cannot read ") == 5
     # The first reader has already logged these images.
@@ -429,7 +429,7 @@ def test_accelerators_are_left_to_jax(tf):
 
 @pytest.mark.extras
 @pytest.mark.usefixtures("minimal_output")
-def test_training_is_bit_identical(roots, tmp_path, monkeypatch):
+def test_training_with_tf_data_is_bit_identical(roots, tmp_path, monkeypatch):
     """Runs with the two readers have equal metrics and bit-identical checkpoints."""
     workdirs = {reader: tmp_path / reader for reader in ("threads", "tf.data")}
     for reader, workdir in workdirs.items():

@@ -312,7 +312,7 @@ def test_values_without_a_range_fail_the_check(check, tmp_path):
     assert f"{photo(tmp_path, 0)}: {detail}data.value_range=" in out
     assert err.endswith(
         "\ntrain: 1 with values that data.dtype and data.value_range do not cover\n"
-        "set data.dtype and data.value_range as the report says\n"
+        "set data.dtype and data.value_range as described in the report\n"
     )
 
 

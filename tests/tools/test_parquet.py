@@ -120,7 +120,7 @@ def test_split_is_a_whole_word_of_the_path(path, split, tmp_path):
     file = tmp_path / path
     file.parent.mkdir()
     file.touch()
-    assert parquet._find(str(file)) == {split: [file]}
+    assert parquet._find_files(str(file)) == {split: [file]}
 
 
 @pytest.mark.parametrize("sequence", [True, False])
