@@ -129,8 +129,8 @@ def test_healthy_dataset_passes_the_check(check, healthy):
 
 
 @pytest.mark.slow
-def test_subdirectories_of_classes(check, tmp_path):
-    """Images deeper than in a class directory are reported, but are no failure."""
+def test_images_in_subdirectories_of_classes_are_noted(check, tmp_path):
+    """Images in subdirectories of a class are noted, but do not fail the check."""
     write(tmp_path, {"train": 14, "val": 7}, (64, 48))
     for split in ("train", "val"):
         inner = tmp_path / split / NAMES[0]
@@ -165,7 +165,7 @@ def test_image_with_several_labels_counts_in_each_class(check, healthy, tmp_path
 
 
 def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
-    """The images/s are those of a chip at 40 % of its peak; the cores can feed it."""
+    """The estimate is for 40% of a chip's peak, and for cores that keep it busy."""
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
     row = next(i for i, line in enumerate(lines) if "estimate" in line)
@@ -460,7 +460,7 @@ def test_class_without_an_image_is_reported(check, tmp_path):
 
 
 def test_class_without_held_out_images_is_noted(check, tmp_path):
-    """A single image cannot be in both splits. Images of no class at all still fail."""
+    """A single image cannot be in both splits. A class without any image still fails."""
     root = tmp_path / "own"
     write(root, {".": 21}, (64, 48))
     photo(root, 7, ".").unlink()

@@ -229,7 +229,7 @@ def test_features_equal_the_pooled_features_of_the_model(run, shared, data, tmp_
 @pytest.mark.extras
 @pytest.mark.slow
 def test_arrays_of_16_bits_and_4_bands_are_predicted(tmp_path, minimal_output):
-    """A run and its saved model predict them. A figure shows wrong predictions."""
+    """A run and its saved model accept the arrays. A figure shows wrong predictions."""
     pixels = np.random.RandomState(0).randint(0, 10000, (8, 40, 48, 4), np.uint16)
     for k, array in enumerate(pixels):
         for split in ("train", "val"):

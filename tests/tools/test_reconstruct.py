@@ -190,8 +190,8 @@ def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_statistics_are_those_of_each_unit_or_of_the_visible_units():
-    """The prediction is scaled by mean and standard deviation: own, or the average."""
+def test_predictions_are_scaled_by_statistics_of_units():
+    """The statistics are those of the unit, or the average of the visible units."""
     model, images = mini("mae_hivit_base"), random_array((2, 64, 64, 3))
     with_own, is_masked = command.reconstruct(model, images)
     with_visible, same_mask = command.reconstruct(model, images, statistics="visible")
