@@ -460,7 +460,7 @@ def test_class_without_an_image_is_reported(check, tmp_path):
 
 
 def test_class_without_held_out_images_is_noted(check, tmp_path):
-    """A single image cannot be in both splits. A class without any image still fails."""
+    """One image cannot be in both splits. A class without any image still fails."""
     root = tmp_path / "own"
     write(root, {".": 21}, (64, 48))
     photo(root, 7, ".").unlink()

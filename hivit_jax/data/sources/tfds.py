@@ -82,9 +82,8 @@ class Tfds(Source):
         if file_format == "tfrecord":
             self.example_keys = self._image_key, self._label_key
         # For each example: the index of its file, and its index in that file.
-        self._file_indices = np.repeat(
-            np.arange(len(files)), [file.take for file in files]
-        )
+        num_selected = [file.take for file in files]
+        self._file_indices = np.repeat(np.arange(len(files)), num_selected)
         self._record_indices = np.concatenate(
             [np.arange(file.skip, file.skip + file.take) for file in files]
         )
