@@ -96,7 +96,7 @@ def balanced_counts(sizes: list[int], balance: float) -> np.ndarray:
       sizes: number of examples of each class, at least 1.
     """
     total, weights = sum(sizes), np.array(sizes) ** (1.0 - balance)
-    # Rounded, so that the result does not depend on a machine's rounding errors.
+    # Without rounding, the result could depend on a machine's rounding errors.
     exact = np.round(total * weights / weights.sum(), 6)
     counts = np.floor(exact).astype(np.int64)
     largest = np.argsort(counts - exact, kind="stable")

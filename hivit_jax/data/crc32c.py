@@ -33,7 +33,7 @@ def numpy_crc32c(data: bytes) -> int:
     because appending n zero bytes is a linear function of a CRC.
     """
     lanes = 1 << max(len(data) // 64, 1).bit_length() - 1
-    # A multiple of 8, so that the cache of `_zeros_matrix` has few entries.
+    # `length` is a multiple of 8, so that the cache of `_zeros_matrix` has few entries.
     length = -(-len(data) // (lanes * 8)) * 8
     padded = np.zeros(lanes * length, np.uint8)
     # Leading zeros do not change a CRC whose register starts at 0. The register of

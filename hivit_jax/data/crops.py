@@ -111,7 +111,7 @@ def paste_crop(
 
     Args:
       pixels: uint8, uint16 or float32 [h, w, C].
-      out: array [H', W', C] of the same dtype; at least `size`.
+      out: array [H', W', C] with the dtype of `pixels`; at least `size`.
       size: (height, width) of the model's image.
 
     Returns:

@@ -216,11 +216,11 @@ def _color_values(image: Any, encoded: bytes, bits: int) -> StoredValues | None:
 
     mode, high_modes = image.mode, _raw_modes(image)
     if high_modes[:1] == ["LA;16B"]:
-        # Loaded as four 8-bit bands: both bytes of L and both bytes of A.
+        # RGBA yields four 8-bit bands: both bytes of L and both bytes of A.
         array = _load(image, ["RGBA"]).astype(np.uint16)
         return StoredValues(array[..., 0] * 256 + array[..., 1], "L", (0, 65535))
     if bits == 16 and high_modes[0] in (*"RGBA", *"CMYK"):
-        # Uncompressed planes. Without this, PIL would decode each byte as a pixel.
+        # Without this, PIL would decode each byte of uncompressed planes as a pixel.
         order = "B" if image.tag_v2.prefix == b"MM" else "L"
         high_modes = [f"{raw_mode};16{order}" for raw_mode in high_modes]
     if not high_modes or not re.fullmatch(r"[A-Z]+;16[BLN]", high_modes[0]):

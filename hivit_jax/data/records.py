@@ -27,7 +27,9 @@ THREADS = 64  # files that a process indexes concurrently
 
 
 class Records:
-    """Records that are byte ranges of files, local or in a bucket. Thread-safe.
+    """Records that are byte ranges of files, local or in a bucket.
+
+    The methods are thread-safe.
 
     Args:
       files: paths or addresses of the files.
@@ -200,7 +202,7 @@ def _save_index(paths: Sequence[str], index: Index, shared: bool) -> None:
         written = jax.process_index() == 0 and write(first)
         if processes.gather_objects(written)[0]:
             return
-    any(map(write, paths))
+    any(map(write, paths))  # stops after the first success
 
 
 def _stamp(path: str) -> str:

@@ -18,12 +18,12 @@ EXIT_SECONDS = 10.0  # longest wait at exit for unfinished copies
 
 
 class ShardCache:
-    """Directory with whole copies of files in buckets. Thread-safe.
+    """Directory with whole copies of files in buckets.
 
-    Files are copied in the order in which they are first needed. Processes of one host
-    may share the directory: an unfinished copy has the suffix ``.part`` and is locked,
-    so that only one process writes it and no process reads it. Complete copies are
-    never deleted.
+    The methods are thread-safe. Files are copied in the order of their first use.
+    Processes of one host may share the directory: an unfinished copy has the suffix
+    ``.part`` and is locked, so that only one process writes it and no process reads it.
+    Complete copies are never deleted.
 
     Args:
       directory: the cache directory.

@@ -177,11 +177,11 @@ def _call(
     Args:
       kernel: called with the refs of the arrays, of the bias, of the outputs, and of
         scratch.
-      arrays: [B, N, C] each; a call gets [1, N, 128] of each.
-      bias: [heads, N, N]; a call gets the bias of the tile's heads.
+      arrays: [B, N, C] each; a call receives [1, N, 128] of each.
+      bias: [heads, N, N]; a call receives the bias of the tile's heads.
       outputs: number of outputs [B, N, C] in the arrays' dtype. If there are several,
         another output follows, the gradient of the bias.
-      products: number of matrix products per head that have or yield an [N, N] matrix.
+      products: matrix products per head with an [N, N] operand or result.
     """
     images, tokens, width = arrays[0].shape
     heads_per_tile = LANES // _head(arrays[0], plan)

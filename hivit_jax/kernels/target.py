@@ -1,4 +1,4 @@
-"""Devices that a fused kernel is compiled for, and the sizes that it may have there."""
+"""Devices that a fused kernel is compiled for, and the sizes of its blocks."""
 
 import math
 from collections.abc import Callable

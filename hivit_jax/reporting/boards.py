@@ -26,7 +26,7 @@ class Board(Protocol):
 def open_boards(workdir: Any, settings: Mapping[str, Any], project: str) -> list[Board]:
     """Return the boards of a run.
 
-    TensorBoard needs tensorboardX and a local workdir, and is left out otherwise.
+    The boards include TensorBoard only with tensorboardX and a local workdir.
 
     Args:
       workdir: `etils.epath.Path`.

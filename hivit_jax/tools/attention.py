@@ -52,7 +52,7 @@ def attention_maps(
     The weights of a map add up to 1, or to less if the model has a class token.
 
     Args:
-      images: float32 [B, H, W, C], normalized, such as those of `preprocess`.
+      images: float32 [B, H, W, C], normalized, such as the result of `preprocess`.
       block: index of a block among the blocks with attention.
       unit: row and column of the unit; None: the class token, or, without one, the
         result of `center`.

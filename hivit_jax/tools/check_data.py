@@ -90,10 +90,9 @@ def images_per_cpu_second(split: Split, transform: Transform) -> float:
 
 
 def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) -> str:
-    """Return the loader's speed, and a table of CPU cores per type of accelerator.
+    """Return the loader's speed, and a table of the CPU cores that accelerators need.
 
-    The cores keep one accelerator busy. Without a known cost of the model, there is no
-    table.
+    There is no table if the cost of the model is unknown.
     """
     flops = task.training_flops(model)
     title = f"estimate at {UTILIZATION:.0%} of peak"

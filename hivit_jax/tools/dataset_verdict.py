@@ -21,7 +21,7 @@ from hivit_jax.tools.dataset_split import (
     Split,
 )
 
-# Fault -> what to do about it. The remedy of unreadable images depends on the source.
+# Fault -> remedy. `Verdict` adds the remedy of unreadable images.
 REMEDIES = {
     BAD_CHECKSUM: "restore the files with a wrong checksum",
     BAD_LABEL: "correct the invalid labels",

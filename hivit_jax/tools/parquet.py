@@ -1,4 +1,4 @@
-"""Conversion of parquet files, such as those of the Hugging Face hub."""
+"""Conversion of parquet files, such as files from the Hugging Face hub."""
 
 import glob
 import io

@@ -136,7 +136,7 @@ def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
 
     Raises:
       ConfigError: a tar file is missing.
-      DataError: a tar file is damaged, or its entries are not the expected ones.
+      DataError: a tar file is damaged or has unexpected entries.
     """
     needed = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
     if needed and not os.path.isdir(manual_dir):

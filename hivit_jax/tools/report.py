@@ -51,7 +51,7 @@ def make_report(workdirs: Iterable[str]) -> str:
       ConfigError: a directory is not the workdir of a run with metrics.
     """
     paths = list(dict.fromkeys(absolute(workdir) for workdir in workdirs))
-    # The name of a run is the shortest end of its path that no other run shares.
+    # Names are ends of the paths, with the fewest parts that make all names different.
     names, parts = [], 1
     while len(set(names)) < len(paths):
         names, parts = ["/".join(path.parts[-parts:]) for path in paths], parts + 1

@@ -1,4 +1,4 @@
-"""Tests that batches of datasets in a bucket equal those of local files."""
+"""Tests that datasets in a bucket and local datasets have equal batches."""
 
 import errno
 import os
@@ -153,7 +153,7 @@ def test_class_folders_in_a_bucket_equal_local_folders(folder):
 
 
 def test_files_in_a_bucket_are_sorted_and_ignored_as_locally(tmp_path):
-    """Classes, order of images and ignored files equal those of local directories."""
+    """Buckets and local directories have equal classes, images and ignored files."""
     names = ("train/b/x.png", "train/b/a/z.jpg", "train/b-/y.JPG", "train/a/1.png")
     names += ("train/a/.hidden/2.png", "train/a/notes.txt", "train/README")
     for name in (*names, "val/a/ä.png"):

@@ -67,7 +67,7 @@ def test_complete_jpeg_with_wrong_bytes_decodes_as_with_pil():
     """400 wrong bytes in the compressed data are not an error."""
     encoded = bytearray(READABLE["jpeg"])
     middle = len(encoded) // 2
-    # Below 128, because a byte of 255 might start a marker.
+    # The bytes are below 128, because a byte of 255 might start a marker.
     encoded[middle : middle + 400] = (noise_image(400) // 2).tobytes()
     expected = Image.open(io.BytesIO(bytes(encoded))).convert("RGB")
     assert_array_equal(decode(bytes(encoded), 3), expected)
@@ -180,8 +180,7 @@ def bits12(values):
     return tiff(values, packed=(12, content))
 
 
-# Kind of file -> (encoded image, uint16 values). None: the values are those of `GRAY`
-# with 10 or 12 bits.
+# Kind of file -> (encoded image, uint16 values). None: `GRAY` with 10 or 12 bits.
 SIXTEEN_BIT = {
     "png": (encode(GRAY, "PNG"), GRAY),
     "png, color": (png(RAMP), RAMP),
@@ -202,7 +201,7 @@ SIXTEEN_BIT = {
     "jpeg 2000": (encode(GRAY, "JPEG2000", irreversible=False), GRAY),
     "tiff, 12 bit": (bits12(GRAY // 16), None),
 }
-# Decoded with an error of one level at most, because Pillow drops the low bytes.
+# The decoded values have errors of up to one level, because Pillow drops low bytes.
 WITHOUT_LOW_BYTES = {
     "tiff, planes, deflate": (tiff(RAMP, planar=2, deflate=True), RAMP),
     "sgi": (sgi(GRAY), GRAY),

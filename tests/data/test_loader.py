@@ -48,7 +48,7 @@ def test_training_batches_follow_the_permutations_of_the_epochs():
 @pytest.mark.slow
 @pytest.mark.parametrize("crop_scale", [(1.0, 1.0), (0.3, 1.0)])
 def test_run_can_start_at_any_step(crop_scale):
-    """Batches 13 to 17, across an epoch boundary, equal those of a run from step 0."""
+    """Batches 13 to 17 cross an epoch boundary."""
     cfg = digits_config(data__crop_scale=crop_scale)
     from_step_0 = list(inputs.train_batches(cfg, 0, 18))
     assert_batches_equal(from_step_0[13:], inputs.train_batches(cfg, 13, 18))
@@ -137,8 +137,8 @@ def test_closing_the_iterator_ends_the_threads(folder):
 def damaged(folder, tmp_path):
     """Return a copy of the folder with damaged files, and the paths of these files.
 
-    Three training files and one validation file are damaged; one of them is a dangling
-    link.
+    Three training files and one validation file are damaged. One training file is a
+    dangling link.
     """
     root = tmp_path / "damaged"
     shutil.copytree(folder, root)

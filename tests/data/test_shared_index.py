@@ -92,7 +92,7 @@ def record_header_reads(bucket):
 
 
 def test_each_file_is_indexed_once(bucket, tmp_path):
-    """Two processes together read each record header once and get the same images."""
+    """Two processes together read each record header once, and load equal images."""
     [alone] = open_together([tmp_path / "alone"], "gs://bucket/one")
     assert alone[0] == 0, alone
     assert "indexing 4 of 4 files of gs://bucket/one/" in alone[2]

@@ -164,7 +164,7 @@ def test_run_and_saved_model_predict_equal_rows(
 
 @pytest.mark.slow
 def test_command_without_paths_predicts_the_test_split(run, data, tmp_path):
-    """Probabilities equal those of the model after `preprocess`, up to the canvas."""
+    """Probabilities are close to the model's after `preprocess`, without a canvas."""
     out = tmp_path / "split.csv"
     assert predict.main([f"--checkpoint={run}", f"--out={out}"]) == 0
     table = rows(out)

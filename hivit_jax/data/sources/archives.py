@@ -134,7 +134,7 @@ class Archives(FileSource):
         return index
 
     def _index_file(self, path: str) -> dict[str, Any]:
-        """Return the arrays of `INDEX_ARRAYS`, and "ignored": the number of others."""
+        """Return the `INDEX_ARRAYS`, and "ignored", the number of ignored members."""
         raise NotImplementedError
 
 
@@ -264,7 +264,7 @@ def _label(path: str, name: str, read: Callable[[], bytes]) -> bytes:
 
 
 def _arrays(found: Sequence[Any], labels: Sequence[bytes]) -> Index:
-    """Return the arrays of `INDEX_ARRAYS` for members of an archive."""
+    """Return the `INDEX_ARRAYS` of members of an archive."""
     return {
         "starts": np.array([member.start for member in found], np.int64),
         "stops": np.array([member.stop for member in found], np.int64),

@@ -107,8 +107,8 @@ def _open(
         return Synthetic(split, train_examples)
     if name == "digits":
         return Digits(split, train_examples, subset_seed)
-    # A user's module:Class. A TFDS name such as "mnist:3.0.1" does not match, because
-    # its version starts with a digit.
+    # This matches a user's module:Class, but not a TFDS name such as "mnist:3.0.1",
+    # because the version starts with a digit.
     if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):
         return import_class("data.name", name)(split, directory)
     splits = train_split, eval_split

@@ -101,7 +101,7 @@ def test_archive_index_is_rebuilt_after_a_change(dataset):
 
 
 def test_batches_of_archives_in_a_bucket_equal_local_ones(dataset, tmp_path):
-    """Batches equal those of local files, with and without data.cache."""
+    """The index is saved in the bucket. The test runs with and without data.cache."""
 
     def batches(cfg):
         registry._open.cache_clear()

@@ -65,7 +65,7 @@ def test_eval_fraction_puts_every_image_on_one_side(root):
     assert held_out[:3] == FROZEN
 
 
-# Must not change, because saved runs depend on it.
+# These names must not change, because saved runs depend on them.
 FROZEN = [f"brick/{name}.png" for name in ("s0_00", "s0_03", "s1_04")]
 
 

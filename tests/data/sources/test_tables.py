@@ -20,7 +20,7 @@ NAMES = ("a/0.png", "b/0.png", "b/1 2.png", "c/0.png")
 
 @pytest.fixture
 def root(tmp_path):
-    """Return a directory of files that contain their own name."""
+    """Return a directory of files; the content of a file is its name."""
     for name in NAMES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
