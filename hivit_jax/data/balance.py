@@ -37,8 +37,8 @@ class BalancedOrder:
     def samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the examples at positions of the endless sequence of all epochs.
 
-        Returns (example indices [b], passes [b]). The pass of an example is the index,
-        from 0, of the permutation of its class that contains the position. The pass
+        Returns (example indices [b], passes [b]). The permutations of a class count
+        from 0. The pass is the index of the permutation that contains the position. It
         replaces the epoch as key of the transform's random numbers, so that an example
         that occurs twice in an epoch is augmented differently.
 

@@ -227,8 +227,8 @@ def _result(path: str, future: Any) -> Any:
     if getattr(result, "state", "value") == "missing":
         raise MissingObject(
             f"{path} does not exist (HTTP status 404)\n"
-            "If it was deleted, restore it, or delete the dataset's index so that it "
-            "is rebuilt."
+            "If the object was deleted, restore it. Or delete the dataset's index, so "
+            "that the index is rebuilt."
         )
     return result
 
@@ -239,7 +239,8 @@ def _fail(path: str, error: Exception) -> NoReturn:
     if text.startswith("OUT_OF_RANGE"):
         raise _RangeError(
             f"{path} is shorter than expected: {text}\n"
-            "Restore the object, or delete the dataset's index so that it is rebuilt."
+            "Restore the object, or delete the dataset's index, so that the index is "
+            "rebuilt."
         ) from error
     status = re.search(r"\[http_response_code='(\d+)'\]", text)
     reason = re.sub(r"\s*\[[^]]*\]", "", text)

@@ -80,7 +80,7 @@ class TfReader:
         self._spec = self._element_spec()
         # `type` instead of isinstance, because subclasses may override `__call__`.
         is_image = type(transform) is transforms.ImageTransform
-        self._decodes = is_image and transform.copies_crops
+        self._uses_tf_decoder = is_image and transform.copies_crops
         self._unreadable: set[int] = set()  # indices of examples
         self._error: DataError | None = None
 
@@ -158,7 +158,7 @@ class TfReader:
         """Return the record to read with TensorFlow; NO_RECORD: `_load` reads it."""
         if index < 0:
             return NO_RECORD
-        if self._decodes and index not in self._unreadable:
+        if self._uses_tf_decoder and index not in self._unreadable:
             with contextlib.suppress(Exception):  # a damaged file, left to `_load`
                 if record := self._source.record(index):
                     return record
@@ -171,7 +171,7 @@ class TfReader:
         If TensorFlow fails to read an example, `_load` reads the whole batch again.
         """
         batches = self._elements(rows, self._load)
-        if self._decodes:
+        if self._uses_tf_decoder:
             fast = self._elements(rows, self._decode).ignore_errors()
             batches = fast.concatenate(batches).take(1)
         return batches.get_single_element()

@@ -23,7 +23,7 @@ from hivit_jax.kernels.numerics import ROWS, Plan, Weights
 from hivit_jax.kernels.target import block_rows, find_target
 
 CHOICES = ("auto", "fused", "plain")
-LONG = 256  # tokens; fewer tokens have small scores, which padding would enlarge
+MIN_TOKENS = 256  # of `long_attention`; padding would enlarge fewer tokens too much
 # Function from factors of the images, [B] float32 or None, to x + factor * branch.
 Branch = Callable[[jax.Array | None], jax.Array]
 
@@ -133,7 +133,7 @@ def long_attention(
     mask: jax.Array | None,
     choice: str,
 ) -> jax.Array | None:
-    """Return the attention output for at least `LONG` tokens with a bias, or None.
+    """Return the attention output for `MIN_TOKENS` or more tokens with a bias, or None.
 
     This kernel, for TPUs, needs less VMEM than `attention` and so supports more tokens.
     For the arguments see `attention_xla.dot_product_attention`. Also returns None
@@ -143,7 +143,7 @@ def long_attention(
     width = heads * head
     if target is None or target.platform == "gpu" or q.size == 0:
         return None
-    if tokens < LONG or width % LANES or LANES % head:
+    if tokens < MIN_TOKENS or width % LANES or LANES % head:
         return None
     if mask is not None or bias is None or len(bias) > 1:
         return None

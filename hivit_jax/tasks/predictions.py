@@ -42,7 +42,7 @@ def write(
       ConfigError: `out` is a file with another ending.
       OSError: a file cannot be written.
     """
-    counts, worst, out = ClassCounts(names), [], _file(out)
+    counts, worst, out = ClassCounts(names), [], _table_path(out)
     ranks = range(min(MAX_RANK, len(names)))
     pairs = [(_column("predicted", k), _column("probability", k)) for k in ranks]
     columns = ["file", *(name for pair in pairs for name in pair), "label", "error"]
@@ -76,7 +76,7 @@ def write_multi_label(
     Raises:
       ConfigError, OSError: see `write`.
     """
-    out, known = _file(out), []
+    out, known = _table_path(out), []
     columns = ["file", "predicted", *(f"probability_{name}" for name in names)]
     columns += [*["label"] * labeled, "error"]
 
@@ -114,7 +114,7 @@ def write_multi_label(
     log(f"written: {paths[0]}, {paths[1]}")
 
 
-def _file(out: Path) -> Path:
+def _table_path(out: Path) -> Path:
     """Return the file of the table; raise ConfigError for another ending of `out`."""
     if out.suffix in SUFFIXES:
         return out

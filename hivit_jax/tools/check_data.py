@@ -192,12 +192,12 @@ def run(argv: Sequence[str] | None) -> None:
         default=0,
         help="number of random images to check per split; 0 checks all",
     )
-    parser.add_argument("--list", help="file to write names of unreadable images to")
+    parser.add_argument("--list", help="file to write: names of unreadable images")
     parser.add_argument(
         "--list_reasons",
-        help="file to write a line per unreadable image to: name, tab, reason",
+        help="file to write: a line per unreadable image, with name, tab and reason",
     )
-    parser.add_argument("--sheet", help="PNG file to draw images of each class to")
+    parser.add_argument("--sheet", help="PNG file to write: images of each class")
     parser.add_argument(
         "--group",
         default="",

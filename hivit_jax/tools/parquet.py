@@ -222,7 +222,7 @@ def _class_names(files: dict[str, list[Path]], columns: Columns) -> list[str]:
     return sorted(found)
 
 
-def _numbers(label: list | None, label_of: dict[str, int]) -> list[int] | None:
+def _class_indices(label: list | None, label_of: dict[str, int]) -> list[int] | None:
     """Return the class indices of an image; None if a label is not a known class."""
     if label is None:
         return None
@@ -241,7 +241,7 @@ def _splits(
     splits = {}
     for split, paths in files.items():
         labels = [label for path in paths for label in _labels(path, columns)]
-        if all(_numbers(label, label_of) is None for label in labels):
+        if all(_class_indices(label, label_of) is None for label in labels):
             print(
                 f"split {split} is left out: none of {len(labels):,} rows has a label"
             )
@@ -261,7 +261,7 @@ def _examples(
         for number, (image, label) in enumerate(_rows(file, columns)):
             content = image.get("bytes") if isinstance(image, dict) else image
             path = image.get("path") if isinstance(image, dict) else None
-            label = _numbers(_as_list(label), label_of)
+            label = _class_indices(_as_list(label), label_of)
             key = f"{file.name}[{number}]"
             if not content or label is None:
                 reason = "no valid label" if content else "no image"

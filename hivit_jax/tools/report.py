@@ -57,7 +57,7 @@ def make_report(workdirs: Iterable[str]) -> str:
         names, parts = ["/".join(path.parts[-parts:]) for path in paths], parts + 1
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
     keys = [run.pop("config") for run in runs]
-    data = {"runs": runs, "charts": charts(runs), "config": compare(keys)}
+    data = {"runs": runs, "charts": charts(runs), "config": config_table(keys)}
     # "<" could otherwise end the script element that contains the text.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = resources.files("hivit_jax.tools") / "report.html"
@@ -106,7 +106,7 @@ def read_metrics(workdir: Path) -> Lines:
                 found += f"; subdirectories with metrics: {', '.join(inside[:5])}"
         raise ConfigError(
             f"{path}: expected the metrics of a run, found {found}.\n"
-            "Give the --workdir of a run that has logged at least one step"
+            "Pass the --workdir of a run that has logged at least one step"
         )
     lines = [
         line for line in metrics.read(path) if isinstance(line, dict) and "step" in line
@@ -182,7 +182,7 @@ def charts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return [{"name": n, "title": title} for n, title in titles.items() if n in names]
 
 
-def compare(run_configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def config_table(run_configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row per config key: "key", "values" as text or None, and "differs"."""
     rows = []
     for key in dict.fromkeys(key for config in run_configs for key in config):

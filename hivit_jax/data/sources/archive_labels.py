@@ -60,7 +60,10 @@ def check_labels(index: Index, files: Sequence[str], multi_label: bool) -> None:
     unlabeled = labels == UNLABELED
     if unlabeled.any() and not unlabeled.all():
         first = np.argmax(unlabeled)
-        raise DataError(f"{name(first)} has no label, but other images have one")
+        raise DataError(
+            f"{name(first)} has no label, but other images have labels; add the label, "
+            "or remove all labels"
+        )
     if multi_label and unlabeled.all():
         raise DataError(
             f"data.multi_label=True: expected class indices as labels in {files[0]}, "

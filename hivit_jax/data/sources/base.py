@@ -207,8 +207,8 @@ def label_vector(label: Any, num_labels: int) -> np.ndarray:
     given = np.array(label)
     if given.ndim != 1 or len(given) > num_labels or not np.isin(given, (0, 1)).all():
         raise LabelError(
-            f"data.multi_label=True: expected at most {num_labels} values 0 or 1 as "
-            f"label, found {given.tolist()}; multi_hot in hivit_jax.data.sources.base "
+            f"data.multi_label=True: expected a label of at most {num_labels} values 0 "
+            f"or 1, found {given.tolist()}; multi_hot in hivit_jax.data.sources.base "
             "converts class indices"
         )
     return np.pad(given.astype(np.uint8), (0, num_labels - len(given)))

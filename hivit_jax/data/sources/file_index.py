@@ -43,7 +43,7 @@ def ignored_reason(name: str, suffixes: Sequence[str] = SUFFIXES) -> str:
 
 
 def subdirectories(root: str | Path) -> list[str]:
-    """Return the sorted names of the directories in `root`, except hidden ones.
+    """Return the sorted names of the directories in `root` that are not `is_hidden`.
 
     Args:
       root: directory, or its address in a bucket.

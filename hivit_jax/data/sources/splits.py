@@ -41,8 +41,8 @@ class Selection:
         if self.eval_fraction and eval_split:
             raise ConfigError(
                 f"data.eval_fraction={self.eval_fraction} with data.eval_split="
-                f"{eval_split!r}; expected only one of the two, so set "
-                "data.eval_fraction=0 if a recipe sets it"
+                f"{eval_split!r}; expected only one of the two; set "
+                "data.eval_fraction=0 to override a recipe"
             )
         if self.eval_group and not self.eval_fraction:
             raise ConfigError(
