@@ -23,7 +23,7 @@ from hivit_jax.kernels.numerics import ROWS, Plan, Weights
 from hivit_jax.kernels.target import block_rows, find_target
 
 CHOICES = ("auto", "fused", "plain")
-MIN_TOKENS = 256  # of `long_attention`; padding would enlarge fewer tokens too much
+MIN_TOKENS = 256  # for `long_attention`, because it pads tokens to multiples of 128
 # Function from factors of the images, [B] float32 or None, to x + factor * branch.
 Branch = Callable[[jax.Array | None], jax.Array]
 

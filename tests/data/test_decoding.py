@@ -268,7 +268,7 @@ def test_floats_and_signed_or_32_bit_integers_require_a_range(name):
 
 
 def test_range_applies_only_to_more_than_8_bits():
-    """`value_range` rescales 12-bit values in 16-bit files, and no 8-bit image."""
+    """`value_range` rescales 12-bit values in 16-bit files, but not 8-bit images."""
     dark = GRAY // 16
     expected = np.rint(dark / 4095 * 255)
     for encoded in (encode(dark, "PNG"), tiff(dark), png(np.dstack([dark] * 3))):

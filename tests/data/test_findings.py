@@ -39,9 +39,9 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
     ],
 )
 def test_images_that_lose_levels_are_reported(values, value_range, detail):
-    """An image loses values if too few of its levels remain after decoding.
+    """An image loses values if less than 64 levels and less than a quarter remain.
 
-    Too few are fewer than 64 and fewer than a quarter, or one of several levels.
+    An image also loses values if only one of several levels remains.
     """
     reported = findings(values, value_range)
     assert reported[LOST].startswith(detail)

@@ -191,5 +191,5 @@ def test_report_lists_memory_collectives_and_regions(tmp_path, monkeypatch):
 
 
 def program_size(size):
-    """Return the bytes of a program for a batch size."""
+    """Return the size of a program in bytes for a batch size."""
     return 1000 + 100 * size

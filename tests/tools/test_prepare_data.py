@@ -130,7 +130,7 @@ def test_images_of_more_than_8_bits_are_not_shrunk():
 
 
 def test_source_reads_every_example(complete, originals):
-    """The source also reads slices of splits, and serves many threads."""
+    """The source also reads slices of splits. Many threads may read concurrently."""
     source = Tfds("imagenet2012", str(complete), "train")
     jpegs = list(originals["train"].values())
     expected = [(jpegs[i], LABELS[WNIDS[i // 5]]) for i in range(15)]
@@ -362,7 +362,7 @@ def test_unreachable_server_is_an_immediate_error(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("status", [404, 200])
 def test_answers_of_a_server_are_handled_by_tfds(status, tmp_path, monkeypatch, capsys):
-    """After any answer to the first request, TFDS downloads the file."""
+    """After any answer to the first request, TFDS requests the file itself."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

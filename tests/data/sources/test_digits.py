@@ -74,7 +74,7 @@ def test_num_examples_counts_the_selected_digits():
 
 @pytest.mark.slow
 def test_subsets_of_digits_are_class_balanced():
-    """data.subset selects the images. All classes have equally many."""
+    """data.subset selects the images. All classes have equally many images."""
     # Imported here, because a global import would slow the collection of tests.
     from sklearn.datasets import load_digits
 
