@@ -1,8 +1,9 @@
 """Reader that loads batches with tf.data, byte-identical to `loader.Loader`.
 
 TensorFlow reads local image files and tfrecords, and decodes and crops ordinary JPEGs.
-The `Loader`, called through `tf.numpy_function`, reads all other examples: other
-sources and formats, damaged files, evaluation, and transforms that resize on the host.
+The `Loader`, called through `tf.numpy_function`, reads all other examples: from other
+sources, in other formats, in damaged files, for evaluation, and for transforms that
+resize on the host.
 """
 
 import contextlib
@@ -100,8 +101,8 @@ class TfReader:
     def dataset(self) -> Any:
         """Return a `tf.data.Dataset` of the batches.
 
-        At most `BATCHES_IN_PARALLEL` + 1 batches are in memory in addition to those
-        that the caller holds.
+        At most `BATCHES_IN_PARALLEL` + 1 batches are in memory in addition to the
+        caller's batches.
         """
         tf = self._tf
         signature = {

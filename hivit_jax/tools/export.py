@@ -70,11 +70,11 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
       what: as in `export`.
 
     Raises:
-      ConfigError: the compute dtype is not float32, because onnxruntime does not load
-        Gemm nodes that mix bfloat16 and float32. Or the output is unknown, a masked
-        autoencoder is to be exported as a classifier, or jax2onnx is not installed.
+      ConfigError: the output is unknown, a masked autoencoder is to be exported as a
+        classifier, jax2onnx is not installed, or the compute dtype is not float32.
     """
     function, dtype = _inference(model, what), model.run_options.dtype
+    # onnxruntime does not load Gemm nodes that mix bfloat16 and float32.
     if dtype != "float32":
         raise ConfigError(f"ONNX export: dtype={dtype}; expected float32")
     jax2onnx = errors.require("jax2onnx", "hivit-jax[onnx]")
