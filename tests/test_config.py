@@ -100,7 +100,7 @@ def test_mixing_requires_even_microbatches(overrides, microbatch):
         assert configs.load(recipe, flags).batch_size in (24, 25)
         return
     with pytest.raises(
-        ConfigError, match=f"steps is {microbatch}, expected an even number"
+        ConfigError, match=f"an even number for .*_steps, found {microbatch}"
     ):
         configs.load(recipe, flags)
 

@@ -16,7 +16,7 @@ class BalancedOrder:
 
     An epoch has as many examples as the dataset. Each class has an endless sequence of
     permutations of its examples. An epoch with m positions for the class uses the next
-    m examples of this sequence. After any number of epochs, the numbers of uses of two
+    m examples of this sequence. After any number of epochs, the use counts of two
     examples of a class therefore differ by at most 1. Like `order.permutation`, the
     order is a function of seed and epoch.
 
@@ -37,8 +37,8 @@ class BalancedOrder:
     def samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the examples at positions of the endless sequence of all epochs.
 
-        Returns (example indices [b], passes [b]). The pass of an example is the index,
-        from 0, of the permutation of its class that contains the position. The pass
+        Returns (example indices [b], passes [b]). The permutations of a class count
+        from 0. The pass is the index of the permutation that contains the position. It
         replaces the epoch as key of the transform's random numbers, so that an example
         that occurs twice in an epoch is augmented differently.
 
@@ -96,7 +96,7 @@ def balanced_counts(sizes: list[int], balance: float) -> np.ndarray:
       sizes: number of examples of each class, at least 1.
     """
     total, weights = sum(sizes), np.array(sizes) ** (1.0 - balance)
-    # Rounded, so that the result does not depend on a machine's rounding errors.
+    # Without rounding, the result could depend on a machine's rounding errors.
     exact = np.round(total * weights / weights.sum(), 6)
     counts = np.floor(exact).astype(np.int64)
     largest = np.argsort(counts - exact, kind="stable")

@@ -6,13 +6,13 @@ from importlib.util import find_spec
 import numpy as np
 
 POLYNOMIAL = 0x82F63B78  # bits reversed
-# google_crc32c processes gigabytes per second, NumPy only 50 megabytes.
-FAST = find_spec("google_crc32c") is not None
+# google_crc32c processes gigabytes per second, NumPy only 50 megabytes per second.
+HAS_GOOGLE_CRC32C = find_spec("google_crc32c") is not None
 
 
 def crc32c(data: bytes) -> int:
     """Return the CRC-32C of bytes."""
-    if FAST:
+    if HAS_GOOGLE_CRC32C:
         import google_crc32c
 
         return google_crc32c.value(data)
@@ -26,14 +26,14 @@ def masked_crc32c(data: bytes) -> int:
 
 
 def numpy_crc32c(data: bytes) -> int:
-    """Compute a CRC-32C with numpy.
+    """Return the CRC-32C of bytes, computed with NumPy.
 
     The bytes are split into lanes of equal length that are processed in parallel.
     Pairs of neighbors are then merged until one value is left. Merging is cheap,
     because appending n zero bytes is a linear function of a CRC.
     """
     lanes = 1 << max(len(data) // 64, 1).bit_length() - 1
-    # A multiple of 8, so that the cache of `_zeros_matrix` has few entries.
+    # `length` is a multiple of 8, so that the cache of `_zeros_matrix` has few entries.
     length = -(-len(data) // (lanes * 8)) * 8
     padded = np.zeros(lanes * length, np.uint8)
     # Leading zeros do not change a CRC whose register starts at 0. The register of

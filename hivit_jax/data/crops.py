@@ -40,7 +40,7 @@ def random_resized_crop(
     scale: Sequence[float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Crop:
-    """Return a random crop as torchvision's RandomResizedCrop does.
+    """Return a random crop with the distribution of torchvision's RandomResizedCrop.
 
     Each of ten tries draws an area from `scale` and a log-uniform aspect ratio from
     `ratio`. The first crop that fits inside the image is used, at a uniformly random
@@ -111,7 +111,7 @@ def paste_crop(
 
     Args:
       pixels: uint8, uint16 or float32 [h, w, C].
-      out: array [H', W', C] of the same dtype; at least `size`.
+      out: array [H', W', C] with the dtype of `pixels`; at least `size`.
       size: (height, width) of the model's image.
 
     Returns:
@@ -127,8 +127,8 @@ def paste_crop(
         (crop.box.top - rows[0], crop.box.height, height),
         (crop.box.left - columns[0], crop.box.width, width),
     )
-    room = out.shape[:2]
-    if room == tuple(size) or room[0] < height or room[1] < width:
+    canvas = out.shape[:2]
+    if canvas == tuple(size) or canvas[0] < height or canvas[1] < width:
         part = resize(part, box, size, interpolation, antialias)
         height, width = size
         box = (0, height, height), (0, width, width)

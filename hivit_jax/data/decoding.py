@@ -1,9 +1,9 @@
 """Decode image files to 8 bits per channel.
 
 Pillow converts images with more bits by clipping or truncation. This module maps values
-linearly instead, so that black becomes 0 and white becomes 255. In images of unsigned
-integers with up to 16 bits, black and white are the ends of the range of these bits.
-For other types, the user sets their values (`data.value_range`).
+linearly instead, so that black becomes 0 and white becomes 255. For unsigned integers
+of up to 16 bits, black and white are the smallest and largest value of that many bits.
+For other types, the user sets black and white (`data.value_range`).
 """
 
 import io
@@ -29,11 +29,11 @@ END_OF_IMAGE = b"\xff\xd9"
 MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 # TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
-SIGNED = (2,)  # value of SAMPLE_FORMAT
+SIGNED = (2,)  # value of SAMPLE_FORMAT for signed integers
 # Byte order in a raw mode -> opposite byte order. B: big-endian, L: little, N: native.
 OPPOSITE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 # Big-endian raw mode -> native raw mode. libtiff returns values in native byte order,
-# but Pillow decodes them with these big-endian raw modes.
+# but Pillow would decode them with these big-endian raw modes.
 NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 
 
@@ -230,11 +230,11 @@ def _color_values(image: Any, encoded: bytes, bits: int) -> StoredValues | None:
 
     mode, high_modes = image.mode, _raw_modes(image)
     if high_modes[:1] == ["LA;16B"]:
-        # Loaded as four 8-bit bands: both bytes of L and both bytes of A.
+        # RGBA yields four 8-bit bands: both bytes of L and both bytes of A.
         array = _load(image, ["RGBA"]).astype(np.uint16)
         return StoredValues(array[..., 0] * 256 + array[..., 1], "L", (0, 65535))
     if bits == 16 and high_modes[0] in (*"RGBA", *"CMYK"):
-        # Uncompressed planes. Without this, PIL would decode each byte as a pixel.
+        # Without this, PIL would decode each byte of uncompressed planes as a pixel.
         order = "B" if image.tag_v2.prefix == b"MM" else "L"
         high_modes = [f"{raw_mode};16{order}" for raw_mode in high_modes]
     if not high_modes or not re.fullmatch(r"[A-Z]+;16[BLN]", high_modes[0]):

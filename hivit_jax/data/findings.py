@@ -31,8 +31,7 @@ def image_findings(
     Args:
       encoded: content of the file.
       get_name: returns the name of the file.
-      pixels: the decoded image, [h, w, C]. Values that decoding loses are reported
-        only if it is uint8.
+      pixels: the decoded image, [h, w, C]. Lost values are reported only for uint8.
       size: (height, width) of the model's image.
       canvas: side of the array that the device resizes from; 0: none.
       value_range: see `decode`.
@@ -73,12 +72,11 @@ def _value_findings(
 
     Values count as lost in three cases:
 
-    - fewer than a quarter of the levels remain, where an image with more than 256
-      levels counts as an image with 256 levels;
+    - fewer than 64 levels remain, and fewer than a quarter of the stored levels;
     - only one of several levels remains;
     - only the dropped alpha channel varies.
 
-    Values outside of the range count as clipped.
+    Values outside of the range from black to white count as clipped.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:

@@ -1,4 +1,4 @@
-"""Loader: reads planned examples of a source into batches, in threads."""
+"""Loader that reads planned examples of a source into batches, in threads."""
 
 import math
 import mmap
@@ -28,8 +28,8 @@ MIN_POOLED_BYTES = 2**20  # the memory of arrays of at least this size is reused
 class BufferPool:
     """Allocator that reuses the memory of an array after its last view is deleted.
 
-    Without reuse, the kernel zeroes fresh pages for every batch, which can take as long
-    as decoding the images.
+    Without reuse, the operating system zeroes fresh pages for every batch, which can
+    take as long as decoding the images.
     """
 
     def __init__(self):
@@ -42,7 +42,7 @@ class BufferPool:
             return np.empty(shape, dtype)
         free = self._free[size]
         memory = free.pop() if free else mmap.mmap(-1, size)
-        # The finalizer is on this array, because every view of it keeps it alive.
+        # The finalizer is on this array, because every view keeps this array alive.
         array = np.frombuffer(memory, np.uint8)
         weakref.finalize(array, free.append, memory)
         return array.view(dtype).reshape(shape)
@@ -53,7 +53,7 @@ class Loader:
 
     Args:
       source: one split of a dataset.
-      transform: transform of its examples.
+      transform: converts each example to arrays.
       seed: seed of the transform's random numbers.
       local_batch_size: examples that this process reads per batch.
       threads: number of reading threads; 0: one per core.

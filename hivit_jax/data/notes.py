@@ -1,4 +1,4 @@
-"""Notes at the start of a run about data that it ignores, reduces or lacks."""
+"""Notes at the start of a run about ignored, reduced or missing data."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,15 +13,15 @@ from hivit_jax.data.sources.registry import open_source
 from hivit_jax.errors import DataError, MissingPackage
 from hivit_jax.progress import counted
 
-MAX_CLASSES = 5  # listed classes
+MAX_CLASSES = 5  # class names that a note lists
 
 
 def dataset_warnings(data: Any, splits: Sequence[str], needs_labels: bool) -> list[str]:
-    """Return `exclusion_warnings`, and a line about classes without evaluation images.
+    """Return lines about unmatched exclusions and classes without evaluation images.
 
     Args:
       data, splits: see `exclusion_warnings`.
-      needs_labels: False: there is no line about classes.
+      needs_labels: add the line about classes.
     """
     found = exclusion_warnings(data, splits)
     sources = _open(data, splits) if needs_labels else []
@@ -36,7 +36,7 @@ def exclusion_warnings(data: Any, splits: Sequence[str]) -> list[str]:
 
     Args:
       data: `config.data`.
-      splits: all splits that the config uses, because an entry may belong to any.
+      splits: all splits of the config, because an entry may name an image of any.
     """
     return exclusion_notes(data.exclude, _open(data, splits)) if data.exclude else []
 

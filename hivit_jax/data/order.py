@@ -1,8 +1,8 @@
 """Plans: the examples of every batch of a run.
 
 The examples of a step are a function of the config, the dataset and the step. A run can
-therefore resume at any step and on any number of hosts with the same examples. For
-this, its checkpoints need to contain only the step.
+therefore resume at any step and on any number of hosts with the same examples.
+Checkpoints contain no state of the loader.
 """
 
 import math

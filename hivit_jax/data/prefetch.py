@@ -34,11 +34,10 @@ def prefetch_to_device(
 
 
 def defer_error(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches, and a DataError that ends them.
+    """Yield the batches; yield a DataError as the last element instead of raising it.
 
-    The error is yielded as the last element instead of being raised. A step that has
-    been computed can then be logged and evaluated before the error of the next batch is
-    raised by `raise_error`.
+    The caller can then log and evaluate the last computed step before `raise_error`
+    raises the error of the next batch.
     """
     try:
         yield from batches

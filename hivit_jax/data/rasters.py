@@ -55,7 +55,7 @@ def decode(
       Exception: an error of any type if the image cannot be read.
     """
     may_use_pil = dtype == "uint8" and channels in PIL_MODES
-    # Last, because has_other_bands parses the header of a TIFF.
+    # has_other_bands is called last, because it parses the header of a TIFF.
     if may_use_pil and not encoded.startswith(NPY) and not has_other_bands(encoded):
         try:
             return decoding.decode(encoded, channels, value_range)
@@ -196,7 +196,7 @@ def _match_channels(array: np.ndarray, channels: int) -> np.ndarray:
     """Return an image [h, w, bands] as [h, w, channels].
 
     Raises:
-      ChannelError: the number of bands does not fit.
+      ChannelError: the bands cannot be converted to `channels` channels.
     """
     bands = array.shape[-1]
     if bands == channels:

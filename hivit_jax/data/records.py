@@ -27,7 +27,9 @@ THREADS = 64  # files that a process indexes concurrently
 
 
 class Records:
-    """Records that are byte ranges of files, local or in a bucket. Thread-safe.
+    """Records that are byte ranges of files, local or in a bucket.
+
+    The methods are thread-safe.
 
     Args:
       files: paths or addresses of the files.
@@ -47,7 +49,7 @@ class Records:
     ):
         self._files, self._file_indices = files, file_indices
         self._starts, self._stops, self._cache = starts, stops, cache
-        # A record can be asked for twice before it is read, at the end of an epoch.
+        # Queues, because the next epoch may ask for a record before this one reads it.
         self._asked: defaultdict[int, deque[storage.Waiter]] = defaultdict(deque)
         self._lock = threading.Lock()
 
@@ -121,7 +123,7 @@ def load_index(
     name = f"hivit_jax_index_{key}.npz"
     paths = [f"{directory.rstrip('/')}/{name}"] * remote
     paths.append(str(cache_directory() / name))
-    # `joined` first, because a process that runs alone may use no accelerator.
+    # `joined` is called first, because `all_processes` initializes the accelerator.
     shared = remote and processes.joined()
     index = _read_index(paths)
     if shared and not processes.all_processes(index is not None):
@@ -154,8 +156,8 @@ def _index_files(
     """Return the result of `index_file` for each file.
 
     Args:
-      shared: each process indexes an equal share of the files, and the results and
-        errors are exchanged.
+      shared: each process indexes an equal share of the files, and all processes
+        exchange their results and errors.
     """
     own, found, error = files, {}, None
     if shared:
@@ -180,10 +182,10 @@ def _index_files(
 
 
 def _save_index(paths: Sequence[str], index: Index, shared: bool) -> None:
-    """Write an index to the first path that is writable; saving is optional.
+    """Write an index to the first path that is writable, if there is one.
 
     Args:
-      shared: only process 0 writes to the bucket, the first path.
+      shared: only process 0 writes to the first path, which is in the bucket.
     """
     buffer = io.BytesIO()
     np.savez(buffer, **index)
@@ -200,7 +202,7 @@ def _save_index(paths: Sequence[str], index: Index, shared: bool) -> None:
         written = jax.process_index() == 0 and write(first)
         if processes.gather_objects(written)[0]:
             return
-    any(map(write, paths))
+    any(map(write, paths))  # stops after the first success
 
 
 def _stamp(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Shapes of a batch: the arrays of a transform and those that the loader adds."""
+"""Shapes of a batch: arrays from a transform, and arrays that the loader adds."""
 
 import jax
 import numpy as np

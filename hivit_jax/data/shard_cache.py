@@ -18,12 +18,12 @@ EXIT_SECONDS = 10.0  # longest wait at exit for unfinished copies
 
 
 class ShardCache:
-    """Directory with whole copies of files in buckets. Thread-safe.
+    """Directory with whole copies of files in buckets.
 
-    Files are copied in the order in which they are first needed. Processes of one host
-    may share the directory: an unfinished copy has the suffix ``.part`` and is locked,
-    so that only one process writes it and no process reads it. Complete copies are
-    never deleted.
+    The methods are thread-safe. Files are copied in the order of their first use.
+    Processes of one host may share the directory: an unfinished copy has the suffix
+    ``.part`` and is locked, so that only one process writes it and no process reads it.
+    Complete copies are never deleted.
 
     Args:
       directory: the cache directory.
@@ -34,7 +34,7 @@ class ShardCache:
     def __init__(self, directory: str, check: Callable[[str], None] | None = None):
         self._root, self._check = Path(directory), check
         self._copies: dict[str, str] = {}  # address of a file -> path of its copy
-        self._wanted: set[str] = set()  # queued, in progress or failed
+        self._requested: set[str] = set()  # queued, in progress or failed
         self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -56,8 +56,8 @@ class ShardCache:
         if self.target(address).exists():
             self._copies[address] = str(self.target(address))
             return self._copies[address]
-        if address not in self._wanted and not self._stopped.is_set():
-            self._want(address)
+        if address not in self._requested and not self._stopped.is_set():
+            self._request(address)
         return address
 
     def fetch(self, address: str) -> str:
@@ -87,7 +87,7 @@ class ShardCache:
             f"{present:,} are present; {free / 1e9:,.1f} GB are free"
         )
 
-    def _want(self, address: str) -> None:
+    def _request(self, address: str) -> None:
         with self._lock:
             if not self._threads:
                 atexit.register(self.stop)
@@ -95,8 +95,8 @@ class ShardCache:
                     thread = threading.Thread(target=self._work, daemon=True)
                     thread.start()
                     self._threads.append(thread)
-            if address not in self._wanted:
-                self._wanted.add(address)
+            if address not in self._requested:
+                self._requested.add(address)
                 self._queue.put(address)
 
     def stop(self) -> None:
@@ -125,7 +125,7 @@ class ShardCache:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 except BlockingIOError:
-                    self._wanted.discard(address)  # so that `locate` may queue it again
+                    self._requested.discard(address)  # so that `locate` can retry
                     return
                 self._copy_locked(address, target, file)
         except InterruptedError:

@@ -1,7 +1,7 @@
 """Files on disk and in buckets (``gs://BUCKET/KEY``, ``s3://BUCKET/KEY``).
 
-Objects in buckets are accessed by tensorstore, which retries requests that fail for a
-while. The credentials of Google's or Amazon's tools are used. Public buckets need none.
+tensorstore accesses the objects in buckets, retries failed requests several times, and
+uses the credentials of Google's or Amazon's tools. Public buckets need no credentials.
 """
 
 import os
@@ -18,7 +18,7 @@ from hivit_jax.progress import EVERY, to_stderr
 DRIVERS = {"gs": "gcs", "s3": "s3"}  # scheme of an address -> driver of tensorstore
 RETRIES = {"max_retries": 8, "initial_delay": "500ms", "max_delay": "30s"}
 CONCURRENCY = 256  # requests in flight
-TIMEOUT = 600.0  # seconds until a read without an answer is an error
+TIMEOUT = 600.0  # seconds to wait for an answer before raising an error
 PART_BYTES = 2**24  # `copy` reads parts of this size
 LOGIN = {
     "gs": "run gcloud auth application-default login, or grant the VM's service "
@@ -53,7 +53,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
-    """Start reading bytes `start` to `stop` and return a function that returns them.
+    """Start reading bytes `start` to `stop`; return a function that returns the bytes.
 
     A local file is not read until the returned function is called.
 
@@ -170,7 +170,7 @@ def write(path: str, data: bytes) -> None:
 
 
 class _RangeError(StorageError):
-    """An object ends before the requested range."""
+    """An object ends before the end of the requested range."""
 
 
 def _locate(path: str) -> tuple[Any, str]:
@@ -227,19 +227,20 @@ def _result(path: str, future: Any) -> Any:
     if getattr(result, "state", "value") == "missing":
         raise MissingObject(
             f"{path} does not exist (HTTP status 404)\n"
-            "If it was deleted, restore it, or delete the dataset's index so that it "
-            "is rebuilt."
+            "If the object was deleted, restore it. Or delete the dataset's index, so "
+            "that the index is rebuilt."
         )
     return result
 
 
 def _fail(path: str, error: Exception) -> NoReturn:
-    """Raise the StorageError for an error of tensorstore."""
+    """Raise a StorageError that explains an error of tensorstore."""
     text = " ".join(str(error).split()) or f"no answer within {TIMEOUT:.0f} s"
     if text.startswith("OUT_OF_RANGE"):
         raise _RangeError(
             f"{path} is shorter than expected: {text}\n"
-            "Restore the object, or delete the dataset's index so that it is rebuilt."
+            "Restore the object, or delete the dataset's index, so that the index is "
+            "rebuilt."
         ) from error
     status = re.search(r"\[http_response_code='(\d+)'\]", text)
     reason = re.sub(r"\s*\[[^]]*\]", "", text)

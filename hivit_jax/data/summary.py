@@ -1,4 +1,4 @@
-"""Facts about images of splits: pixel statistics, file kinds, shared images."""
+"""Facts about the images of splits: pixel statistics, file kinds, shared images."""
 
 import re
 from collections import Counter

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from hivit_jax.data import storage
 from hivit_jax.errors import DataError
 
-BLOCK = 512  # bytes; headers and data start at multiples of it
+BLOCK = 512  # bytes; headers and data start at multiples of this size
 READ_AHEAD = 4096  # bytes; covers the small members that follow an image
 REGULAR = b"0\0"  # types of regular files
 

@@ -1,8 +1,9 @@
 """Reader that loads batches with tf.data, byte-identical to `loader.Loader`.
 
 TensorFlow reads local image files and tfrecords, and decodes and crops ordinary JPEGs.
-The `Loader`, called through `tf.numpy_function`, reads all other examples: other
-sources and formats, damaged files, evaluation, and transforms that resize on the host.
+The `Loader`, called through `tf.numpy_function`, reads all other examples: from other
+sources, in other formats, in damaged files, for evaluation, and for transforms that
+resize on the host.
 """
 
 import contextlib
@@ -52,7 +53,7 @@ class TfReader:
 
     Args:
       source: one split of a dataset.
-      transform: transform of its examples.
+      transform: converts each example to arrays.
       seed: seed of the transform's random numbers.
       local_batch_size: examples that this process reads per batch.
       threads: number of threads; 0: one per core.
@@ -80,7 +81,7 @@ class TfReader:
         self._spec = self._element_spec()
         # `type` instead of isinstance, because subclasses may override `__call__`.
         is_image = type(transform) is transforms.ImageTransform
-        self._decodes = is_image and transform.copies_crops
+        self._uses_tf_decoder = is_image and transform.copies_crops
         self._unreadable: set[int] = set()  # indices of examples
         self._error: DataError | None = None
 
@@ -100,8 +101,8 @@ class TfReader:
     def dataset(self) -> Any:
         """Return a `tf.data.Dataset` of the batches.
 
-        At most `BATCHES_IN_PARALLEL` + 1 batches are in memory in addition to those
-        that the caller holds.
+        At most `BATCHES_IN_PARALLEL` + 1 batches are in memory in addition to the
+        caller's batches.
         """
         tf = self._tf
         signature = {
@@ -155,10 +156,10 @@ class TfReader:
             }
 
     def _record(self, index: int) -> Record:
-        """Return the record for TensorFlow; NO_RECORD if `_load` must read it."""
+        """Return the record to read with TensorFlow; NO_RECORD: `_load` reads it."""
         if index < 0:
             return NO_RECORD
-        if self._decodes and index not in self._unreadable:
+        if self._uses_tf_decoder and index not in self._unreadable:
             with contextlib.suppress(Exception):  # a damaged file, left to `_load`
                 if record := self._source.record(index):
                     return record
@@ -171,7 +172,7 @@ class TfReader:
         If TensorFlow fails to read an example, `_load` reads the whole batch again.
         """
         batches = self._elements(rows, self._load)
-        if self._decodes:
+        if self._uses_tf_decoder:
             fast = self._elements(rows, self._decode).ignore_errors()
             batches = fast.concatenate(batches).take(1)
         return batches.get_single_element()

@@ -123,8 +123,8 @@ class ImageTransform(Transform):
             ),
         }
         if canvas:
-            numbers = 3 if dtype == "uint8" else 5
-            shapes["box"] = jax.ShapeDtypeStruct((2, numbers), np.float32)
+            span_length = 3 if dtype == "uint8" else 5
+            shapes["box"] = jax.ShapeDtypeStruct((2, span_length), np.float32)
         self.shapes = (shapes,)
 
     def __call__(
@@ -160,15 +160,15 @@ class ImageTransform(Transform):
     @property
     def copies_crops(self) -> bool:
         """True if `__call__` copies every random crop that fits into the canvas."""
-        room = self.shapes[0]["image"].shape
-        is_resized = self._randaugment or room[:2] == self._size
+        stored_size = self.shapes[0]["image"].shape[:2]
+        is_resized = self._randaugment or stored_size == self._size
         is_color = self._channels == 3 and self._dtype == "uint8"
         return bool(self._crop_scale) and is_color and not is_resized
 
     def copied_box(
         self, height: int, width: int, label: int, draws: Sequence[float]
     ) -> Box | None:
-        """Return the box of a JPEG that `__call__` copies into the canvas unchanged.
+        """Return the crop of a JPEG that `__call__` copies into the canvas unchanged.
 
         `__call__` then sets "box" to ((0, box.height, box.height), (0, box.width,
         box.width)). Requires `copies_crops`.
@@ -179,9 +179,9 @@ class ImageTransform(Transform):
         Returns:
           None if `__call__` resizes the crop or raises an error.
         """
-        room = self.shapes[0]["image"].shape[:2]
+        canvas = self.shapes[0]["image"].shape[:2]
         box = random_resized_crop(height, width, draws, self._crop_scale).box
-        fits = box.height <= room[0] and box.width <= room[1]
+        fits = box.height <= canvas[0] and box.width <= canvas[1]
         return box if fits and self._is_valid(label) else None
 
     def _label(self, sample: Mapping[str, Any]) -> int | np.ndarray:
@@ -209,8 +209,8 @@ class ImageTransform(Transform):
 def uniforms(seed: int, epoch: int, index: int, count: int = DRAWS) -> list[float]:
     """Return `count` random numbers in [0, 1) for one example in one epoch.
 
-    A larger `count` appends numbers to the same sequence. Philox is a function of its
-    key and counter, so the numbers are the same in every version of NumPy.
+    A larger `count` only appends numbers. Philox is a function of its key and counter,
+    so the numbers are the same in every version of NumPy.
     """
     philox = np.random.Philox(key=seed, counter=[0, 0, index, epoch])
     return [(word >> 11) * 2.0**-53 for word in philox.random_raw(count).tolist()]

@@ -1,4 +1,4 @@
-"""Images that cannot be read: their number, and the limit that ends a run."""
+"""Count of unreadable images, and the limit that ends a run."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,8 +10,8 @@ from hivit_jax.errors import DataError
 from hivit_jax.progress import counted
 
 CHECK_HINT = (
-    "python -m hivit_jax.tools.check_data, with the same --config flags, lists all "
-    "unreadable images; its --list FILE and data.exclude=FILE leave them out"
+    "To exclude all unreadable images, run python -m hivit_jax.tools.check_data with "
+    "the same --config flags and --list FILE, and set data.exclude=FILE"
 )
 
 
@@ -37,7 +37,7 @@ class UnreadableImages:
             yield batch
 
     def gather(self) -> int:
-        """Update `indices` and return their number. All processes call it together."""
+        """Update `indices` and return their number. Must run on all processes."""
         gathered = gather_objects((self._failed, self._recovered))
         for _, recovered in gathered:
             self.indices -= recovered
@@ -51,7 +51,7 @@ def check_unreadable(count: int, data: Any, split: str) -> None:
     """Raise DataError if more images are unreadable than `data.max_unreadable` allows.
 
     Args:
-      count: number of different images of the split that cannot be read.
+      count: number of distinct unreadable images of the split.
       data: `config.data`.
     """
     total = num_examples(data, split)

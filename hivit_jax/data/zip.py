@@ -7,14 +7,14 @@ from hivit_jax.data import storage
 from hivit_jax.errors import DataError
 
 END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
-MAX_END = 22 + 2**16 + 20 + 56  # bytes of the records after the directory
+MAX_END = 22 + 2**16 + 20 + 56  # maximum size of the records after the directory
 NONE_32 = 2**32 - 1  # means that the number is in the zip64 field
 
 
 class Member(NamedTuple):
     """File in a zip file.
 
-    Bytes `start` to `stop` contain its local header, its data, and perhaps more.
+    Bytes `start` to `stop` contain the member's local header and data, perhaps more.
     """
 
     name: str

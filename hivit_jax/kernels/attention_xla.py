@@ -1,4 +1,4 @@
-"""Attention by XLA, cuDNN or JAX's library function, without our own kernels."""
+"""Attention by XLA, cuDNN or JAX's library function, where no fused kernel runs."""
 
 import math
 
@@ -40,14 +40,14 @@ def dot_product_attention(
         out = jnp.einsum(*product, preferred_element_type=jnp.float32) / sums
         return jnp.swapaxes(out, 1, 2).astype(v.dtype)
     head = q.shape[-1]
-    cudnn = (
+    is_supported = (
         target.platform() == "gpu"
         and choice != "plain"
         and (q.dtype == jnp.bfloat16 and head % 8 == 0 and head <= 128)
         and (bias is None or len(bias) == 1)
         and mask is None
     )
-    if cudnn:
+    if is_supported:
         return cudnn_attention(q, k, v, bias)
     return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
 

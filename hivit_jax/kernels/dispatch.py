@@ -23,7 +23,7 @@ from hivit_jax.kernels.numerics import ROWS, Plan, Weights
 from hivit_jax.kernels.target import block_rows, find_target
 
 CHOICES = ("auto", "fused", "plain")
-LONG = 256  # tokens; fewer tokens have small scores, which padding would enlarge
+MIN_TOKENS = 256  # for `long_attention`, because it pads tokens to multiples of 128
 # Function from factors of the images, [B] float32 or None, to x + factor * branch.
 Branch = Callable[[jax.Array | None], jax.Array]
 
@@ -133,17 +133,17 @@ def long_attention(
     mask: jax.Array | None,
     choice: str,
 ) -> jax.Array | None:
-    """Return the attention output for at least `LONG` tokens with a bias, or None.
+    """Return the attention output for `MIN_TOKENS` or more tokens with a bias, or None.
 
-    On TPUs, one kernel computes it if `attention` supports fewer tokens. For the
-    arguments see `attention_xla.dot_product_attention`. Also returns None without a
-    bias, with a bias that differs between images, and with a mask.
+    This kernel, for TPUs, needs less VMEM than `attention` and so supports more tokens.
+    For the arguments see `attention_xla.dot_product_attention`. Also returns None
+    without a bias, with a bias that differs between images, and with a mask.
     """
     target, (_, tokens, heads, head) = find_target(choice, q), q.shape
     width = heads * head
     if target is None or target.platform == "gpu" or q.size == 0:
         return None
-    if tokens < LONG or width % LANES or LANES % head:
+    if tokens < MIN_TOKENS or width % LANES or LANES % head:
         return None
     if mask is not None or bias is None or len(bias) > 1:
         return None

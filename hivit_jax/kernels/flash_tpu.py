@@ -177,34 +177,34 @@ def _call(
     Args:
       kernel: called with the refs of the arrays, of the bias, of the outputs, and of
         scratch.
-      arrays: [B, N, C] each; a call gets [1, N, 128] of each.
-      bias: [heads, N, N]; a call gets the bias of the tile's heads.
+      arrays: [B, N, C] each; a call receives [1, N, 128] of each.
+      bias: [heads, N, N]; a call receives the bias of the tile's heads.
       outputs: number of outputs [B, N, C] in the arrays' dtype. If there are several,
         another output follows, the gradient of the bias.
-      products: matrix products of scores, or of their gradients, in a call.
+      products: matrix products per head with an [N, N] operand or result.
     """
     images, tokens, width = arrays[0].shape
-    side_by_side = LANES // _head(arrays[0], plan)
-    tile = pl.BlockSpec((1, tokens, LANES), lambda tile, image: (image, 0, tile))
-    heads = pl.BlockSpec(
-        (side_by_side, tokens, tokens), lambda tile, image: (tile, 0, 0)
+    heads_per_tile = LANES // _head(arrays[0], plan)
+    array_spec = pl.BlockSpec((1, tokens, LANES), lambda tile, image: (image, 0, tile))
+    bias_spec = pl.BlockSpec(
+        (heads_per_tile, tokens, tokens), lambda tile, image: (tile, 0, 0)
     )
     shape = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
-    shapes, specs = [shape] * outputs, [tile] * outputs
+    shapes, specs = [shape] * outputs, [array_spec] * outputs
     if outputs > 1:
         shapes.append(jax.ShapeDtypeStruct(bias.shape, bias.dtype))
-        specs.append(heads)
+        specs.append(bias_spec)
     moved = [*arrays, bias, *shapes]
     return pl.pallas_call(
         kernel,
         grid=(width // LANES, images),
-        in_specs=[tile] * len(arrays) + [heads],
+        in_specs=[array_spec] * len(arrays) + [bias_spec],
         out_specs=specs,
         out_shape=shapes,
         scratch_shapes=scratch,
         compiler_params=compiler_params(plan.interpret),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * images * tokens**2 * width * side_by_side,
+            flops=2 * products * images * tokens**2 * width * heads_per_tile,
             transcendentals=images * plan.heads * tokens**2,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
         ),

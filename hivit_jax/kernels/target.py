@@ -1,4 +1,4 @@
-"""Devices that a fused kernel is compiled for, and the sizes that it may have there."""
+"""Devices that a fused kernel is compiled for, and the sizes of its blocks."""
 
 import math
 from collections.abc import Callable
@@ -21,11 +21,12 @@ HBM_SHARE = 0.5  # fraction of the peak bandwidth that a kernel can rely on
 class Target:
     """Devices that a kernel is compiled for.
 
-    platform: "tpu", "gpu" or "cpu".
-    axes: mesh axes that split the batch.
-    shards: number of parts that these axes split the batch into.
-    vmem: bytes of VMEM that a kernel may use.
-    balance: number of operations that take as long as moving one byte to or from HBM.
+    Attributes:
+      platform: "tpu", "gpu" or "cpu".
+      axes: mesh axes that split the batch.
+      shards: number of parts that these axes split the batch into.
+      vmem: bytes of VMEM that a kernel may use.
+      balance: number of operations that take as long as moving a byte to or from HBM.
     """
 
     platform: str

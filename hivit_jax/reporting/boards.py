@@ -11,7 +11,7 @@ import numpy as np
 from hivit_jax.errors import ConfigError, first_line, require
 from hivit_jax.paths import is_bucket
 
-# File in the workdir with the run's id at Weights & Biases, for resuming the run there.
+# File in the workdir with the id of the run at Weights & Biases, for resuming it.
 ID_FILE = "wandb.id"
 
 
@@ -26,7 +26,7 @@ class Board(Protocol):
 def open_boards(workdir: Any, settings: Mapping[str, Any], project: str) -> list[Board]:
     """Return the boards of a run.
 
-    TensorBoard needs tensorboardX and a local workdir, and is left out otherwise.
+    The boards include TensorBoard only with tensorboardX and a local workdir.
 
     Args:
       workdir: `etils.epath.Path`.

@@ -17,8 +17,8 @@ class ClassCounts:
       names: names of all classes.
 
     Attributes:
-      images, predicted, correct: numbers of images that belong to a class, that are
-        predicted to belong to the class, and of which both is true; int64 [classes].
+      images, predicted, correct: number of images by true class, of images by predicted
+        class, and of correctly classified images by class; int64 [classes].
       matrix: int64 [classes, classes], true x predicted; None for more than
         `MAX_MATRIX` classes.
       in_top5: number of images whose true class is among the five most probable.
@@ -27,8 +27,8 @@ class ClassCounts:
     def __init__(self, names: Sequence[str]):
         self.names, count = tuple(names), len(names)
         self.images, self.predicted, self.correct = np.zeros((3, count), np.int64)
-        small = count <= MAX_MATRIX
-        self.matrix = np.zeros((count, count), np.int64) if small else None
+        has_matrix = count <= MAX_MATRIX
+        self.matrix = np.zeros((count, count), np.int64) if has_matrix else None
         self.in_top5 = 0
 
     def add(self, labels: np.ndarray, ranked: np.ndarray) -> None:

@@ -23,8 +23,7 @@ def step_line(step: int, total: int, values: Scalars) -> str:
     throughput is per chip. MFU and device memory are omitted where they are unknown.
 
     Args:
-      values: metrics of the step, including those that `metrics.device_metrics`
-        returns.
+      values: metrics of the step, including the result of `metrics.device_metrics`.
     """
     speed = f"{values['images_per_second_per_chip']:,.0f} images/s"
     if values["images_per_second_per_chip"] != values["images_per_second"]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hivit_jax.reporting import metrics
 
-TITLED_WIDTH = 2.4  # of an image with a title, in inches
+TITLED_WIDTH = 2.4  # width in inches of an image with a title
 PANELS = ("original", "masked", "reconstruction", "with visible pasted")
 
 
@@ -109,8 +109,8 @@ def schedule(steps: np.ndarray, learning_rates: np.ndarray) -> np.ndarray:
 def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Plot a confusion matrix of counts, [classes, classes], true x predicted.
 
-    The color of a cell is the fraction of its true class. The axes show names if there
-    are at most 40 classes, and the cells show counts if there are at most 15 classes.
+    The color of a cell shows its fraction of the images of the true class. The axes
+    show names of up to 40 classes, and the cells show counts of up to 15 classes.
     """
     count = len(names)
     side = min(max(4.0, 1.5 + 0.4 * count), 14.0)

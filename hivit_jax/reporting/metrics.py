@@ -38,7 +38,7 @@ class Writer:
         settings: Mapping[str, Any] | None = None,
         project: str = "",
     ):
-        from etils import epath  # late, because compiling a step needs no files
+        from etils import epath  # late, because compiling a step does not need etils
 
         self._path = path = epath.Path(workdir) / "metrics.jsonl"
         kept = [line for line in read(path) if line["step"] <= first_step]
@@ -218,7 +218,7 @@ def score(results: Scalars, best: Best) -> float:
 def best_evaluation(lines: Sequence[Scalars], best: Best) -> Scalars:
     """Return the best of the evaluations in `lines`; of equally good ones, the first.
 
-    Early stopping, the kept checkpoint and every report use the same rule.
+    Early stopping, the best checkpoint and every report use this rule.
     """
     return max(lines, key=lambda line: score(line, best))
 

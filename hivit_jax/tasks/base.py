@@ -34,8 +34,8 @@ class Task:
     Attributes:
       keys: config keys of this task, nested as in a recipe.
       unused: config key without effect on this task -> its only accepted value.
-      best: metric that selects the best checkpoint, and "max" or "min". In an instance,
-        it is the result of `best_metric` for the config.
+      best: metric that selects the best checkpoint, and "max" or "min". `__init__`
+        replaces this value with the result of `best_metric`.
       fresh: name prefixes of parameters that are always newly initialized, even if the
         pretrained model contains them.
       head_scale: factor on the standard deviation, 0.02, of a newly initialized head.
@@ -267,7 +267,7 @@ class Task:
           batches: rows of `predict_step`, and "index", "name", "label" (-1: unknown)
             and "error" ("": the image is readable; otherwise the rows of
             `predict_step` have no meaning).
-          out: path that the user gave.
+          out: file or directory from the command line.
           source: the images.
 
         Raises:

@@ -78,8 +78,8 @@ class Classification(Task):
         if microbatch % cls.batch_multiple(config):
             raise ConfigError(
                 f"mixup={config.mixup}, cutmix={config.cutmix} mix pairs of images; "
-                f"batch_size / accumulate_steps is {microbatch}, expected an even "
-                "number"
+                "expected an even number for batch_size / accumulate_steps, found "
+                f"{microbatch}"
             )
 
     @property

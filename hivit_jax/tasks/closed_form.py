@@ -70,8 +70,8 @@ class Ridge(NamedTuple):
       eigenvalues, eigenvectors: of the correlation matrix, [D] and [D, D].
       projections: eigenvectors.T @ (standardized features.T @ one-hot targets / number
         of images), [D, classes].
-      frequencies: fraction of the images in each class, [classes]. It is the intercept
-        of the regression.
+      frequencies: fraction of the images in each class, [classes]; the intercepts of
+        the regression.
     """
 
     mean: np.ndarray

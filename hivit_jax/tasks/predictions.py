@@ -42,14 +42,14 @@ def write(
       ConfigError: `out` is a file with another ending.
       OSError: a file cannot be written.
     """
-    counts, worst, out = ClassCounts(names), [], _file(out)
+    counts, worst, out = ClassCounts(names), [], _table_path(out)
     ranks = range(min(MAX_RANK, len(names)))
-    pairs = [(_key("predicted", k), _key("probability", k)) for k in ranks]
+    pairs = [(_column("predicted", k), _column("probability", k)) for k in ranks]
     columns = ["file", *(name for pair in pairs for name in pair), "label", "error"]
     with _table_writer(out, columns) as add:
         for rows in batches:
             ranked = np.argsort(-rows["probabilities"], axis=1, kind="stable")
-            for row in _table(rows, ranked[:, :MAX_RANK], names):
+            for row in _table_rows(rows, ranked[:, :MAX_RANK], names):
                 add(row)
             known = (rows["label"] >= 0) & (rows["error"] == "")
             counts.add(rows["label"][known], ranked[known, :MAX_RANK])
@@ -76,7 +76,7 @@ def write_multi_label(
     Raises:
       ConfigError, OSError: see `write`.
     """
-    out, known = _file(out), []
+    out, known = _table_path(out), []
     columns = ["file", "predicted", *(f"probability_{name}" for name in names)]
     columns += [*["label"] * labeled, "error"]
 
@@ -114,8 +114,8 @@ def write_multi_label(
     log(f"written: {paths[0]}, {paths[1]}")
 
 
-def _file(out: Path) -> Path:
-    """Return the file of the table, or raise ConfigError if it has another ending."""
+def _table_path(out: Path) -> Path:
+    """Return the file of the table; raise ConfigError for another ending of `out`."""
     if out.suffix in SUFFIXES:
         return out
     if out.suffix and not out.is_dir():
@@ -129,7 +129,7 @@ def _file(out: Path) -> Path:
 def _table_writer(
     out: Path, columns: Sequence[str]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Context manager that returns a function that writes a row of the table.
+    """Context manager that provides a function for writing a row of the table.
 
     The file gets its final name when the context ends.
     """
@@ -151,11 +151,11 @@ def _table_writer(
     part.replace(out)
 
 
-def _key(name: str, rank: int) -> str:
+def _column(name: str, rank: int) -> str:
     return name if rank == 0 else f"{name}_{rank + 1}"
 
 
-def _table(
+def _table_rows(
     rows: Rows, ranked: np.ndarray, names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield a row {column: value} for each image; empty columns are left out."""
@@ -167,8 +167,8 @@ def _table(
         row = {"file": name}
         if not error:
             for k, (index, value) in enumerate(zip(classes, values, strict=True)):
-                row[_key("predicted", k)] = names[index]
-                row[_key("probability", k)] = round(value, 6)
+                row[_column("predicted", k)] = names[index]
+                row[_column("probability", k)] = round(value, 6)
         if label >= 0:
             row["label"] = names[label]
         yield row | ({"error": error} if error else {})

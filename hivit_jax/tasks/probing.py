@@ -92,7 +92,7 @@ def fit_to_devices(config: Any) -> tuple[Any, Mesh]:
 
     The batch size is rounded up, because it has no effect on the result of a probe.
     """
-    # A multiple of the number of devices, which every valid mesh can split.
+    # Every valid mesh can split a multiple of the number of devices.
     mesh = make_mesh(config.mesh, config.batch_size * jax.device_count())
     shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
     config = config.copy_and_resolve_references()

@@ -10,9 +10,9 @@ from hivit_jax.training.schedule import peak_learning_rate
 # Usual range of AdamW's peak learning rate. With a smaller peak the weights hardly
 # change; with a larger peak the loss usually diverges.
 ADAM_PEAKS = (1e-6, 0.05)
-# Values that are harmless in any run. The recipes for small folders of images use them,
-# and their runs may be shorter. A run of 500 steps is over soon, and repeated images in
-# a batch of 64 get different crops.
+# Values that are harmless in any run. Recipes for small folders of images use them, and
+# runs of these recipes may be shorter. A run of 500 steps is over soon, and repeated
+# images in a batch of 64 get different crops.
 HARMLESS_INTERVALS = {"log_every": 50, "eval_every": 500, "checkpoint_every": 500}
 HARMLESS_BATCH = 64
 

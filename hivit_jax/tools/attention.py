@@ -55,17 +55,17 @@ def attention_maps(
     The weights of a map add up to 1, or to less if the model has a class token.
 
     Args:
-      images: float32 [B, H, W, C], normalized, such as those of `preprocess`.
+      images: float32 [B, H, W, C], normalized, such as the result of `preprocess`.
       block: index of a block among the blocks with attention.
       unit: row and column of the unit; None: the class token, or, without one, the
-        result of `center`.
+        result of `center_unit`.
 
     Raises:
       ConfigError: the block or unit does not exist, or the block has windows.
     """
     graphdef, params = split(model)
     (rows, columns), first = model.config.grid, model.config.class_tokens
-    row, column = unit or center(model)
+    row, column = unit or center_unit(model)
     if not (0 <= row < rows and 0 <= column < columns):
         raise ConfigError(
             f"unit {row},{column} of {model.name}: expected 0,0 to "
@@ -91,7 +91,7 @@ def attention_maps(
     return np.asarray(announce(run, "the model")(params, images))
 
 
-def center(model: Model) -> tuple[int, int]:
+def center_unit(model: Model) -> tuple[int, int]:
     """Return row and column of the unit in the center of a model's images."""
     rows, columns = model.config.grid
     return rows // 2, columns // 2
@@ -154,7 +154,7 @@ def run(argv: Sequence[str] | None) -> None:
     images = preprocess(model)(files.drawn_images(args.images))
     maps = attention_maps(model, images, block=args.block, unit=unit)
     if not model.config.class_tokens:
-        unit = unit or center(model)
+        unit = unit or center_unit(model)
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     pictures = panels((images * std + mean).clip(0, 1), maps, unit)
     try:

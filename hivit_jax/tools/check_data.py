@@ -37,7 +37,7 @@ from hivit_jax.tools.outputs import output_path
 from hivit_jax.xla.chips import CHIPS
 
 MAX_LISTED = 20  # lines per fault in the printed report
-TIMING_SECONDS = 3.0  # CPU time in which the loader's speed is measured
+TIMING_SECONDS = 3.0  # CPU-seconds to spend on measuring the loader's speed
 
 
 def split_report(split: Split, faults: dict[str, list[str]]) -> str:
@@ -90,9 +90,9 @@ def images_per_cpu_second(split: Split, transform: Transform) -> float:
 
 
 def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) -> str:
-    """Return a table: for each type of accelerator, the CPU cores that keep it busy.
+    """Return the loader's speed, and a table of the CPU cores that accelerators need.
 
-    The table is left out if the cost of the model is unknown.
+    There is no table if the cost of the model is unknown.
     """
     flops = task.training_flops(model)
     speed, cores = images_per_core_second, counted(available_cores(), "core")
@@ -193,12 +193,12 @@ def run(argv: Sequence[str] | None) -> None:
         default=0,
         help="number of random images to check per split; 0 checks all",
     )
-    parser.add_argument("--list", help="file to write names of unreadable images to")
+    parser.add_argument("--list", help="file to write: names of unreadable images")
     parser.add_argument(
         "--list_reasons",
-        help="file to write a line per unreadable image to: name, tab, reason",
+        help="file to write: a line per unreadable image, with name, tab and reason",
     )
-    parser.add_argument("--sheet", help="PNG file to draw images of each class to")
+    parser.add_argument("--sheet", help="PNG file to write: images of each class")
     parser.add_argument(
         "--group",
         default="",

@@ -24,20 +24,20 @@ UNREADABLE, BAD_LABEL = "unreadable", "with an invalid label"
 BAD_CHECKSUM = "with a wrong checksum"
 OTHER_VALUES = "with values that data.dtype and data.value_range do not cover"
 CHANNELS, DROPPED = "with the wrong number of channels", "with dropped channels"
-NO_IMAGE = "without an image"  # of classes
+NO_IMAGE = "without an image"  # fault of a class, not of an image
 FAULTS = (
     UNREADABLE, BAD_CHECKSUM, BAD_LABEL, OTHER_VALUES, CHANNELS, LOST, CLIPPED, DROPPED
 )  # fmt: skip
 
 
 class Split:
-    """The images to check of "train" or "test": all, or a random selection.
+    """Images to check of the split "train" or "test": all, or a random selection.
 
     Args:
       max_images: number of images to select; 0: all.
 
     Attributes:
-      is_fraction: True if the config selects a fraction of images for evaluation.
+      is_fraction: True for an evaluation split that is a fraction of the images.
       indices: indices of the k images in the dataset's split, int64 [k].
       labels: int64 [k], or [k, classes] of 0 and 1 with several labels per image. -1
         marks an image that cannot be decoded, or an invalid label. Without labels, all

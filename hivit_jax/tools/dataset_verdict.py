@@ -21,11 +21,11 @@ from hivit_jax.tools.dataset_split import (
     Split,
 )
 
-# Fault -> what to do about it. The remedy of unreadable images depends on the source.
+# Fault -> remedy. `Verdict` adds the remedy of unreadable images.
 REMEDIES = {
     BAD_CHECKSUM: "restore the files with a wrong checksum",
     BAD_LABEL: "correct the invalid labels",
-    OTHER_VALUES: "set data.dtype and data.value_range as the report says",
+    OTHER_VALUES: "set data.dtype and data.value_range as described in the report",
     CHANNELS: "set model.in_channels to the number of channels of the files",
     LOST: "set data.value_range to the range of the values, or data.dtype",
     NO_IMAGE: "add images of every class, or remove the classes without an image",
@@ -75,7 +75,7 @@ class Verdict:
 
     def __init__(self, splits: Sequence[Split]):
         self._splits, self._data = splits, splits[0].config.data
-        self._failed: dict[str, None] = {}  # kinds of faults, in their order
+        self._failed: dict[str, None] = {}  # distinct faults, in order of occurrence
         self.failures: list[str] = []
         self._errors: list[str] = []  # the failures, and the number of allowed images
         sources = [split.source for split in splits]
@@ -85,7 +85,7 @@ class Verdict:
         """Sort the faults of a split into failures and notes.
 
         Args:
-          split: a split that was read, after the splits before it.
+          split: a split that has been read. Splits must be added in order.
           faults: result of `Split.faults`.
         """
         max_unreadable = self._data.max_unreadable
@@ -116,7 +116,7 @@ class Verdict:
         return "; ".join(self.failures + self.notes) or "healthy"
 
     def error(self, listing: str) -> DataError:
-        """Return the error of a dataset with failures: all of them, and their remedies.
+        """Return the error that contains all failures and their remedies.
 
         Args:
           listing: file with the names of the unreadable images; "": not written.

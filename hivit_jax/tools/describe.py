@@ -119,7 +119,7 @@ def parameter_table(model: Model, frozen: Collection[str] = ()) -> str:
 
 
 def cost_table(task: tasks.Task, model: Model) -> str:
-    """Return the multiply-adds of one image's forward pass, with and without norms."""
+    """Return the multiply-adds of an image's forward pass, without and with norms."""
     macs = task.macs(model) / 1e9
     published = task.macs(model, layer_norm_cost=5) / 1e9
     return (

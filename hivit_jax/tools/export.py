@@ -53,7 +53,7 @@ def export(
             raise errors.unknown("platform", platform, PLATFORMS)
     function = jax.jit(_inference(model, what))
     errors.require("flatbuffers", "hivit-jax[export]")
-    with _names_of_files_only():
+    with _without_source_directories():
         exported = stablehlo.export(function, platforms=tuple(platforms))(
             _input_spec(model)
         )
@@ -70,11 +70,11 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
       what: as in `export`.
 
     Raises:
-      ConfigError: the compute dtype is not float32, because onnxruntime does not load
-        Gemm nodes that mix bfloat16 and float32. Or the output is unknown, a masked
-        autoencoder is to be exported as a classifier, or jax2onnx is not installed.
+      ConfigError: the output is unknown, a masked autoencoder is to be exported as a
+        classifier, jax2onnx is not installed, or the compute dtype is not float32.
     """
     function, dtype = _inference(model, what), model.run_options.dtype
+    # onnxruntime does not load Gemm nodes that mix bfloat16 and float32.
     if dtype != "float32":
         raise ConfigError(f"ONNX export: dtype={dtype}; expected float32")
     jax2onnx = errors.require("jax2onnx", "hivit-jax[onnx]")
@@ -112,15 +112,15 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
       ConfigError: flatbuffers or onnxruntime is not installed.
     """
     path = Path(expand(str(path)))
-    onnx = path.suffix == ".onnx"
-    name, extra = ("onnxruntime", "onnx") if onnx else ("flatbuffers", "export")
+    is_onnx = path.suffix == ".onnx"
+    name, extra = ("onnxruntime", "onnx") if is_onnx else ("flatbuffers", "export")
     package = errors.require(name, f"hivit-jax[{extra}]")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     try:
-        if not onnx:
+        if not is_onnx:
             return jax.jit(stablehlo.deserialize(bytearray(content)).call)
         options = package.SessionOptions()
         # Without this, onnxruntime logs every constant that it optimizes away.
@@ -140,10 +140,10 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
 
 
 def compare(model: Model, what: str, path: Path) -> float:
-    """Run the model and the file on two random images.
+    """Run the model and the exported file on two random images.
 
     Returns:
-      The largest absolute difference of the outputs.
+      The largest absolute difference between the outputs.
 
     Raises:
       HivitError: the difference is larger than rounding errors explain.
@@ -151,8 +151,8 @@ def compare(model: Model, what: str, path: Path) -> float:
     images = jax.random.normal(jax.random.key(0), (2, *_input_spec(model).shape[1:]))
     exported = _flat(load_exported(path)(images))
     # onnxruntime multiplies in float32. JAX on GPUs and TPUs by default does not.
-    onnx = path.suffix == ".onnx"
-    with jax.default_matmul_precision("highest") if onnx else nullcontext():
+    is_onnx = path.suffix == ".onnx"
+    with jax.default_matmul_precision("highest") if is_onnx else nullcontext():
         expected = _flat(jax.jit(_inference(model, what))(images))
     difference, largest = np.abs(exported - expected).max(), np.abs(expected).max()
     limit = 1e-4 if model.run_options.dtype == "float32" else 3e-2
@@ -184,8 +184,8 @@ def _input_spec(model: Model) -> jax.ShapeDtypeStruct:
 
 
 @contextmanager
-def _names_of_files_only() -> Iterator[None]:
-    """Context in which lowered programs name source files without their directories."""
+def _without_source_directories() -> Iterator[None]:
+    """Context in which lowered programs contain no directories of source files."""
     key = "jax_hlo_source_file_canonicalization_regex"
     previous = getattr(jax.config, key)
     jax.config.update(key, r".*[/\\]")
@@ -242,8 +242,8 @@ def run(argv: Sequence[str] | None) -> None:
     """
     flags = make_parser().parse_args(argv)
     out = output_path("--out", flags.out, [flags.checkpoint])
-    onnx = out.suffix == ".onnx"
-    if onnx and flags.platforms:
+    is_onnx = out.suffix == ".onnx"
+    if is_onnx and flags.platforms:
         raise ConfigError(
             f"--platforms={flags.platforms} does not apply to ONNX; remove it"
         )
@@ -251,11 +251,11 @@ def run(argv: Sequence[str] | None) -> None:
     from hivit_jax.tools.loading import read_model
     from hivit_jax.weights.load import build
 
-    overrides = {"dtype": "float32"} if onnx else {}
+    overrides = {"dtype": "float32"} if is_onnx else {}
     model = build(read_model(flags.checkpoint, **overrides), **overrides)
     start = time.perf_counter()
     log(f"exporting {flags.what} of {model.name}, which may take a minute ...")
-    if onnx:
+    if is_onnx:
         content, targets = export_onnx(model, flags.what), ["ONNX"]
     else:
         targets = flags.platforms.split(",") if flags.platforms else PLATFORMS
@@ -264,11 +264,11 @@ def run(argv: Sequence[str] | None) -> None:
     try:
         part.write_bytes(content)
         comparison = "not compared with the model, because the file cannot run here"
-        if onnx or stablehlo.default_export_platform() in targets:
+        if is_onnx or stablehlo.default_export_platform() in targets:
             difference = compare(model, flags.what, part)
             comparison = f"largest difference from the model {difference:.1e}"
         part.replace(out)
-        if not onnx:
+        if not is_onnx:
             text = json.dumps(describe_images(model), indent=2) + "\n"
             out.with_name(f"{out.name}.json").write_text(text)
     except OSError as error:

@@ -80,7 +80,7 @@ def write_features(
       checkpoint: any path that `weights.load.read` accepts.
       images: image files, and directories that are searched recursively; none: the test
         split of the config's dataset.
-      batch_size: 0 for the training's batch size, at most `files.MAX_BATCH`.
+      batch_size: 0: the training's batch size, but at most `files.MAX_BATCH`.
 
     Returns:
       The number of readable images.

@@ -73,7 +73,7 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
     `info`.
 
     Args:
-      batch_size: 0 for the training's batch size, at most `MAX_BATCH`.
+      batch_size: 0: the training's batch size, but at most `MAX_BATCH`.
     """
     recipe = pretrained.recipe
     if not recipe:
@@ -115,8 +115,8 @@ def open_images(
         classes = source.classes
     else:
         classes = pretrained.info.get("class_names") or _classes_of_dataset(config)
-        # With several labels per image, all labels are unknown, because a directory
-        # names only one.
+        # With several labels per image, all labels are unknown, because the name of a
+        # directory contains only one label.
         source = Paths(paths, () if config.data.multi_label else classes)
     info = DatasetInfo({"test": len(source)}, tuple(classes), source.encoded)
     return tasks.create(config, info), source
@@ -157,13 +157,13 @@ def _classes_of_dataset(config: Any) -> Sequence[str]:
 
 
 def one_device() -> Mesh:
-    """Return a mesh of the first device."""
+    """Return a mesh that contains only the first device."""
     axes = dict(replica=1, data=1, fsdp=1, tensor=1)
     return make_mesh(axes, 1, devices=jax.devices()[:1])
 
 
 class _TolerantTransform(Transform):
-    """A task's transform whose DataErrors mark an image as unreadable."""
+    """A task's transform for which a DataError marks an image as unreadable."""
 
     def __init__(self, transform: Transform):
         self.batch_size, self.draws = transform.batch_size, transform.draws

@@ -1,4 +1,4 @@
-"""Read the model of a command, and log which checkpoint it is."""
+"""Read the model that a command uses, and log its path and step."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from hivit_jax.weights.adapt import Pretrained
 
 
 def read_model(path: str | Path, **options: Any) -> Pretrained:
-    """Read a pretrained model, and log its path; of a checkpoint, also its rank.
+    """Read a pretrained model; log its path and, for a checkpoint, its rank.
 
     Args:
       path: any path that `weights.load.read` accepts.
@@ -30,7 +30,7 @@ def read_model(path: str | Path, **options: Any) -> Pretrained:
 
 
 def checkpoint_rank(pretrained: Pretrained) -> str:
-    """Return the step of a checkpoint, and its relation to its run's others as text.
+    """Return a checkpoint's step, and the newest and best step of its run, as text.
 
     For example ``step 200, the newest; the best is step 120``. A checkpoint that was
     not evaluated is never the best.

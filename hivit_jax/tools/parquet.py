@@ -1,4 +1,4 @@
-"""Conversion of parquet files, such as those of the Hugging Face hub."""
+"""Conversion of parquet files, such as files from the Hugging Face hub."""
 
 import glob
 import io
@@ -71,7 +71,7 @@ def convert(
             "data.name; it must begin with a letter, contain only letters, digits and "
             f"_, and not be one of {', '.join(KNOWN_DATASETS)}"
         )
-    files = _find(pattern)
+    files = _find_files(pattern)
     columns = _columns(files, label_column)
     names = columns.names or _class_names(files, columns)
     features = tfds.features
@@ -111,7 +111,7 @@ def _flags(directory: Path, info: Any, columns: Columns) -> list[str]:
     return [f"--config.data.{flag}" for flag in flags]
 
 
-def _find(pattern: str) -> dict[str, list[Path]]:
+def _find_files(pattern: str) -> dict[str, list[Path]]:
     """Return the sorted files of each split."""
     path = Path(expand(pattern))
     found = [*path.rglob("*.parquet")] if path.is_dir() else [path]
@@ -128,7 +128,7 @@ def _find(pattern: str) -> dict[str, list[Path]]:
     return dict(sorted(files.items()))
 
 
-def _read(file: Path, function: str, *arguments: Any, **options: Any) -> Any:
+def _call_pyarrow(file: Path, function: str, *arguments: Any, **options: Any) -> Any:
     """Call a function of pyarrow.parquet; raise DataError for a damaged file."""
     import pyarrow.parquet
 
@@ -147,8 +147,8 @@ def _columns(files: dict[str, list[Path]], label_column: str) -> Columns:
       ConfigError: the column of the labels is unknown.
       DataError: there is no column of images, or the files differ.
     """
-    paths = [path for own in files.values() for path in own]
-    schemas = [_read(path, "read_schema") for path in paths]
+    paths = [path for group in files.values() for path in group]
+    schemas = [_call_pyarrow(path, "read_schema") for path in paths]
     schema, features = schemas[0], _features(schemas[0])
     images = [field.name for field in schema if _is_image(field.type)]
     labels = [label_column] if label_column else []
@@ -199,7 +199,7 @@ def _names_of(feature: Any) -> tuple[list[str] | None, bool]:
 
 def _labels(file: Path, columns: Columns) -> list[list[int | str] | None]:
     """Return the labels of each row of a file, or None where they are unknown."""
-    table = _read(file, "read_table", columns=[columns.label])
+    table = _call_pyarrow(file, "read_table", columns=[columns.label])
     return [*map(_as_list, table.column(0).to_pylist())]
 
 
@@ -208,8 +208,8 @@ def _as_list(value: Any) -> list[int | str] | None:
 
 
 def _class_names(files: dict[str, list[Path]], columns: Columns) -> list[str]:
-    """Return the names of the classes that occur in the files."""
-    paths = [path for own in files.values() for path in own]
+    """Return class names that are derived from the labels in the files."""
+    paths = [path for group in files.values() for path in group]
     labels = [label for path in paths for label in _labels(path, columns) if label]
     found = {name for label in labels for name in label if name is not None}
     if found and all(type(name) is int for name in found):
@@ -222,8 +222,8 @@ def _class_names(files: dict[str, list[Path]], columns: Columns) -> list[str]:
     return sorted(found)
 
 
-def _numbers(label: list | None, label_of: dict[str, int]) -> list[int] | None:
-    """Return the numbers of an image's classes; None if a label is unknown."""
+def _class_indices(label: list | None, label_of: dict[str, int]) -> list[int] | None:
+    """Return the class indices of an image; None if a label is not a known class."""
     if label is None:
         return None
     numbers = [label_of.get(x, -1) if isinstance(x, str) else x for x in label]
@@ -241,7 +241,7 @@ def _splits(
     splits = {}
     for split, paths in files.items():
         labels = [label for path in paths for label in _labels(path, columns)]
-        if all(_numbers(label, label_of) is None for label in labels):
+        if all(_class_indices(label, label_of) is None for label in labels):
             print(
                 f"split {split} is left out: none of {len(labels):,} rows has a label"
             )
@@ -261,7 +261,7 @@ def _examples(
         for number, (image, label) in enumerate(_rows(file, columns)):
             content = image.get("bytes") if isinstance(image, dict) else image
             path = image.get("path") if isinstance(image, dict) else None
-            label = _numbers(_as_list(label), label_of)
+            label = _class_indices(_as_list(label), label_of)
             key = f"{file.name}[{number}]"
             if not content or label is None:
                 reason = "no valid label" if content else "no image"
@@ -290,7 +290,7 @@ def _rows(file: Path, columns: Columns) -> Iterator[tuple[Any, Any]]:
     """
     import pyarrow
 
-    opened = _read(file, "ParquetFile")
+    opened = _call_pyarrow(file, "ParquetFile")
     names = [columns.image, columns.label]
     try:
         for batch in opened.iter_batches(ROWS_PER_READ, columns=names):

@@ -52,7 +52,7 @@ def predict(
       out: a classifier's .csv or .jsonl file, or a directory; created if missing.
       images: image files, and directories that are searched recursively; none: the test
         split of the config's dataset.
-      batch_size: 0 for the training's batch size, at most `files.MAX_BATCH`.
+      batch_size: 0: the training's batch size, but at most `files.MAX_BATCH`.
 
     Returns:
       The number of readable images.

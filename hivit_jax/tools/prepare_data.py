@@ -45,7 +45,7 @@ from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-CONNECT_SECONDS = 20.0  # until a server without an answer counts as unreachable
+CONNECT_SECONDS = 20.0  # longest wait for the answer of a server
 # Flag -> (default, help).
 FLAGS = {
     "manual_dir": ("", f"directory of manual downloads: {TRAIN}, {VALIDATION}"),
@@ -133,11 +133,11 @@ def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
     """Check ImageNet's tar files for faults that make TFDS omit or mislabel images.
 
     Returns:
-      The number of images of each split whose tar file determines it.
+      The number of images of each split, where it is known.
 
     Raises:
       ConfigError: a tar file is missing.
-      DataError: a tar file is damaged, or its entries are not the expected ones.
+      DataError: a tar file is damaged or has unexpected entries.
     """
     needed = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
     if needed and not os.path.isdir(manual_dir):
@@ -205,7 +205,7 @@ def _generators(builder: Any, manual_dir: str) -> dict[str, Iterable]:
 def _check_reachable(resource: Any) -> Any:
     """Return a resource of TFDS that is about to be downloaded.
 
-    Any answer of the server is accepted, also an HTTP error, because TFDS handles it.
+    HTTP errors are ignored here, because TFDS handles them.
 
     Raises:
       DataError: no connection to the server.

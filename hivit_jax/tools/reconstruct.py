@@ -40,7 +40,7 @@ IMAGE|DIRECTORY
               there is no training config
 --statistics  source of the mean and standard deviation that convert predictions of
               normalized pixels back to pixels. unit: each true unit, which the model
-              does not know; visible: the average over the visible units
+              does not see; visible: the average over the visible units
 """
 
 
@@ -79,7 +79,7 @@ def reconstruct(
         out = model(images, noise=noise, mask_ratio=mask_ratio)
         _, mean, scale = model.targets(images)
         if statistics == "visible":
-            visible = (1 - out.mask)[..., None]  # equally many units in each image
+            visible = (1 - out.mask)[..., None]  # all images have the same number
             mean, scale = (
                 jnp.broadcast_to(
                     (x * visible).sum(1, keepdims=True) / visible.sum(1)[:1], x.shape

@@ -12,7 +12,7 @@ from hivit_jax.data.decoding import stored_values
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.progress import counted
 
-# Uncompressed, because compressing JPEGs makes them slower to read but not smaller.
+# Records are not compressed, because JPEGs would be slower to read but not smaller.
 OPTIONS = "group_size:1,uncompressed"
 # Split -> (key, example) of each image, and the number of images; None: unknown.
 Splits = Mapping[str, tuple[Iterable[tuple[Any, Mapping[str, Any]]], int | None]]

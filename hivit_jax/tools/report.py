@@ -29,8 +29,8 @@ MAX_STEPS = 24  # images per figure and run in a report
 METRICS = "metrics.jsonl"
 NOT_DRAWN = {"step", "epoch", "seconds_left", "eval/count"}
 # Titles of the first and last charts, in order. Charts of other metrics are in between.
-FIRST = {"loss": "training loss", "eval/loss": "evaluation loss"}
-LAST = {
+FIRST_CHARTS = {"loss": "training loss", "eval/loss": "evaluation loss"}
+LAST_CHARTS = {
     "learning_rate": "learning rate",
     "gradient_norm": "gradient norm",
     "images_per_second": "throughput, images/s",
@@ -52,13 +52,13 @@ def make_report(workdirs: Iterable[str]) -> str:
       ConfigError: a directory is not the workdir of a run with metrics.
     """
     paths = list(dict.fromkeys(absolute(workdir) for workdir in workdirs))
-    # A name is the end of a path, with as few parts as make all names different.
+    # Names are ends of the paths, with the fewest parts that make all names different.
     names, parts = [], 1
     while len(set(names)) < len(paths):
         names, parts = ["/".join(path.parts[-parts:]) for path in paths], parts + 1
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
     keys = [run.pop("config") for run in runs]
-    data = {"runs": runs, "charts": charts(runs), "config": compare(keys)}
+    data = {"runs": runs, "charts": charts(runs), "config": config_table(keys)}
     # "<" could otherwise end the script element that contains the text.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = resources.files("hivit_jax.tools") / "report.html"
@@ -109,7 +109,7 @@ def read_metrics(workdir: Path) -> Lines:
                 found += f"; subdirectories with metrics: {listed(inside, 5)}"
         raise ConfigError(
             f"{path}: expected the metrics of a run, found {found}.\n"
-            "Give the --workdir of a run that has logged at least one step"
+            "Pass the --workdir of a run that has logged at least one step"
         )
     lines = [
         line for line in metrics.read(path) if isinstance(line, dict) and "step" in line
@@ -123,7 +123,7 @@ def read_metrics(workdir: Path) -> Lines:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return the config of a start, with the defaults of keys that it lacks."""
+    """Return the config of a start; keys that the file lacks have their defaults."""
     try:
         saved = json.loads(path.read_text())
     except ValueError as error:
@@ -176,16 +176,16 @@ def charts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         if any(column["value"])
     }
     names = sorted(names, key=lambda name: (not name.startswith("eval/"), name))
-    others = [name for name in names if name not in FIRST | LAST]
-    titles = dict(FIRST)
+    others = [name for name in names if name not in FIRST_CHARTS | LAST_CHARTS]
+    titles = dict(FIRST_CHARTS)
     for name in others:
         group, _, metric = name.rpartition("/")
         titles[name] = f"{'evaluation' if group == 'eval' else 'training'} {metric}"
-    titles |= LAST
+    titles |= LAST_CHARTS
     return [{"name": n, "title": title} for n, title in titles.items() if n in names]
 
 
-def compare(run_configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def config_table(run_configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row per config key: "key", "values" as text or None, and "differs"."""
     rows = []
     for key in dict.fromkeys(key for config in run_configs for key in config):

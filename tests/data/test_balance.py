@@ -37,9 +37,9 @@ def test_balanced_counts_add_up_to_the_dataset(n):
 
 
 def test_examples_of_a_class_are_used_equally_often():
-    """The uses of two examples of a class differ by at most one after every epoch.
+    """The use counts of two examples of a class differ by at most 1 after every epoch.
 
-    No (example, pass), the key of the random numbers, occurs twice.
+    No pair (example, pass) occurs twice, because the pair is a key of random numbers.
     """
     order = BalancedOrder(LABELS, 1.0, 0)
     uses, pairs = np.zeros(64, int), set()
@@ -87,11 +87,8 @@ def folder(tmp_path, cache_directory):
     return tmp_path / "data"
 
 
-def test_batches(folder):
-    """With data.balance=1, each class occurs equally often in an epoch of two steps.
-
-    With 0, the order is `permutation`.
-    """
+def test_balanced_batches_contain_each_class_equally_often(folder):
+    """data.balance=1 balances each epoch of two steps; 0 uses `permutation`."""
     plain = folder_config(folder, batch_size=7, data__balance=0)
     indices = [batch["index"] for batch in inputs.train_batches(plain, 0, 2)]
     assert_array_equal(np.concatenate(indices), permutation(0, 0, 14))

@@ -1,4 +1,4 @@
-"""Tests that batches of datasets in a bucket equal those of local files."""
+"""Tests that datasets in a bucket and local datasets have equal batches."""
 
 import errno
 import os
@@ -153,7 +153,7 @@ def test_class_folders_in_a_bucket_equal_local_folders(folder):
 
 
 def test_files_in_a_bucket_are_sorted_and_ignored_as_locally(tmp_path):
-    """Classes, order of images and ignored files equal those of local directories."""
+    """Buckets and local directories have equal classes, images and ignored files."""
     names = ("train/b/x.png", "train/b/a/z.jpg", "train/b-/y.JPG", "train/a/1.png")
     names += ("train/a/.hidden/2.png", "train/a/notes.txt", "train/README")
     for name in (*names, "val/a/ä.png"):
@@ -224,8 +224,10 @@ def test_damaged_record_is_an_unreadable_image(bucket):
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
-def test_copies_are_read(bucket, prepared, tmp_path, file_format, capfd):
-    """With data.cache, shards are copied; later runs read only the copies."""
+def test_later_runs_read_the_copies_in_data_cache(
+    bucket, prepared, tmp_path, file_format, capfd
+):
+    """With data.cache, a run copies shards, and later runs read only the copies."""
     expected = batches(config(prepared / file_format))
     cfg = config(f"gs://bucket/{file_format}", data__cache=tmp_path / "cache")
     assert_batches_equal(batches(cfg), expected)
@@ -258,7 +260,7 @@ def test_partial_copy_is_never_read(bucket, tmp_path):
     cache = ShardCache(str(tmp_path / "cache"))
     partial_copy = cache.target(address).with_name(f"{path.name}.part")
     partial_copy.parent.mkdir(parents=True)
-    # As from a killed run, but longer than the object.
+    # A killed run leaves a partial copy. This one is longer than the object.
     partial_copy.write_bytes(b"x" * 200_000)
     bucket.statuses = {path.name: 503}
     assert cache.fetch(address) == address

@@ -178,7 +178,7 @@ def test_center_crops_equal_pil(size):
         assert np.abs(out - reference.astype(float)).mean() < 0.35
 
 
-def test_center_crop_of_a_500x375_image():
+def test_center_crop_of_a_500x375_image_has_the_expected_box():
     """500x375 is resized to 341x256 and cropped to 224x224 at row 16, column 58."""
     crop = data_crops.center_crop(375, 500, SIZE, 224 / 256)
     scale = 375 / 256
@@ -195,7 +195,7 @@ def test_center_crop_of_a_500x375_image():
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_resizing_equals_a_reference_up_to_rounding(interpolation, antialias):
-    """The reference is PIL, or `resize_axis`, because PIL always antialiases."""
+    """The reference is PIL, which always antialiases, or else `resize_axis`."""
     options = dict(interpolation=interpolation, antialias=antialias)
     pixels = photographs()["cat"]
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)

@@ -33,7 +33,7 @@ READABLE = {
     "jpeg, CMYK": encode(IMAGE.convert("CMYK"), "JPEG"),
     "jpeg, RGB": encode(IMAGE, "JPEG", keep_rgb=True),
     "jpeg, EXIF rotation": encode(IMAGE, "JPEG", exif=EXIF),
-    "jpeg, junk behind": encode(IMAGE, "JPEG") + b"junk" * 100,
+    "jpeg, trailing junk": encode(IMAGE, "JPEG") + b"junk" * 100,
     "png": encode(IMAGE, "PNG"),
     "png, alpha": encode(ALPHA, "PNG"),
     "png, palette": encode(IMAGE.convert("P"), "PNG"),
@@ -67,7 +67,7 @@ def test_complete_jpeg_with_wrong_bytes_decodes_as_with_pil():
     """400 wrong bytes in the compressed data are not an error."""
     encoded = bytearray(READABLE["jpeg"])
     middle = len(encoded) // 2
-    # Below 128, because a byte of 255 might start a marker.
+    # The bytes are below 128, because a byte of 255 might start a marker.
     encoded[middle : middle + 400] = (noise_image(400) // 2).tobytes()
     expected = Image.open(io.BytesIO(bytes(encoded))).convert("RGB")
     assert_array_equal(decode(bytes(encoded), 3), expected)
@@ -180,8 +180,7 @@ def bits12(values):
     return tiff(values, packed=(12, content))
 
 
-# Kind of file -> (encoded image, uint16 values). None: the values are those of `GRAY`
-# with 10 or 12 bits.
+# Kind of file -> (encoded image, uint16 values). None: `GRAY` with 10 or 12 bits.
 SIXTEEN_BIT = {
     "png": (encode(GRAY, "PNG"), GRAY),
     "png, color": (png(RAMP), RAMP),
@@ -202,7 +201,7 @@ SIXTEEN_BIT = {
     "jpeg 2000": (encode(GRAY, "JPEG2000", irreversible=False), GRAY),
     "tiff, 12 bit": (bits12(GRAY // 16), None),
 }
-# Decoded with an error of one level at most, because Pillow drops the low bytes.
+# The decoded values have errors of up to one level, because Pillow drops low bytes.
 WITHOUT_LOW_BYTES = {
     "tiff, planes, deflate": (tiff(RAMP, planar=2, deflate=True), RAMP),
     "sgi": (sgi(GRAY), GRAY),
@@ -239,7 +238,7 @@ def test_16_bit_cmyk_equals_8_bit_cmyk():
 
 UNIT = (GRAY / 65535).astype(np.float32)
 SIGNED = GRAY.astype(np.int32) - 32768
-# Kind of image whose black and white no format defines -> (encoded image, both values)
+# Kind of image whose format defines no black and white -> (encoded, (black, white))
 NEEDS_RANGE = {
     "tiff, float": (encode(UNIT, "TIFF"), (0, 1)),
     "tiff, float, big-endian, deflate": (tiff(UNIT, ">", deflate=True), (0.0, 1.0)),
@@ -257,7 +256,7 @@ NEEDS_RANGE = {
 
 @pytest.mark.parametrize("name", NEEDS_RANGE)
 def test_floats_and_signed_or_32_bit_integers_require_a_range(name):
-    """Without `value_range`, DataError, which ends the run, names the config key."""
+    """Without `value_range`, decoding raises a DataError that names the config key."""
     encoded, value_range = NEEDS_RANGE[name]
     with pytest.raises(DataError, match=r"found .* from .* data\.value_range="):
         decode(encoded, 3)
@@ -269,7 +268,7 @@ def test_floats_and_signed_or_32_bit_integers_require_a_range(name):
 
 
 def test_range_applies_only_to_more_than_8_bits():
-    """`value_range` rescales 12-bit values in 16-bit files, and no 8-bit image."""
+    """`value_range` rescales 12-bit values in 16-bit files, but not 8-bit images."""
     dark = GRAY // 16
     expected = np.rint(dark / 4095 * 255)
     for encoded in (encode(dark, "PNG"), tiff(dark), png(np.dstack([dark] * 3))):

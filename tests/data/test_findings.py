@@ -39,10 +39,9 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
     ],
 )
 def test_images_that_lose_levels_are_reported(values, value_range, detail):
-    """An image loses values if decoding leaves less than a quarter of its levels.
+    """An image loses values if less than 64 levels and less than a quarter remain.
 
-    An image with more than 256 levels counts as one with 256. An image also loses
-    values if only one of several levels remains.
+    An image also loses values if only one of several levels remains.
     """
     reported = findings(values, value_range)
     assert reported[LOST].startswith(detail)

@@ -24,7 +24,7 @@ from hivit_jax.errors import DataError
 
 
 @pytest.mark.slow
-def test_training_batches():
+def test_training_batches_follow_the_permutations_of_the_epochs():
     source, cfg = data_sources_digits.Digits("train"), digits_config()
     # 16 x 96 = 1,536 examples: one epoch of 1,437 images and 99 of the next
     batches = list(inputs.train_batches(cfg, 0, 16))
@@ -48,7 +48,7 @@ def test_training_batches():
 @pytest.mark.slow
 @pytest.mark.parametrize("crop_scale", [(1.0, 1.0), (0.3, 1.0)])
 def test_run_can_start_at_any_step(crop_scale):
-    """Batches 13 to 17, across an epoch boundary, equal those of a run from step 0."""
+    """Batches 13 to 17 cross an epoch boundary."""
     cfg = digits_config(data__crop_scale=crop_scale)
     from_step_0 = list(inputs.train_batches(cfg, 0, 18))
     assert_batches_equal(from_step_0[13:], inputs.train_batches(cfg, 13, 18))
@@ -112,8 +112,8 @@ def test_batches_do_not_depend_on_threads(folder, workers):
 
 
 @pytest.mark.parametrize(("workers", "cores"), [(1, {0, 1, 2}), (0, {5})])
-def test_number_of_threads(folder, monkeypatch, workers, cores):
-    """Batches use data.workers threads, or one thread per core."""
+def test_data_workers_sets_the_number_of_threads(folder, monkeypatch, workers, cores):
+    """With data.workers=0, there is one thread per core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores, raising=False)
     cfg = folder_config(folder, data__workers=workers, batch_size=40)
     batches = inputs.train_batches(cfg, 0, 100)
@@ -137,8 +137,8 @@ def test_closing_the_iterator_ends_the_threads(folder):
 def damaged(folder, tmp_path):
     """Return a copy of the folder with damaged files, and the paths of these files.
 
-    Three training files and one validation file are damaged; one of them is a dangling
-    link.
+    Three training files and one validation file are damaged. One training file is a
+    dangling link.
     """
     root = tmp_path / "damaged"
     shutil.copytree(folder, root)
@@ -182,11 +182,13 @@ def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
     ("multi_label", "label", "message"),
     [
         (False, [1, 0], r"one label per image, found \[1, 0\]; set data.multi_label"),
-        (True, [0, 2], r"values 0 or 1 as label, found \[0, 2\]; multi_hot in"),
-        (True, 2, r"values 0 or 1 as label, found 2; multi_hot in"),
+        (True, [0, 2], r"values 0 or 1, found \[0, 2\]; multi_hot in"),
+        (True, 2, r"values 0 or 1, found 2; multi_hot in"),
     ],
 )
-def test_label_of_wrong_type(folder, monkeypatch, multi_label, label, message):
+def test_label_of_wrong_type_is_an_error(
+    folder, monkeypatch, multi_label, label, message
+):
     """A label must be one number or, with data.multi_label, a vector of 0 and 1."""
     config = folder_config(folder)
     source = registry.open_source(config.data, "train")
@@ -201,7 +203,7 @@ def test_label_of_wrong_type(folder, monkeypatch, multi_label, label, message):
 
 
 @pytest.mark.parametrize("wrong", [10, -1])
-def test_label_outside_the_classes(folder, monkeypatch, wrong):
+def test_label_outside_the_classes_is_an_error(folder, monkeypatch, wrong):
     cfg = folder_config(folder)
     source = registry.open_source(cfg.data, "train")
     monkeypatch.setattr(source, "labels", np.where(source.labels == 3, wrong, 0))

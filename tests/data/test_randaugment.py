@@ -18,8 +18,7 @@ GOLDEN = golden("randaugment")
 ALMOST_ONE = 1 - 2.0**-53  # the largest draw below 1
 
 
-# The second draw of an operation. At probability 0.5, the first of these draws applies
-# the operation, the second omits it.
+# Values of an operation's second draw. At probability 0.5, they apply or omit it.
 APPLIED, OMITTED = 0.0, 0.5
 
 
@@ -87,7 +86,7 @@ def test_geometric_operations_fill_with_the_mean_color(name, sign):
         assert filled_fraction == pytest.approx(0.45, abs=0.03)
 
 
-def test_largest_magnitude():
+def test_largest_magnitude_posterizes_to_black_and_inverts():
     """At magnitude 10, posterizing returns black and solarizing inverts every value."""
     image = Image.fromarray(GOLDEN["wide"])
     black = randaugment.apply("PosterizeIncreasing", image, 10, 1)
@@ -97,7 +96,7 @@ def test_largest_magnitude():
 
 
 @pytest.mark.slow
-def test_distribution_of_operations():
+def test_operations_have_the_documented_distribution():
     """Operations are equally frequent and applied with probability 1/2."""
     count = 20_000
     chosen = [randaugment.choose(sample) for sample in draws(count)]
@@ -125,8 +124,7 @@ def test_distribution_of_operations():
     assert np.abs(correlations - np.eye(3)).max() < 0.03
 
 
-def test_policy_parameters():
-    """The parameters set magnitudes, number and probability of the operations."""
+def test_policy_parameters_set_magnitude_number_and_probability():
     many = draws(200)
     for sample in many:
         a, b = randaugment.choose(sample, mean_magnitude=5, std=0, probability=1)
@@ -182,7 +180,7 @@ def test_threads_do_not_change_results():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 2), (30, 50), (333, 224)])
-def test_image_sizes(shape):
+def test_operations_keep_the_size_of_any_image(shape):
     pixels = np.random.RandomState(0).randint(0, 256, (*shape, 3)).astype(np.uint8)
     for name in OPERATIONS:
         sample = [draw_for(name), APPLIED, 0.9, 0.9] * 2
@@ -192,7 +190,7 @@ def test_image_sizes(shape):
 
 
 @pytest.mark.parametrize("extreme", [0.0, 2.0**-53, ALMOST_ONE])
-def test_extreme_draws(extreme):
+def test_extreme_draws_select_the_first_or_last_operation(extreme):
     pixels = photographs()["cat"][:64, :64]
     operations = randaugment.choose([extreme] * DRAWS, probability=1)
     assert len(operations) == 2

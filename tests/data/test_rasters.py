@@ -93,7 +93,7 @@ def test_16_bit_files_keep_all_bits_unless_decoded_to_uint8(kind):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
 def test_8_bit_files_are_multiplied_by_257_for_uint16(channels):
-    """Decoding to uint8 or float32 keeps their values."""
+    """Decoding to uint8 or float32 keeps the values."""
     values = noise_image(18, 16, channels)
     kind = dict(photometric="minisblack", planarconfig="contig")
     stored = tiff(values, **kind) if channels > 1 else tiff(values[..., 0])
@@ -131,7 +131,7 @@ def test_gray_and_color_are_converted_to_each_other():
 
 
 def test_floats_require_float32_or_a_range():
-    """Values of other types become float32. NaN is an error."""
+    """All types can be decoded to float32. NaN is an error."""
     values = (NOISE / 100 - 300).astype(np.float32)
     encoded = npy(values)
     assert_array_equal(decode(encoded, 5, dtype="float32"), values)
@@ -210,8 +210,8 @@ def test_resizing_differs_from_float64_by_less_than_one_level(
 ):
     """Device and host differ from `exact_axis` by less than 1/65535 of the range.
 
-    Edges in the image span the whole range, because there an error in the position
-    changes values most.
+    Edges in the image span the whole range, because errors of position change values
+    most at such edges.
     """
     edges = np.random.RandomState(1).randint(0, 2, (470, 503, 2)) * 65535
     pixels, options = edges.astype(dtype), (interpolation, antialias)

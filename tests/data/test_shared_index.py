@@ -83,16 +83,16 @@ def record_header_reads(bucket):
     Clears `bucket.requests`.
     """
     found = Counter()
-    for _, key, wanted in bucket.requests:
-        first, _, last = wanted.removeprefix("bytes=").partition("-")
+    for _, key, byte_range in bucket.requests:
+        first, _, last = byte_range.removeprefix("bytes=").partition("-")
         if last and int(last) + 1 - int(first) == tfrecord.HEADER:
-            found[key, wanted] += 1
+            found[key, byte_range] += 1
     bucket.requests.clear()
     return found
 
 
 def test_each_file_is_indexed_once(bucket, tmp_path):
-    """Two processes together read each record header once and get the same images."""
+    """Two processes together read each record header once, and load equal images."""
     [alone] = open_together([tmp_path / "alone"], "gs://bucket/one")
     assert alone[0] == 0, alone
     assert "indexing 4 of 4 files of gs://bucket/one/" in alone[2]
@@ -104,14 +104,14 @@ def test_each_file_is_indexed_once(bucket, tmp_path):
         assert "indexing 2 of 4 files of gs://bucket/other/" in err
     found = record_header_reads(bucket)
     assert {*found.values()} == {1}
-    renamed = {(key.replace("other/", "one/"), wanted) for key, wanted in found}
+    renamed = {(key.replace("other/", "one/"), span) for key, span in found}
     assert renamed == expected.keys()
     assert [n for key, n in bucket.writes.items() if key.startswith("other/")] == [1]
     assert not any(cache.exists() for cache in caches)
 
 
-def test_index_of_some_processes_only(bucket, tmp_path, monkeypatch):
-    """If the bucket is read-only and only one process has the index, both build it."""
+def test_both_processes_build_an_index_that_only_one_has(bucket, tmp_path, monkeypatch):
+    """The bucket is read-only, so each process saves the index locally."""
     bucket.read_only = True
     caches = [tmp_path / name for name in "ab"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(caches[0]))
@@ -128,8 +128,8 @@ def test_index_of_some_processes_only(bucket, tmp_path, monkeypatch):
     assert not reads
 
 
-def test_error_of_one_process(bucket, tmp_path):
-    """All processes exit with the error of the process that found it."""
+def test_indexing_error_of_one_process_ends_all_processes(bucket, tmp_path):
+    """All processes exit with the same error."""
     [shard] = bucket.root.glob("one/noise_images/1.0.0/*train*00001-of*")
     shard.unlink()
     caches = [tmp_path / name for name in "ab"]

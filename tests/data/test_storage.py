@@ -24,11 +24,11 @@ def bucket(tmp_path):
 
 @pytest.fixture(params=["", "gs://bucket/", "s3://bucket/"])
 def root(request, bucket):
-    """Return the address of the same files: a local directory, gs:// or s3://."""
+    """Return the address of the object's directory: a local path, gs:// or s3://."""
     return request.param or f"{bucket.root}/"
 
 
-def test_ranges(root):
+def test_reads_return_the_requested_range(root):
     path = f"{root}{KEY}"
     assert storage.read(path)() == DATA
     assert storage.read(path, 5, 15)() == DATA[5:15]
@@ -44,7 +44,7 @@ def test_ranges(root):
         storage.read(f"{root}missing", 0, 1)()
 
 
-def test_listing(root, bucket):
+def test_listing_contains_only_files_below_the_directory(root, bucket):
     (bucket.root / "data/deeper").mkdir()
     (bucket.root / "data/deeper/file").touch()
     (bucket.root / "data2").mkdir()
@@ -63,8 +63,8 @@ def test_slow_listing_of_a_bucket_prints_a_line(bucket, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("part_bytes", [len(DATA) // 4, 3000, 10**6])
-def test_copy(bucket, tmp_path, monkeypatch, part_bytes):
-    """A copy is exact, even if the size is a multiple of the part size."""
+def test_copy_is_exact_for_any_part_size(bucket, tmp_path, monkeypatch, part_bytes):
+    """One of the part sizes divides the size of the object."""
     monkeypatch.setattr(storage, "PART_BYTES", part_bytes)
     with open(tmp_path / "copy", "wb") as file:
         assert storage.copy(f"gs://bucket/{KEY}", file) == len(DATA)
@@ -131,12 +131,12 @@ def test_read_from_a_silent_server_times_out(bucket, monkeypatch):
         storage.read(f"gs://bucket/{KEY}")()
 
 
-def test_writing(root, bucket):
+def test_written_object_can_be_read_and_listed(root, bucket):
     storage.write(f"{root}new/file", b"data")
     assert storage.read(f"{root}new/file")() == b"data"
     assert bucket.keys() == [KEY, "new/file"]
 
 
-def test_unknown_scheme():
+def test_unknown_scheme_is_an_error():
     with pytest.raises(ConfigError, match=r"ftp://x/y: expected .* gs:// or s3://"):
         storage.read("ftp://x/y")

@@ -21,7 +21,7 @@ from benchmarks import photographs
 from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.data import loader, order, tf_data
-from hivit_jax.data.crc32c import FAST
+from hivit_jax.data.crc32c import HAS_GOOGLE_CRC32C
 from hivit_jax.data.sources import registry
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.main import main
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow  # importing tensorflow takes over 10 s
 def tf():
     """Return tensorflow.
 
-    A fixture imports it, because it must not be imported while tests are collected.
+    A fixture imports tensorflow, so that collecting the tests does not import it.
     """
     return tf_data.tensorflow()
 
@@ -275,7 +275,7 @@ def test_readers_mark_the_same_unreadable_images(roots, name, capfd, monkeypatch
     errors = capfd.readouterr().err
     assert_batches_equal(batches, inputs.train_batches(config, 0, 10))
     unreadable = sum(batch["unreadable"].sum() for batch in batches)
-    # In two epochs. One of the six damaged files is readable.
+    # Two epochs. Five of the six damaged files are unreadable.
     assert unreadable == 2 * 5
     assert errors.count("cannot read ") == 5
     # The first reader has already logged these images.
@@ -311,7 +311,7 @@ def test_threads_load_batches_that_tensorflow_fails_to_read(roots, tmp_path, loa
     batches = list(inputs.train_batches(with_tf(config), 0, 5))
     assert_batches_equal(batches, inputs.train_batches(config, 0, 5))
     # Threads verify checksums only if google-crc32c is installed.
-    assert sum(batch["weight"].sum() for batch in batches) == 40 - 2 * FAST
+    assert sum(batch["weight"].sum() for batch in batches) == 40 - 2 * HAS_GOOGLE_CRC32C
 
 
 def test_batches_of_two_processes_concatenate_to_the_batch(roots, monkeypatch):
@@ -429,7 +429,7 @@ def test_accelerators_are_left_to_jax(tf):
 
 @pytest.mark.extras
 @pytest.mark.usefixtures("minimal_output")
-def test_training_is_bit_identical(roots, tmp_path, monkeypatch):
+def test_training_with_tf_data_is_bit_identical(roots, tmp_path, monkeypatch):
     """Runs with the two readers have equal metrics and bit-identical checkpoints."""
     workdirs = {reader: tmp_path / reader for reader in ("threads", "tf.data")}
     for reader, workdir in workdirs.items():

@@ -26,4 +26,4 @@ def test_kernels_and_plain_jax_print_the_same_evaluation(tmp_path, capsys):
         assert main([*flags, "--mode=eval"]) == 0
         printed[choice] = capsys.readouterr().out.splitlines()[-1]
     assert printed["fused"] == printed["plain"]
-    assert f"top1 {results['eval/top1']:.2%}" in printed["plain"]
+    assert f"top1 {100 * results['eval/top1']:.2f} %" in printed["plain"]

@@ -32,7 +32,7 @@ def tensorboard_values(workdir):
 
 
 def test_tensorboard_file_contains_metrics_images_and_config(tmp_path):
-    """Tags begin with train/ or eval/. The config is text, and hyperparameters."""
+    """Tags begin with train/ or eval/. The config is text and hyperparameters."""
     pytest.importorskip("tensorboardX")
     writer = metrics.Writer(tmp_path, 0, SETTINGS)
     writer.scalars(3, {"loss": 0.5})
@@ -118,7 +118,9 @@ def test_wandb_that_cannot_start_is_an_error(workdir, monkeypatch):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_offline_run(workdir, monkeypatch, minimal_output):
+def test_offline_wandb_run_is_written_into_the_workdir(
+    workdir, monkeypatch, minimal_output
+):
     """A real run in wandb's offline mode writes its files into the workdir."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

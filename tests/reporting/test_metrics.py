@@ -40,7 +40,7 @@ def test_each_call_writes_one_line(workdir):
     assert steps(workdir) == [10, 20, 30]
 
 
-def test_lines_are_written_at_once(workdir):
+def test_lines_are_written_immediately(workdir):
     writer = metrics.Writer(workdir)
     writer.scalars(10, {"loss": 0.5})
     assert steps(workdir) == [10]

@@ -1,4 +1,4 @@
-"""Tests of tasks by name, and of a user's own task."""
+"""Tests of the registry of tasks, and of a user's own task."""
 
 from types import SimpleNamespace
 

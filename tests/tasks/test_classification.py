@@ -51,9 +51,9 @@ def test_cross_entropy_is_not_smoothed_in_evaluation():
 
 
 def test_average_precision_equals_scikit_learn():
-    """Average precision equals scikit-learn's, also with tied scores.
+    """The scores of some classes have ties.
 
-    A class that all images have has a precision of 1, a class without images NaN. The
+    A class of all images has a precision of 1, and a class without images has NaN. The
     order of the images has no effect.
     """
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
@@ -87,11 +87,8 @@ def test_class_table_with_several_labels_per_image():
     ]
 
 
-def test_binary_cross_entropy():
-    """The loss is averaged over classes.
-
-    The test includes soft targets, a logit of 200 and class weights.
-    """
+def test_binary_cross_entropy_is_averaged_over_classes():
+    """The test includes soft targets, a logit of 200 and class weights."""
     logits = np.array([[0.0, 2.0], [-1.0, 200.0]])
     targets = np.array([[1.0, 0.0], [0.25, 1.0]])
     found = multi_label_metrics(jnp.float32(logits), jnp.float32(targets))["loss"]
@@ -105,7 +102,7 @@ def test_binary_cross_entropy():
 DATASET = DatasetInfo({"train": 60}, tuple("abc"), class_counts=(40, 15, 5))
 
 
-def test_balanced_class_weights():
+def test_balanced_class_weights_are_inverse_to_the_counts():
     """A class with k of n training images has weight n / (k * classes).
 
     An output without training images has weight 0 and does not count as a class.
@@ -117,7 +114,7 @@ def test_balanced_class_weights():
     assert class_weights("balanced", DatasetInfo({"test": 5}), 4) is None
 
 
-def test_class_weights_given_as_numbers():
+def test_class_weights_must_be_one_number_per_class():
     assert class_weights("1, 0,2.5", DATASET, 3).tolist() == [1, 0, 2.5]
     bad = "1,2", "1,2,x", "1,2,-1", "0,0,0", "1,2,nan", "1,2,inf", "1,2,1e39", "equal"
     for text in bad:
@@ -129,7 +126,7 @@ def test_class_weights_given_as_numbers():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "1,0.5,3"])
-def test_loss_with_class_weights(text):
+def test_class_weights_scale_the_loss_of_each_target(text):
     """The loss of an example is -sum(weight * target * log probability)."""
     config = mini_runs.classifier(model__num_classes=3, class_weights=text)
     task = Classification(config, DATASET)

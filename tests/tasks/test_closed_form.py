@@ -73,7 +73,7 @@ def test_selected_penalty_has_the_best_held_out_accuracy():
 
 @pytest.mark.slow
 def test_probe_command_evaluates_all_test_digits(tmp_path, minimal_output, capsys):
-    """The results equal those of `fit` on features that the test computes."""
+    """`fit` gives equal results for features that the test computes."""
     sizes = dict(image_size=16, in_channels=1, patch_size=4, depths=(1, 1, 1))
     model = mini(relative_position=False, **sizes)
     hivit_jax.save_pretrained(model, tmp_path)

@@ -100,8 +100,8 @@ def test_single_class_gives_a_warning():
     assert messages == ["model.num_classes=1: with one class the loss is always 0"]
 
 
-def test_size_of_the_synthetic_dataset():
-    """An epoch has 1,024 generated images unless a key sets another number."""
+def test_default_size_of_the_synthetic_dataset_gives_a_warning():
+    """An epoch has 1,024 images unless data.train_examples sets another number."""
 
     def lines(*overrides):
         flags = [f"--config.{each}" for each in ("data.name=synthetic", *overrides)]

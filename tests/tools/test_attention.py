@@ -33,8 +33,8 @@ def test_maps_are_rows_of_the_attention():
         assert_allclose(maps.sum((2, 3)), 1, rtol=1e-5)
 
 
-def test_class_token():
-    """The default query of a model with a class token is this token."""
+def test_class_token_is_the_default_query():
+    """A unit can be selected instead."""
     model = hivit_jax.create_model("vit_base", **VIT)
     images = random_array((1, 32, 48, 3))
     weights = np.asarray(model.layers(images, attention=True)[-1].attention)
@@ -44,7 +44,7 @@ def test_class_token():
     assert_allclose(maps.reshape(2, 6), weights[0, :, 6, 1:], atol=1e-5)
 
 
-def test_panels():
+def test_strongest_unit_is_brightest_and_selected_unit_is_red():
     """The strongest unit is the brightest, and only the border of the unit is red."""
     maps = np.full((1, 2, 3, 5), 0.01, np.float32)
     maps[0, 0, 2, 4] = maps[0, 1, 0, 0] = 0.5
@@ -76,7 +76,7 @@ def write_image(path):
 
 
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
-def test_command(name, tmp_path, capsys):
+def test_attention_command_writes_the_figure(name, tmp_path, capsys):
     hivit_jax.save_pretrained(mini(name), tmp_path / "model")
     images = [write_image(tmp_path / each) for each in ("a.png", "b.png")]
     out = tmp_path / "attention.png"
@@ -122,7 +122,7 @@ def test_images_of_a_directory_are_drawn(tmp_path, capsys, monkeypatch):
     assert "expected files that end in" in capsys.readouterr().err
 
 
-def test_blocks_with_windows():
+def test_attention_of_a_block_with_windows_is_an_error():
     model = mini(window_size=2, global_blocks=(1,))
     images = random_array((1, 64, 64, 3))
     assert attention_maps(model, images).shape == (1, 2, 4, 4)

@@ -129,8 +129,8 @@ def test_healthy_dataset_passes_the_check(check, healthy):
 
 
 @pytest.mark.slow
-def test_subdirectories_of_classes(check, tmp_path):
-    """Images deeper than in a class directory are reported, but are no failure."""
+def test_images_in_subdirectories_of_classes_are_noted(check, tmp_path):
+    """Images in subdirectories of a class are noted, but do not fail the check."""
     write(tmp_path, {"train": 14, "val": 7}, (64, 48))
     for split in ("train", "val"):
         inner = tmp_path / split / NAMES[0]
@@ -165,7 +165,7 @@ def test_image_with_several_labels_counts_in_each_class(check, healthy, tmp_path
 
 
 def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
-    """The images/s are those of a chip at its utilization; the cores can feed it."""
+    """The estimate is for a chip at its utilization, and for cores that keep it busy."""
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
     row = next(i for i, line in enumerate(lines) if "estimate" in line)
@@ -318,7 +318,7 @@ def test_values_without_a_range_fail_the_check(check, tmp_path):
     assert f"{photo(tmp_path, 0)}: {detail}data.value_range=" in out
     assert err.endswith(
         "\ntrain: 1 with values that data.dtype and data.value_range do not cover\n"
-        "set data.dtype and data.value_range as the report says\n"
+        "set data.dtype and data.value_range as described in the report\n"
     )
 
 
@@ -468,7 +468,7 @@ def test_class_without_an_image_is_reported(check, tmp_path):
 
 
 def test_class_without_held_out_images_is_noted(check, tmp_path):
-    """A single image cannot be in both splits. Images of no class at all still fail."""
+    """One image cannot be in both splits. A class without any image still fails."""
     root = tmp_path / "own"
     write(root, {".": 21}, (64, 48))
     photo(root, 7, ".").unlink()
@@ -550,7 +550,7 @@ def test_invalid_label_vectors_are_findings(healthy, monkeypatch):
     assert split.labels.tolist() == [[1, 0, 1], [1, 0, 0], *[[-1] * 3] * 4]
     found = split.findings[dataset_split.BAD_LABEL]
     assert [*found] == [2, 3, 4, 5]
-    assert "at most 3 values 0 or 1 as label, found [0, 2, 0]" in found[2]
+    assert "at most 3 values 0 or 1, found [0, 2, 0]" in found[2]
     assert found[5] == "expected labels from 0 to 2, found [0, -1]"
     assert dataset_split.OTHER_VALUES not in split.findings
 

@@ -24,7 +24,9 @@ def test_search_batch_adds_the_largest_batch_to_the_report(
 
     def step_report(config, devices, topology):
         size = config.batch_size // 8
-        memory = dict(total=linear(size), limit=5000, arguments=1000, temporaries=1)
+        memory = dict(
+            total=program_size(size), limit=5000, arguments=1000, temporaries=1
+        )
         return REPORT | {
             "batch_size": config.batch_size,
             "batch_per_device": size,
@@ -214,6 +216,6 @@ def test_report_lists_memory_collectives_and_regions(tmp_path, monkeypatch):
     assert_allclose(accumulated["flops_per_image"], report["flops_per_image"], rtol=0.1)
 
 
-def linear(size):
-    """Return the bytes of a program for a batch size."""
+def program_size(size):
+    """Return the size of a program in bytes for a batch size."""
     return 1000 + 100 * size

@@ -267,7 +267,7 @@ def test_onnx_contains_class_names_and_preprocessing(monkeypatch):
     assert (metadata["mean"], metadata["crop"]) == ([0.485, 0.456, 0.406], 0.875)
 
 
-def test_onnx_is_float32():
+def test_onnx_of_a_bfloat16_model_is_an_error():
     with pytest.raises(ConfigError, match="dtype=bfloat16; expected float32"):
         export.export_onnx(mini(dtype="bfloat16"))
 

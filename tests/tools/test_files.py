@@ -23,7 +23,9 @@ from hivit_jax.weights import load
         (dict(name="mae_hivit_base", in_channels=1, image_size=(32, 64)), "mae", None),
     ],
 )
-def test_config_of_a_model_without_a_recipe(model, task, classes, tmp_path):
+def test_config_without_a_recipe_contains_the_arguments_of_the_model(
+    model, task, classes, tmp_path
+):
     """`config_of` makes a config from a model's arguments and its `info`.
 
     Values that `info` lacks have defaults.

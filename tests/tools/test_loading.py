@@ -1,4 +1,4 @@
-"""Tests of the line that names the model of a command."""
+"""Tests of the log line about the model that a command uses."""
 
 import json
 
@@ -22,7 +22,9 @@ ACCURACY = {10: 0.5, 20: 0.9, 30: float("nan"), 40: 0.9, 50: 1.0}  # step -> eva
         (40, {"task": "mae"}, "step 40, the newest and best"),
     ],
 )
-def test_rank_of_a_checkpoint(step, recipe, expected, tmp_path):
+def test_checkpoint_rank_contains_the_newest_and_best_step(
+    step, recipe, expected, tmp_path
+):
     """The first of equally good checkpoints is the best. Step 50 was deleted."""
     for name in (10, 20, 30, 40):
         (tmp_path / "checkpoints" / str(name) / "params").mkdir(parents=True)

@@ -21,7 +21,7 @@ CLASS_LABEL = {"names": NAMES, "_type": "ClassLabel"}
 
 
 def write(path, images, labels, feature=None, **columns):
-    """Write a file as Hugging Face's datasets do; `feature` describes the labels."""
+    """Write a file in Hugging Face's format; `feature` describes the labels."""
     import pyarrow.parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def write(path, images, labels, feature=None, **columns):
 
 
 def structs(*names):
-    """Return images as datasets stores them; the bytes of an image are its name."""
+    """Return images in Hugging Face's format; the bytes of an image are its name."""
     return [{"bytes": name.encode(), "path": f"{name}.jpg"} for name in names]
 
 
@@ -120,7 +120,7 @@ def test_split_is_a_whole_word_of_the_path(path, split, tmp_path):
     file = tmp_path / path
     file.parent.mkdir()
     file.touch()
-    assert parquet._find(str(file)) == {split: [file]}
+    assert parquet._find_files(str(file)) == {split: [file]}
 
 
 @pytest.mark.parametrize("sequence", [True, False])

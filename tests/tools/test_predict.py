@@ -165,7 +165,7 @@ def test_run_and_saved_model_predict_equal_rows(
 
 @pytest.mark.slow
 def test_command_without_paths_predicts_the_test_split(run, data, tmp_path):
-    """Probabilities equal those of the model after `preprocess`, up to the canvas."""
+    """Probabilities are close to the model's after `preprocess`, without a canvas."""
     out = tmp_path / "split.csv"
     assert predict.main([f"--checkpoint={run}", f"--out={out}"]) == 0
     table = rows(out)
@@ -238,7 +238,7 @@ def test_features_equal_the_pooled_features_of_the_model(
 @pytest.mark.extras
 @pytest.mark.slow
 def test_arrays_of_16_bits_and_4_bands_are_predicted(tmp_path, minimal_output):
-    """A run and its saved model predict them. A figure shows wrong predictions."""
+    """A run and its saved model accept the arrays. A figure shows wrong predictions."""
     pixels = np.random.RandomState(0).randint(0, 10000, (8, 40, 48, 4), np.uint16)
     for k, array in enumerate(pixels):
         for split in ("train", "val"):

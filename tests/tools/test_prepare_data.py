@@ -106,7 +106,7 @@ def test_dataset_consists_of_shards_and_descriptions(complete):
 
 
 def test_only_training_images_are_shrunk(complete, small):
-    """Their aspect ratio is unchanged."""
+    """Shrinking keeps the aspect ratio."""
     reduced = [e["image"] for e in stored(small / VERSION, "train")]
     assert {size_of(jpeg) for jpeg in reduced} == {(43, 32)}
     assert stored(small / VERSION, "validation") == stored(
@@ -130,7 +130,7 @@ def test_images_of_more_than_8_bits_are_not_shrunk():
 
 
 def test_source_reads_every_example(complete, originals):
-    """The source also reads slices of splits, and serves many threads."""
+    """The source also reads slices of splits. Many threads may read concurrently."""
     source = Tfds("imagenet2012", str(complete), "train")
     jpegs = list(originals["train"].values())
     expected = [(jpegs[i], LABELS[WNIDS[i // 5]]) for i in range(15)]
@@ -199,7 +199,7 @@ def test_complete_dataset_is_kept(complete, flags):
 
 @pytest.mark.processes
 def test_killed_process_resumes(small, flags, tmp_path):
-    """After SIGKILL at the eighth image, in the fourth shard, the first three stay."""
+    """After SIGKILL in the fourth shard, at the eighth image, three shards remain."""
     program = (
         "import os, signal, sys\n"
         "from hivit_jax.tools import prepare_data, record_shards\n"
@@ -231,7 +231,7 @@ def test_killed_process_resumes(small, flags, tmp_path):
 def test_preparation_resumes_after_sigterm_at_any_rename(
     tars, originals, tmp_path, monkeypatch, capsys
 ):
-    """Resuming gives identical files. SIGTERM is sent in turn before and after one."""
+    """Resuming gives identical files. SIGTERM arrives before or after a rename."""
     replace = Path.replace
     renames, interrupted_rename = [], None
 
@@ -350,7 +350,7 @@ class Ropes(Rings):
         return super()._split_generators(manager)
 
 
-def test_server_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
+def test_unreachable_server_is_an_immediate_error(tmp_path, monkeypatch, capsys):
     """The error is immediate and names the server; TFDS alone retries for minutes."""
     address = mini_runs.free_address()
     monkeypatch.setattr(Ropes, "url", f"http://{address}/ropes.tar")
@@ -361,8 +361,8 @@ def test_server_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("status", [404, 200])
-def test_server_that_can_be_reached(status, tmp_path, monkeypatch, capsys):
-    """An answer to the first request is left to TFDS, which then downloads the file."""
+def test_answers_of_a_server_are_handled_by_tfds(status, tmp_path, monkeypatch, capsys):
+    """After any answer to the first request, TFDS requests the file itself."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

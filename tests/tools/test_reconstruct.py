@@ -84,7 +84,7 @@ def draw_panels(directory, *options):
         # The panel has more consecutive colored rows than a line of text.
         rows = np.flatnonzero(colored.mean(1) > 0.6)
         blocks = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
-        # Without the edges, which are blurred.
+        # The edges are excluded, because they are blurred.
         rows = max(blocks, key=len)[4:-4]
         columns = np.flatnonzero(colored[rows].all(0))[4:-4]
         panels.append(quarter[np.ix_(rows, columns)])
@@ -196,8 +196,8 @@ def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_statistics_are_those_of_each_unit_or_of_the_visible_units():
-    """The prediction is scaled by mean and standard deviation: own, or the average."""
+def test_predictions_are_scaled_by_statistics_of_units():
+    """Statistics are from each unit, or averages over the visible units."""
     model, images = mini("mae_hivit_base"), random_array((2, 64, 64, 3))
     with_own, is_masked = command.reconstruct(model, images)
     with_visible, same_mask = command.reconstruct(model, images, statistics="visible")

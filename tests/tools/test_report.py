@@ -137,7 +137,7 @@ def test_events_are_starts_interruptions_and_checkpoints(tmp_path):
 
 
 @pytest.mark.slow
-def test_summary_of_a_finished_run(tmp_path):
+def test_summary_describes_a_finished_run(tmp_path):
     run = write_run(tmp_path / "a")
     info = {"counts": {"train": 1437, "test": 360}, "classes": [*"0123456789"]}
     checkpoints = Checkpoints(run, keep=1, dataset=info)

@@ -19,12 +19,12 @@ UNLABELED = b""
 
 
 def text_label(text: str) -> bytes | None:
-    """Return the label in a text such as ``3`` or ``0;2``; None if there is none."""
+    """Return the label in a text such as ``3`` or ``0;2``; None for other texts."""
     return _join(split_labels(text)) if text.strip() else None
 
 
 def json_label(data: bytes) -> bytes | None:
-    """Return the label of a JSON object; None if there is none.
+    """Return the label of a JSON object; None if it has no valid label.
 
     The label is the value of the key "label", a class index or a list of class indices.
     """
@@ -60,7 +60,10 @@ def check_labels(index: Index, files: Sequence[str], multi_label: bool) -> None:
     unlabeled = labels == UNLABELED
     if unlabeled.any() and not unlabeled.all():
         first = np.argmax(unlabeled)
-        raise DataError(f"{name(first)} has no label, but other images have one")
+        raise DataError(
+            f"{name(first)} has no label, but other images have labels; add the label, "
+            "or remove all labels"
+        )
     if multi_label and unlabeled.all():
         raise DataError(
             f"data.multi_label=True: expected class indices as labels in {files[0]}, "

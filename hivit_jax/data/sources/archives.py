@@ -134,7 +134,7 @@ class Archives(FileSource):
         return index
 
     def _index_file(self, path: str) -> dict[str, Any]:
-        """Return the arrays of `INDEX` and "ignored", the number of other members."""
+        """Return the `INDEX_ARRAYS`, and "ignored", the number of ignored members."""
         raise NotImplementedError
 
 
@@ -145,8 +145,8 @@ class WebDataset(Archives):
     "label" in KEY.json, an integer or a list of integers.
 
     A split is a pattern of file names relative to the directory, such as
-    ``imagenet1k-train-{0000..1023}.tar``. A split without ``*`` and ``{`` is the name
-    of a tar file, or stands for all tar files whose names contain it.
+    ``imagenet1k-train-{0000..1023}.tar``. A split without ``*`` and ``{`` selects the
+    tar file of this name, and all tar files whose names contain it.
     """
 
     def _files(self, directory: str, split: str) -> list[str]:
@@ -209,16 +209,16 @@ class Zip(Archives):
 
 
 def _map_path(path: str) -> str:
-    """Return the path of the labels of a zip file."""
+    """Return the path of the text file with the labels of a zip file."""
     return f"{path.removesuffix('.zip')}_map.txt"
 
 
-INDEX = ("starts", "stops", "labels", "names")
+INDEX_ARRAYS = ("starts", "stops", "labels", "names")  # see `Archives._index`
 
 
 def _merge(parts: Sequence[dict[str, Any]]) -> Index:
     """Return the index of several archives from the results of `_index_file`."""
-    index = {name: np.concatenate([part[name] for part in parts]) for name in INDEX}
+    index = {k: np.concatenate([part[k] for part in parts]) for k in INDEX_ARRAYS}
     counts = [len(part["names"]) for part in parts]
     index["files"] = np.repeat(np.arange(len(parts)), counts)
     index["ignored"] = np.array([sum(part["ignored"] for part in parts)])
@@ -264,7 +264,7 @@ def _label(path: str, name: str, read: Callable[[], bytes]) -> bytes:
 
 
 def _arrays(found: Sequence[Any], labels: Sequence[bytes]) -> Index:
-    """Return the arrays of `INDEX` for members of an archive."""
+    """Return the `INDEX_ARRAYS` of members of an archive."""
     return {
         "starts": np.array([member.start for member in found], np.int64),
         "stops": np.array([member.stop for member in found], np.int64),

@@ -62,7 +62,7 @@ class Source:
       ignored: reason, such as a file name's ending, -> number of files in the split's
         directories that are ignored for this reason.
       loose: names of the first ignored images outside of the class directories.
-      unmatched: entries of `data.exclude` that are not the name of a file of the split.
+      unmatched: entries of `data.exclude` that match no file of the split.
       labeled: False if the images have no labels; all labels are then 0. With several
         labels per image, an image of no class counts as labeled; its vector is 0.
       labels: label of each example, int [n], or, with several labels per image, vectors
@@ -147,7 +147,7 @@ class Source:
     def class_counts(self) -> tuple[int, ...]:
         """Return the number of examples of each class; () if the labels are unknown.
 
-        Labels below 0 are not counted. They are an error when the loader reads them.
+        Labels below 0 are not counted; the loader raises an error when it reads one.
         """
         labels = np.asarray(self.labels)
         if not self.labeled or labels.ndim != 1 or labels.dtype.kind not in "iu":
@@ -207,8 +207,8 @@ def label_vector(label: Any, num_labels: int) -> np.ndarray:
     given = np.array(label)
     if given.ndim != 1 or len(given) > num_labels or not np.isin(given, (0, 1)).all():
         raise LabelError(
-            f"data.multi_label=True: expected at most {num_labels} values 0 or 1 as "
-            f"label, found {given.tolist()}; multi_hot in hivit_jax.data.sources.base "
+            f"data.multi_label=True: expected a label of at most {num_labels} values 0 "
+            f"or 1, found {given.tolist()}; multi_hot in hivit_jax.data.sources.base "
             "converts class indices"
         )
     return np.pad(given.astype(np.uint8), (0, num_labels - len(given)))

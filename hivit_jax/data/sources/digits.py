@@ -60,7 +60,8 @@ class Digits(Source):
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     digits = require("sklearn.datasets", "hivit-jax[data]").load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # levels 0..16
+    # load_digits returns levels from 0 to 16.
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     return images, digits.target.astype(np.int32)
 
 

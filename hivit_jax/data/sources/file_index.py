@@ -15,7 +15,7 @@ from hivit_jax.progress import Progress
 
 INDEX_KEYS = ("classes", "counts", "files", "reasons", "ignored", "loose")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# Files and directories of operating systems, file servers and Python, in lower case.
+# Names that operating systems, file servers and Python create, in lower case.
 SYSTEM_NAMES = {
     "__macosx", "network trash folder", "temporary items",  # macOS
     "$recycle.bin", "system volume information",  # Windows
@@ -23,7 +23,7 @@ SYSTEM_NAMES = {
     "lost+found", "cachedir.tag", "__pycache__",
     "@eadir", "@recycle", "@__thumb", "#recycle", "#snapshot", "~snapshot",
 }  # fmt: skip
-ARRAYS = ".npy"
+ARRAY_SUFFIX = ".npy"
 HIDDEN, OUTSIDE = "hidden or system", "outside the class directories"
 MAX_LOOSE = 8  # recorded names of images outside of the class directories
 
@@ -43,7 +43,7 @@ def ignored_reason(name: str, suffixes: Sequence[str] = SUFFIXES) -> str:
 
 
 def subdirectories(root: str | Path) -> list[str]:
-    """Return the sorted names of the directories in `root`, except hidden ones.
+    """Return the sorted names of the directories in `root` that are not `is_hidden`.
 
     Args:
       root: directory, or its address in a bucket.
@@ -103,7 +103,7 @@ def index_of(root: str, class_level: str) -> dict[str, np.ndarray]:
             if (_mtimes(cached["directories"]) == cached["times"]).all():
                 return {name: cached[name] for name in INDEX_KEYS}
     except (OSError, ValueError, KeyError):
-        pass  # no cache, damaged or of another version; or a directory was deleted
+        pass  # the cache is missing, damaged or old, or a directory was deleted
     index = _scan_images(partial(_scan, root, class_level))
     index["times"] = _mtimes(index["directories"])
     try:
@@ -125,8 +125,8 @@ def _scan_images(
       scan: function from the endings of images to the index.
     """
     index = scan(SUFFIXES)
-    if not len(index["files"]) and ARRAYS in index["reasons"]:
-        index = scan((ARRAYS,))
+    if not len(index["files"]) and ARRAY_SUFFIX in index["reasons"]:
+        index = scan((ARRAY_SUFFIX,))
     return index
 
 
@@ -136,7 +136,7 @@ def _list_bucket(root: str) -> list[str]:
 
 
 def forget_listings() -> None:
-    """Forget the listings of buckets, so that the buckets are listed again."""
+    """Drop the cached listings of buckets, so that the buckets are listed again."""
     _list_bucket.cache_clear()
 
 
@@ -166,7 +166,7 @@ def _bucket_index(
         elif reason:
             ignored[reason] += 1
             if class_level == "top":
-                found.setdefault(label, [])  # recorded; an empty class is an error
+                found.setdefault(label, [])  # because an empty class is an error
         else:
             found.setdefault(label, []).append((directory, name))
     classes = sorted(found)

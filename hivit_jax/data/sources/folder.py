@@ -12,7 +12,7 @@ from hivit_jax.data import storage
 from hivit_jax.data.records import Records
 from hivit_jax.data.sources.base import Record, Source
 from hivit_jax.data.sources.file_index import (
-    ARRAYS,
+    ARRAY_SUFFIX,
     HIDDEN,
     OUTSIDE,
     SUFFIXES,
@@ -54,8 +54,8 @@ class Images(Source):
             entries = Progress(f"listing {path}", 0, "files").track(path.rglob("*"))
             files = sorted(entry for entry in entries if entry.is_file())
         self._files, self.ignored = _select(path, files, SUFFIXES)
-        if not self._files and ARRAYS in self.ignored:
-            self._files, self.ignored = _select(path, files, (ARRAYS,))
+        if not self._files and ARRAY_SUFFIX in self.ignored:
+            self._files, self.ignored = _select(path, files, (ARRAY_SUFFIX,))
         if not self._files:
             raise _no_images(path, self.ignored_text())
 

@@ -107,8 +107,8 @@ def _open(
         return Synthetic(split, train_examples)
     if name == "digits":
         return Digits(split, train_examples, subset_seed)
-    # A user's module:Class. A TFDS name such as "mnist:3.0.1" does not match, because
-    # its version starts with a digit.
+    # This matches a user's module:Class, but not a TFDS name such as "mnist:3.0.1",
+    # because the version starts with a digit.
     if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):
         return import_class("data.name", name)(split, directory)
     splits = train_split, eval_split
@@ -168,7 +168,7 @@ def _open_folder(
     """Open a split of class folders or unlabeled images.
 
     If evaluation images are held out or there is no evaluation, the default training
-    split is `directory` itself, unless it contains a directory "train".
+    split is `directory` itself, unless `directory` contains a directory "train".
     """
     train_default, eval_default = DEFAULT_SPLITS["folder"]
     if selection.eval_fraction or eval_split == NO_EVALUATION:

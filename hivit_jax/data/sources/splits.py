@@ -41,8 +41,8 @@ class Selection:
         if self.eval_fraction and eval_split:
             raise ConfigError(
                 f"data.eval_fraction={self.eval_fraction} with data.eval_split="
-                f"{eval_split!r}; expected only one of the two, so set "
-                "data.eval_fraction=0 if a recipe sets it"
+                f"{eval_split!r}; expected only one of the two; set "
+                "data.eval_fraction=0 to override a recipe"
             )
         if self.eval_group and not self.eval_fraction:
             raise ConfigError(
@@ -81,7 +81,7 @@ class FileSource(Source):
 
 
 class Subset(Source):
-    """Examples of another source, in its order.
+    """Selected examples of another source, in the order of that source.
 
     Args:
       source: the other source.
@@ -195,9 +195,9 @@ def select(
 
 
 def _listed_paths(file: str, root: str) -> dict[str, set[str]]:
-    """Return each line of a file, and its path as written and relative to `root`.
+    """Return {line of a file: its path as written and relative to `root`}.
 
-    Line feeds in names are escaped, as check_data writes them.
+    Line feeds in paths are escaped, as check_data writes them.
     """
     try:
         lines = os.fsdecode(Path(expand(file)).read_bytes()).splitlines()
@@ -218,7 +218,7 @@ def _groups(paths: Sequence[str], pattern: str) -> list[str]:
             f"as {paths[0]}"
         )
     pairs = zip(paths, matches, strict=True)
-    # A group may be optional in the pattern; then it is None.
+    # match[1] is None if the group is optional in the pattern and did not match.
     return [match and match[1] or path for path, match in pairs]
 
 
@@ -227,9 +227,9 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.n
 
     A group is held out if the hash of its name, in [0, 1), is below `fraction`. This
     does not depend on the other groups, with one exception: if all groups of a class
-    are on one side of `fraction`, the group whose hash is nearest changes sides. A
-    group that is the last training group of a class is skipped. A class with a single
-    group is therefore never held out.
+    are on one side of `fraction`, the group whose hash is nearest changes sides. The
+    last training group of a class stays, and the next group changes sides instead. A
+    class with a single group is therefore never held out.
 
     Args:
       groups: name of each example's group.

@@ -102,13 +102,13 @@ class Table(FileSource):
             return
         if rows.labels is None:
             raise DataError(f"{file}: expected labels as in {train_file}, found none")
-        known = _split_labels(train_file, train_rows, multi_label)
+        known = _labels_of_rows(train_file, train_rows, multi_label)
         self.classes, label_of = _classes(train_file, known)
         chosen_rows = Rows(self._paths, [rows.labels[i] for i in chosen], None)
         if rows is train_rows:
             names = [known[i] for i in chosen]
         else:
-            names = _split_labels(file, chosen_rows, multi_label)
+            names = _labels_of_rows(file, chosen_rows, multi_label)
         for path, text, image_labels in zip(*chosen_rows[:2], names, strict=True):
             if any(name not in label_of for name in image_labels):
                 raise DataError(
@@ -201,7 +201,7 @@ def _parse_list(lines: Sequence[str]) -> Rows:
     return Rows([p[0] for p in parts], [p[1] if p[1:] else "" for p in parts], None)
 
 
-def _split_labels(file: Path, rows: Rows, multi_label: bool) -> list[list[str]]:
+def _labels_of_rows(file: Path, rows: Rows, multi_label: bool) -> list[list[str]]:
     """Split each text in the column of labels into the labels of one image.
 
     Raises:

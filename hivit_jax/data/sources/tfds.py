@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hivit_jax.data import storage, tfrecord
-from hivit_jax.data.crc32c import FAST
+from hivit_jax.data.crc32c import HAS_GOOGLE_CRC32C
 from hivit_jax.data.records import Records, load_index
 from hivit_jax.data.shard_cache import ShardCache
 from hivit_jax.data.sources.base import KNOWN_DATASETS, Record, Source, multi_hot
@@ -82,10 +82,9 @@ class Tfds(Source):
             raise DataError(f"{name}: expected {expected} files, found {file_format}")
         if file_format == "tfrecord":
             self.example_keys = self._image_key, self._label_key
-        # Per example: the index of its file, and of its record in the file.
-        self._file_indices = np.repeat(
-            np.arange(len(files)), [file.take for file in files]
-        )
+        # For each example: the index of its file, and its index in that file.
+        num_selected = [file.take for file in files]
+        self._file_indices = np.repeat(np.arange(len(files)), num_selected)
         self._record_indices = np.concatenate(
             [np.arange(file.skip, file.skip + file.take) for file in files]
         )
@@ -94,15 +93,16 @@ class Tfds(Source):
         if storage.is_remote(path):
             self._paths = [f"{path}/{os.path.basename(p)}" for p in self._paths]
             if cache_dir:
-                check = file_format == "tfrecord" and FAST and tfrecord.check_file
-                self._cache = ShardCache(cache_dir, check or None)
+                is_checked = file_format == "tfrecord" and HAS_GOOGLE_CRC32C
+                check = tfrecord.check_file if is_checked else None
+                self._cache = ShardCache(cache_dir, check)
                 self._cache.log_size(self._paths, info.splits[split].num_bytes)
         if file_format == "tfrecord" and storage.is_remote(path):
             counts = [file.examples_in_shard for file in files]
             self._records = self._index_records(path, counts)
             return
         _increase_open_file_limit(len(files))
-        if file_format == "array_record":  # fail now; threads open the files later
+        if file_format == "array_record":  # checked here, not later in a thread
             require("array_record.python.array_record_module", "array_record")
         self._open_file = OPENERS[file_format]
 
@@ -166,7 +166,7 @@ class Tfds(Source):
     def _example(self, index: int) -> dict[str, Any]:
         if self._format == "tfrecord":
             framed = self._framed_record(index)
-            if FAST:  # costs about 1% of decoding the image
+            if HAS_GOOGLE_CRC32C:  # costs about 1% of decoding the image
                 tfrecord.verify(framed)
             record = tfrecord.unpack(framed)
         else:
@@ -219,7 +219,7 @@ def _local_metadata(path: str) -> Iterator[str]:
 
 
 @cache
-def _array_record(path: str) -> Callable[[int], bytes]:
+def _open_array_record(path: str) -> Callable[[int], bytes]:
     """Return a function that reads the record at an index of a file.
 
     Each file is opened once. Records are read one by one, because that is four times as
@@ -243,7 +243,7 @@ def _increase_open_file_limit(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-OPENERS = {"array_record": _array_record, "tfrecord": cache(tfrecord.LocalFile)}
+OPENERS = {"array_record": _open_array_record, "tfrecord": cache(tfrecord.LocalFile)}
 
 
 def _check_features(name: str, types: list[str], multi_label: bool) -> None:
@@ -291,7 +291,7 @@ def _prepared_path(name: str, directory: str) -> str:
     near = get_close_matches(base, KNOWN_DATASETS, cutoff=0.8)
     if near and base not in near:
         raise unknown("data.name", base, KNOWN_DATASETS)
-    found = found_in(directory, [base] * bool(names))  # of a bucket, only `base`
+    found = found_in(directory, [base] * bool(names))  # lists only `base` of a bucket
     raise DataError(
         f"{name} is not prepared in {root}: expected VERSION/dataset_info.json, found "
         f"{listed(names, 5)}; {found}\n"

@@ -74,7 +74,7 @@ def order(name, split):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_samples(dataset, split, cache_directory):
+def test_samples_contain_image_label_and_name(dataset, split, cache_directory):
     source = registry.open_source(data_config(dataset).data, split)
     stored = "train" if split == "train" else "val"
     expected = images(stored)
@@ -87,7 +87,7 @@ def test_samples(dataset, split, cache_directory):
     assert len(list(cache_directory.glob("hivit_jax/hivit_jax_index_*"))) >= 1
 
 
-def test_index_of_a_changed_file(dataset):
+def test_archive_index_is_rebuilt_after_a_change(dataset):
     cfg = data_config(dataset)
     assert len(registry.open_source(cfg.data, "test")) == 2
     name, root = dataset
@@ -100,8 +100,8 @@ def test_index_of_a_changed_file(dataset):
         registry.open_source(cfg.data, "test")
 
 
-def test_batches_from_a_bucket(dataset, tmp_path):
-    """Batches equal those of local files, with and without data.cache."""
+def test_batches_of_archives_in_a_bucket_equal_local_ones(dataset, tmp_path):
+    """The index is saved in the bucket. The test runs with and without data.cache."""
 
     def batches(cfg):
         registry._open.cache_clear()
@@ -122,7 +122,7 @@ def test_batches_from_a_bucket(dataset, tmp_path):
             registry.open_source(copied.data, split)._records._cache.stop()
 
 
-def test_long_names(tmp_path):
+def test_long_names_of_tar_members_are_read(tmp_path):
     """Long names in pax, GNU and ustar files are read; labels may precede images."""
     formats = (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)
     for index, tar_format in enumerate(formats):
@@ -162,8 +162,8 @@ def test_archives_without_labels_are_accepted(tmp_path):
         registry.open_source(data, "train")
 
 
-def test_labels_in_json(tmp_path):
-    """A .cls member takes precedence; JSON without an integer label is ignored."""
+def test_json_member_may_contain_the_label(tmp_path):
+    """A .cls member takes precedence. JSON without an integer label is ignored."""
     members = [
         *[("a.jpg", b"0"), ("a.json", b'{"label": 2}')],
         *[("b.json", b'{"label": 1}'), ("b.jpg", b"1")],
@@ -186,7 +186,7 @@ def test_labels_in_json(tmp_path):
 
 
 def write_labels(root, name, split, labels):
-    """Write an archive whose images have these labels, as texts, in digits."""
+    """Write an archive of images with labels such as "0;3"."""
     if name == "zip":
         with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
             for i in range(len(labels)):
@@ -239,15 +239,15 @@ def test_archives_have_several_labels_per_image(tmp_path, name):
 
 
 @pytest.mark.parametrize("label", [b'{"label": ["cat", "dog"]}', b"{}"])
-def test_names_instead_of_several_labels(tmp_path, label):
-    """Names in JSON are not class indices; the error leads to a CSV file."""
+def test_class_names_are_not_accepted_as_several_labels(tmp_path, label):
+    """Names in JSON are not class indices. The error suggests a CSV file."""
     write_tar(tmp_path / "train.tar", [("a.jpg", b"image"), ("a.json", label)])
     with pytest.raises(DataError, match=r"train\.tar, found none\n.*data\.name=csv"):
         open_labels(tmp_path, "json", data__multi_label=True)
     assert not open_labels(tmp_path, "json").labeled
 
 
-def test_slices_of_images_with_several_labels(tmp_path):
+def test_slices_of_images_with_several_labels_are_disjoint(tmp_path):
     """No image is in two slices, and images of no class are in one."""
     labels = [("0;1", "1;2", "0", ";")[i % 4] for i in range(40)]
     write_labels(tmp_path, "zip", "train", labels)
@@ -261,7 +261,7 @@ def test_slices_of_images_with_several_labels(tmp_path):
     assert len(names[0] | names[1]) == 40
 
 
-def test_missing_zip(tmp_path):
+def test_missing_zip_file_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"train\.zip does not exist"):
         open_labels(tmp_path, "zip")
 
@@ -281,7 +281,7 @@ def test_archive_index_of_an_earlier_version_is_rebuilt(tmp_path):
     assert registry.open_source(data, "train").labels.tolist() == [2]
 
 
-def test_held_out_images_and_slices(dataset):
+def test_archives_are_split_by_fraction_or_slice(dataset):
     """One set of archives can be split into training and evaluation images."""
     name, root = dataset
     split = "*train*.tar[{}:{}]" if name == "webdataset" else "train[{}:{}]"
@@ -317,7 +317,7 @@ def test_held_out_images_and_slices(dataset):
         ([("a.txt", b"1")], "contains no images"),
     ],
 )
-def test_unusable_tar(tmp_path, members, message):
+def test_tar_file_with_bad_labels_or_no_images_is_an_error(tmp_path, members, message):
     write_tar(tmp_path / "train.tar", members)
     with pytest.raises(DataError, match=message):
         registry.open_source(
@@ -325,7 +325,7 @@ def test_unusable_tar(tmp_path, members, message):
         )
 
 
-def test_truncated_and_missing_tar(tmp_path):
+def test_truncated_or_missing_tar_file_is_an_error(tmp_path):
     data = folder_config(tmp_path, data__name="webdataset").data
     with pytest.raises(
         DataError, match="no tar file 'train'; data.dir=.* contains nothing"
@@ -342,7 +342,7 @@ def test_truncated_and_missing_tar(tmp_path):
         registry.open_source(data, "train")
 
 
-def test_compressed_zip(tmp_path):
+def test_unusable_zip_file_is_an_error(tmp_path):
     with zipfile.ZipFile(tmp_path / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.jpg", bytes(np.zeros(1000)))
     (tmp_path / "train_map.txt").write_text("a.jpg\t0\n")
@@ -359,7 +359,7 @@ def test_compressed_zip(tmp_path):
         registry.open_source(data, "train")
 
 
-def test_zip64(tmp_path):
+def test_zip64_fields_are_read(tmp_path):
     """Offsets and sizes in zip64 fields are read, because large zip files need them."""
     path = tmp_path / "train.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -13,7 +13,7 @@ from hivit_jax.data.sources import digits as data_sources_digits
 from hivit_jax.data.sources import registry
 
 
-def scans(source):
+def pixels_and_labels(source):
     """Return the pixels and labels of all images of a source."""
     examples = [source.sample(i) for i in range(len(source))]
     images = [
@@ -22,7 +22,7 @@ def scans(source):
     return images, [example["label"] for example in examples]
 
 
-def test_train_and_test_scans_are_disjoint():
+def test_train_and_test_digits_are_disjoint():
     # Imported here, because a global import would slow the collection of tests.
     from sklearn.datasets import load_digits
 
@@ -39,7 +39,7 @@ def test_train_and_test_scans_are_disjoint():
     for source in (train, test):
         assert source.labels.dtype == np.int32
         assert source.labels.shape == (len(source),)
-        images, labels = scans(source)
+        images, labels = pixels_and_labels(source)
         assert_array_equal(images, source.pixels())
         assert_array_equal(labels, source.labels)
         for image, label in zip(images, source.labels, strict=True):
@@ -47,7 +47,7 @@ def test_train_and_test_scans_are_disjoint():
             assert image.dtype == np.uint8
             assert known[image.tobytes()] == label
         images_of_splits.append({image.tobytes() for image in images})
-    # All 1,797 scans differ, so no image is in both splits.
+    # All 1,797 images differ, so no image is in both splits.
     assert not images_of_splits[0] & images_of_splits[1]
     assert len(images_of_splits[0] | images_of_splits[1]) == len(known) == 1797
     # The split is fixed.
@@ -58,7 +58,7 @@ def test_train_and_test_scans_are_disjoint():
 COUNTS = [27, 35, 36, 29, 30, 40, 44, 39, 39, 41]
 
 
-def test_digits_as_png():
+def test_digits_are_encoded_as_png():
     source = data_sources_digits.Digits("train")
     sample = source.sample(5)
     assert sample["image"][:8] == b"\x89PNG\r\n\x1a\n"
@@ -66,15 +66,15 @@ def test_digits_as_png():
     assert sample["label"] == source.labels[5]
 
 
-def test_num_examples():
+def test_num_examples_counts_the_selected_digits():
     data = digits_config(data__train_examples=100).data
     assert registry.num_examples(data, "train") == 100
     assert registry.num_examples(data, "test") == 360
 
 
 @pytest.mark.slow
-def test_class_balanced_subsets():
-    """data.subset selects which images are used; every class has the same number."""
+def test_subsets_of_digits_are_class_balanced():
+    """data.subset selects the images. All classes have equally many images."""
     # Imported here, because a global import would slow the collection of tests.
     from sklearn.datasets import load_digits
 

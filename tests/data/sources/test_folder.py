@@ -118,7 +118,7 @@ def test_labels_follow_the_classes_of_training(root):
     assert folder.Folder(str(root), "val").labels.tolist() == [1, 3]
 
 
-def test_missing_split(root):
+def test_missing_split_directory_is_an_error(root):
     with pytest.raises(DataError) as error:
         folder.Folder(str(root), "test")
     assert str(error.value).startswith(
@@ -128,7 +128,7 @@ def test_missing_split(root):
         folder.Folder(str(root / "nowhere"), "train")
 
 
-def test_empty_class(root):
+def test_class_without_images_is_an_error(root):
     make(root, "train/n03/readme.txt")
     with pytest.raises(DataError, match=r"train/n03: expected .*\.jpg, .*; found none"):
         folder.Folder(str(root), "train")
@@ -137,7 +137,7 @@ def test_empty_class(root):
         folder.Folder(str(root / "empty"), "train")
 
 
-def test_class_missing_in_train(root):
+def test_class_that_is_missing_in_train_is_an_error(root):
     make(root, "val/n99/a.JPEG")
     with pytest.raises(
         DataError, match="val/n99: .* 3 classes of train; found 1 .* val"
@@ -199,7 +199,7 @@ def test_hidden_and_system_names_are_ignored(root):
     }
 
 
-def test_parents_may_be_hidden(tmp_path):
+def test_parents_of_data_dir_may_be_hidden(tmp_path):
     """data.dir may be inside a hidden directory, because the user has named it."""
     root = tmp_path / ".cache" / "lost+found"
     make(root, "train/a/0.png", "val/a/0.png")
@@ -210,7 +210,7 @@ def test_parents_may_be_hidden(tmp_path):
     assert folder.Images(root / ".shown.png").name(0) == f"{root}/.shown.png"
 
 
-def test_images_without_labels_ignore_the_same_names(root):
+def test_unlabeled_images_ignore_hidden_and_system_names(root):
     names = [folder.Images(root).name(i) for i in range(7)]
     make(root, *(f"train/{name}" for name in IGNORED))
     source = folder.Images(root)
@@ -254,7 +254,7 @@ def test_folder_index_of_an_earlier_version_is_not_used(root, cache_directory):
     assert folder.Folder(str(root), "train").labels.tolist() == [0, 0, 0, 1, 2]
 
 
-def test_only_hidden_images(root):
+def test_class_with_only_hidden_images_is_an_error(root):
     make(root, "train/n05/._a.png", "train/n05/a.heic")
     with pytest.raises(DataError) as error:
         folder.Folder(str(root), "train")

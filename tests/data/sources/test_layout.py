@@ -1,4 +1,4 @@
-"""Tests of errors about a `data.dir` that has not the expected layout."""
+"""Tests of errors about a `data.dir` without the expected layout."""
 
 import pytest
 

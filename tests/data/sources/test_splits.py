@@ -51,8 +51,8 @@ def paths(root, split, **keys):
     return [name.removeprefix(f"{root}/") for name in names]
 
 
-def test_fraction(root):
-    """Every image is on one of the two sides; its path decides which."""
+def test_eval_fraction_puts_every_image_on_one_side(root):
+    """The path of an image determines its side."""
     train = paths(root, "train", eval_fraction=0.25)
     held_out = paths(root, "test", eval_fraction=0.25)
     assert sorted(train + held_out) == sorted(
@@ -65,11 +65,11 @@ def test_fraction(root):
     assert held_out[:3] == FROZEN
 
 
-# Must not change, because saved runs depend on it.
+# These names must not change, because saved runs depend on them.
 FROZEN = [f"brick/{name}.png" for name in ("s0_00", "s0_03", "s1_04")]
 
 
-def test_fraction_is_stable(root):
+def test_held_out_images_do_not_depend_on_other_files(root):
     """Adding or removing a file moves no other file of its class to the other side."""
     before = set(paths(root, "test", eval_fraction=0.25))
     (root / "brick" / "zz.png").write_text("new")
@@ -101,7 +101,7 @@ def test_groups_stay_together(root, fraction):
     assert {path.split("/")[0] for path in held_out} == {"brick"}
 
 
-def test_groups_of_several_classes():
+def test_group_is_held_out_only_if_its_classes_have_other_groups():
     """A group is held out only if each of its classes has another group."""
     groups = [*"aabbcc"]
     for fraction in (1e-9, 1 - 1e-9):
@@ -112,7 +112,7 @@ def test_groups_of_several_classes():
     assert splits.hold_out([], np.zeros(0, np.int64), 0.5).shape == (0,)
 
 
-def test_slices(root):
+def test_slices_of_each_class_are_disjoint(root):
     """Slices of each class are disjoint and do not follow the order of the names."""
     pieces = [
         paths(root, "train", train_split=f"[{text}]", eval_split=".")
@@ -125,7 +125,7 @@ def test_slices(root):
     assert evaluated == pieces[2]
 
 
-def test_slices_of_a_directory(root):
+def test_slices_may_refer_to_a_directory(root):
     (root / "photos").mkdir()
     for name in ("brick", "cat", "lone"):
         (root / name).rename(root / "photos" / name)
@@ -138,12 +138,14 @@ def test_slices_of_a_directory(root):
 
 
 @pytest.mark.parametrize("text", ["train[:10]", "[50%:20%]", "x[:200%]", "x[a]"])
-def test_bad_slices(root, text):
+def test_invalid_slice_is_an_error(root, text):
     with pytest.raises(DataError, match=r"expected NAME or NAME\[A%:B%\]"):
         opened(root, "train", train_split=text)
 
 
-def test_exclude(root, tmp_path_factory, monkeypatch):
+def test_excluded_paths_may_be_absolute_or_relative(
+    root, tmp_path_factory, monkeypatch
+):
     """Excluded paths may be absolute, as check_data writes them, or relative."""
     file = tmp_path_factory.mktemp("lists") / "bad.txt"
     strange = root / "brick" / "a\nb.png"
@@ -162,7 +164,7 @@ def test_exclude(root, tmp_path_factory, monkeypatch):
         opened(root, "train", train_split=".", exclude="nowhere")
 
 
-def test_leaf_classes(root):
+def test_leaf_directories_are_classes(root):
     """class_level="leaf" makes a class of each directory that contains images."""
     nested = root / "nested"
     for name in ("train/animals/cat", "train/things/flower", "val/animals/cat"):
@@ -218,11 +220,11 @@ def test_arrays_are_images_where_there_are_no_others(root):
         ({"name": "mnist", "class_level": "leaf"}, "class_level='leaf' has no effect"),
     ],
 )
-def test_contradictions(root, keys, message):
+def test_contradictory_selection_is_an_error(root, keys, message):
     with pytest.raises(ConfigError, match=message):
         opened(root, "train", **keys)
 
 
-def test_pattern_that_matches_nothing(root):
+def test_group_pattern_that_matches_no_path_is_an_error(root):
     with pytest.raises(DataError, match="none of 43 paths, such as brick/s0"):
         opened(root, "train", eval_fraction=0.1, eval_group="(patient)")

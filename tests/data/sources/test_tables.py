@@ -20,7 +20,7 @@ NAMES = ("a/0.png", "b/0.png", "b/1 2.png", "c/0.png")
 
 @pytest.fixture
 def root(tmp_path):
-    """Return a directory of files that contain their own name."""
+    """Return a directory of files; the content of a file is its name."""
     for name in NAMES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -48,7 +48,7 @@ def write(root, *lines, name="list.csv"):
 
 
 @pytest.mark.parametrize("separator", [",", "\t", ";"])
-def test_names(root, separator):
+def test_label_names_become_sorted_classes(root, separator):
     lines = [
         "id,File_Name,class",
         "7,a/0.png,dog",
@@ -63,7 +63,7 @@ def test_names(root, separator):
     assert source.name(1) == f"{root}/b/1 2.png"
 
 
-def test_numbers(root):
+def test_label_numbers_are_class_indices(root):
     """Numbers in the table are the labels; some labels may have no image."""
     file = write(root, "path,label", f"{root}/a/0.png,3", "b/0.png,1")
     source = opened(file, eval_split="none")
@@ -71,7 +71,7 @@ def test_numbers(root):
     assert listed(source) == [("a/0.png", 3), ("b/0.png", 1)]
 
 
-def test_column_of_splits(root):
+def test_split_column_selects_the_rows(root):
     """A split column takes precedence over eval_fraction; any split can be selected."""
     rows = ["a/0.png,x,train", "b/0.png,y,val", "b/1 2.png,y,test", "c/0.png,z,train"]
     file = write(root, "path,label,split", *rows)
@@ -86,7 +86,7 @@ def test_column_of_splits(root):
         opened(file, "test", eval_split="extra")
 
 
-def test_fraction_and_exclusion(root):
+def test_rows_are_held_out_or_excluded(root):
     file = write(root, "path,label", *(f"{name},{name[0]}" for name in NAMES))
     sides = [listed(opened(file, s, eval_fraction=0.5)) for s in ("train", "test")]
     assert sorted(sides[0] + sides[1]) == [(n, "abc".index(n[0])) for n in NAMES]
@@ -95,7 +95,7 @@ def test_fraction_and_exclusion(root):
     assert len(opened(file, eval_split="none", exclude=str(bad))) == 2
 
 
-def test_two_files(root):
+def test_evaluation_table_has_the_classes_of_the_training_table(root):
     """Labels of the evaluation table are indices of the training table's classes."""
     write(root, "path,label", "a/0.png,x", "b/0.png,y", name="train.csv")
     write(root, "path,label", "c/0.png,y", name="val.csv")
@@ -107,7 +107,7 @@ def test_two_files(root):
         opened(root, "test", eval_split="no.csv")
 
 
-def test_lists(root):
+def test_lists_of_paths_may_have_labels(root):
     file = write(root, "a/0.png 1", "b/1 2.png   0", name="train.txt")
     assert listed(opened(file, eval_split="none")) == [("a/0.png", 1), ("b/1 2.png", 0)]
     file = write(root, *NAMES, name="unlabeled.txt")
@@ -127,12 +127,12 @@ def test_lists(root):
         ([], "expected a header .* found nothing"),
     ],
 )
-def test_bad_files(root, lines, message):
+def test_invalid_table_is_an_error(root, lines, message):
     with pytest.raises(DataError, match=message):
         opened(write(root, *lines), eval_split="none")
 
 
-def test_no_evaluation_images(root):
+def test_table_without_evaluation_images_is_an_error(root):
     file = write(root, "path,label", "a/0.png,1")
     with pytest.raises(
         DataError, match="has no column 'split'; set data.eval_fraction"
@@ -161,7 +161,7 @@ def test_tables_have_several_labels_per_image(root):
     assert numbers.labels.tolist() == [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
 
 
-def test_held_out_images_of_several_labels(root):
+def test_held_out_images_with_several_labels_cover_every_class(root):
     """Every class is on both sides; images of no class are kept."""
     rows = [f"{k}.png,{'x' if k % 2 else ''};{'y' if k % 3 else ''}" for k in range(60)]
     file, keys = write(root, "path,label", *rows), {"multi_label": True}
@@ -190,12 +190,12 @@ def test_held_out_images_of_several_labels(root):
         (["a/0.png,;"], {"multi_label": True}, "in at least one row, found none"),
     ],
 )
-def test_bad_labels(root, lines, keys, message):
+def test_invalid_labels_in_a_table_are_an_error(root, lines, keys, message):
     with pytest.raises(DataError, match=message):
         opened(write(root, "path,label", *lines), eval_split="none", **keys)
 
 
-def test_unknown_and_missing_labels(root):
+def test_evaluation_table_with_unknown_or_no_labels_is_an_error(root):
     """An evaluation table must have labels, and only classes of the training table."""
     write(root, "path,label", "a/0.png,x;y", name="train.csv")
     write(root, "path,label", "b/0.png,x;z", name="val.csv")

@@ -19,7 +19,7 @@ def write_tfrecord(path, records):
     )
 
 
-def test_random_access_to_tfrecords(tmp_path):
+def test_tfrecords_are_read_in_any_order(tmp_path):
     records = [os.urandom(n) for n in (5, 0, 3000, 17)]
     write_tfrecord(tmp_path / "file", records)
     read = tfds.OPENERS["tfrecord"](str(tmp_path / "file"))
@@ -28,7 +28,7 @@ def test_random_access_to_tfrecords(tmp_path):
     ]
 
 
-def test_truncated_tfrecord(tmp_path):
+def test_truncated_tfrecord_is_an_error(tmp_path):
     write_tfrecord(tmp_path / "cut", [b"x" * 100, b"y" * 100])
     (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-5])
     with pytest.raises(OSError, match="cut ends inside a record, at byte 227"):
@@ -44,7 +44,7 @@ def prepared(root, name="imagenet2012", version="5.1.0", **info):
     return path
 
 
-def test_unprepared_dataset(tmp_path):
+def test_unprepared_dataset_is_an_error(tmp_path):
     with pytest.raises(DataError) as error:
         tfds.Tfds("imagenet2012", str(tmp_path), "train")
     message = str(error.value)
@@ -66,7 +66,7 @@ def test_unprepared_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("name", "near"), [("digit", "digits"), ("imagenet", "imagenet2012")]
 )
-def test_misspelled_dataset_name(tmp_path, name, near):
+def test_misspelled_dataset_name_gives_a_suggestion(tmp_path, name, near):
     with pytest.raises(
         ConfigError, match=f"unknown data.name {name!r}; did .* {near!r}"
     ):
@@ -77,7 +77,7 @@ def test_misspelled_dataset_name(tmp_path, name, near):
         tfds.Tfds(name, str(tmp_path), "train")
 
 
-def test_dataset_of_an_incompatible_tfds(tmp_path):
+def test_dataset_of_an_incompatible_tfds_is_an_error(tmp_path):
     """A missing features.json (before TFDS 4) and invalid JSON are errors."""
     path = prepared(tmp_path)
     for _ in range(2):
