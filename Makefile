@@ -5,7 +5,10 @@ PYTHON ?= python3
 
 .PHONY: install lint quick test test-extras demo docs clean
 
-PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist loadfile \
+# One worker more than cores, because workers wait for the processes that tests start.
+WORKERS = $$(.venv/bin/python -c 'import os; print(os.cpu_count() + 1)')
+
+PYTEST = .venv/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
   --no-loadscope-reorder
 
 PLAIN = not torch and not extras and not browser and not accelerator
