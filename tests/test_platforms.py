@@ -1,4 +1,4 @@
-"""Tests of accelerator runtimes on computers without a chip."""
+"""Tests of the platform of each command, and of libtpu on machines without a chip."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ def updates(monkeypatch):
 def test_commands_without_device_work_use_the_cpu(updates, monkeypatch, capsys):
     """Commands that only describe, compile, inspect or check data use the CPU.
 
-    `main(argv)`, a call from Python, leaves the platform unchanged.
+    Training leaves the platform unchanged, and so does a call with arguments.
     """
     cpu = {"jax_platforms": "cpu"}
     recipe = ["--config=no_such_recipe", "--workdir=x"]
@@ -81,10 +81,10 @@ def test_start_without_a_chip_logs_one_line(start):
     assert err == ""
 
 
-def test_start_shows_stderr_of_a_chip_or_an_error(start, capfd):
-    """The stderr of libtpu is shown if libtpu finds a chip or fails to start.
+def test_start_shows_stderr_if_libtpu_finds_a_chip_or_fails(start, capfd):
+    """`platforms.start` shows the stderr of libtpu in these two cases.
 
-    `platforms.start` starts no backend if `has_chip` finds a chip or JAX_PLATFORMS is
+    `platforms.start` starts no backend if `has_chip` returns True or JAX_PLATFORMS is
     set.
     """
     assert start(platform="tpu") == ("", "unexpected worker hostname\n")

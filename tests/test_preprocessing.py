@@ -27,7 +27,7 @@ def evaluation_images(config):
 
 
 def model_of(config, **overrides):
-    """Return a small model whose `info` describes the preprocessing of a config."""
+    """Return a small model whose `info` contains the preprocessing of a config."""
     shape = dict(image_size=64, in_channels=config.model.in_channels)
     model = mini(depths=(1, 1, 1), **shape)
     info = make_info(model.config, **_info_arguments(config.to_dict()))
@@ -69,7 +69,7 @@ def test_preprocess_equals_the_evaluation_transform(options, folder, cache_direc
 def test_four_channel_rasters_equal_the_evaluation_transform(
     dtype, tmp_path, cache_directory
 ):
-    """Rasters of 16 bits or floats equal the evaluation, without 8-bit rounding."""
+    """Rasters of 16 bits or floats are not rounded to 8 bits."""
     largest = {"uint16": 65535, "float32": 1000}[dtype]
     for split in ("train", "val"):
         for k in range(3):

@@ -14,14 +14,14 @@ from hivit_jax.training.early_stopping import check_progress
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
-# Step -> loss of its evaluation. With patience 2, the run ends at step 5.
 CRITERION = ("eval/loss", "min")
+# Step -> evaluation loss. With early_stopping=2, the run ends at step 5.
 LOSSES = {1: 0.7, 2: 0.5, 3: 0.4, 4: 0.6, 5: 0.45, 6: 0.1}
 
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """Replace evaluations with `LOSSES`, in order; return the list of their steps."""
+    """Replace evaluation results with `LOSSES`; return the list of evaluated steps."""
     steps = []
 
     def scripted(*_):
@@ -126,6 +126,7 @@ def test_evaluations_since_best_are_counted_up_to_a_step(tmp_path):
     assert [count(step, ("eval/loss", "max")) for step in LOSSES] == [0, 1, 2, 3, 4, 5]
 
 
+# Program of one process that prints the result of `check_progress` after each step
 DECISIONS = """
 import json, sys
 from pathlib import Path
@@ -145,7 +146,7 @@ processes.exit_now(0)
 def test_processes_stop_at_the_same_step(tmp_path):
     """Both processes follow the metrics of process 0.
 
-    The metrics file of process 1 is ignored. Its losses would never end the run.
+    The losses in the metrics file of process 1 would never end the run.
     """
     for index in range(2):
         (tmp_path / f"{index}").mkdir()
@@ -154,12 +155,12 @@ def test_processes_stop_at_the_same_step(tmp_path):
             falling = {"eval/loss": -step if index else loss, "eval/count": 64}
             writer.scalars(step, falling)
         writer.close()
-    of_one, of_other = (
+    decisions_0, decisions_1 = (
         [check_progress(tmp_path / name, 2, CRITERION, step) for step in LOSSES]
         for name in "01"
     )
-    assert [stalled for stalled, _ in of_one] == [False] * 4 + [True, False]
-    assert not any(stalled for stalled, _ in of_other)
+    assert [stalled for stalled, _ in decisions_0] == [False] * 4 + [True, False]
+    assert not any(stalled for stalled, _ in decisions_1)
 
     address = mini_runs.free_address()
     started = [
@@ -172,7 +173,7 @@ def test_processes_stop_at_the_same_step(tmp_path):
     outputs = [process.communicate() for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
     for out, _ in outputs:
-        assert json.loads(out.splitlines()[-1]) == [[*pair] for pair in of_one]
+        assert json.loads(out.splitlines()[-1]) == [[*pair] for pair in decisions_0]
 
 
 def test_early_stopping_requires_evaluations():

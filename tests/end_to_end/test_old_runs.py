@@ -71,7 +71,7 @@ def check_lines(task, workdir):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_old_run_resumes(task, unpacked, capsys):
-    """The run resumes from step 4 of 8, and has the old metrics."""
+    """The run resumes at step 4 of 8 and logs the old metrics."""
     run(task, f"{task}/run")
     assert "resuming at step 4" in capsys.readouterr().out
     check_lines(task, f"{task}/run")
@@ -81,7 +81,7 @@ def test_old_run_resumes(task, unpacked, capsys):
     "task", [pytest.param("classify", marks=pytest.mark.extras), "linear_probe"]
 )
 def test_old_run_initializes_a_new_run(task, unpacked):
-    """With the old encoder as `init_from`, eight steps have the old metrics."""
+    """A run that starts from the old encoder logs the old metrics."""
     run(task, "new", "--config.init_from=mae/run")
     check_lines(task, "new")
 

@@ -188,7 +188,7 @@ def test_classifier_of_own_files_predicts_new_images(write, tmp_path, capsys):
 @pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
-def test_several_labels(tmp_path, capsys):
+def test_multi_label_classifier_predicts_new_images(tmp_path, capsys):
     """The upper half of an image may be red, the lower half blue.
 
     Images with neither have no label.
@@ -247,7 +247,7 @@ def test_several_labels(tmp_path, capsys):
 
 
 def test_documented_program_writes_tar_files(tmp_path, monkeypatch):
-    """docs/own_images.md shows a program, and the command that trains on its files."""
+    """docs/own_images.md contains the program and a command that reads the files."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     contents = {}

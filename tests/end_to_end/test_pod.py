@@ -91,7 +91,7 @@ def single_process_run(tmp_path_factory, environment):
 def test_a_signal_stops_all_processes_and_one_resumes(
     single_process_run, environment, tmp_path
 ):
-    """SIGINT to one of two processes stops both; one process resumes."""
+    """SIGINT to one of two processes stops both; a single process resumes the run."""
     run, flags = tmp_path / "run", mini_runs.arguments(**RUN)
     pod = Pod(run, 2, environment, flags)
     pod.wait_for_step(2)
@@ -151,7 +151,7 @@ def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path
 
 
 @pytest.mark.extras
-def test_divergence_on_all_processes(environment, tmp_path):
+def test_divergence_ends_all_processes_with_code_3(environment, tmp_path):
     """Both processes exit with 3; JAX does not abort the process that exits last."""
     flags = mini_runs.arguments(**RUN, optimizer__base_learning_rate=1e30)
     pod = Pod(tmp_path / "run", 2, environment, flags)
@@ -188,7 +188,7 @@ def wait():
 
 def train_together(*_):
     # The first collective connects the processes and fails after a timeout. Without
-    # this call, it would be the collective in `wait`, which must wait forever.
+    # this call, the collective in `wait`, which must wait forever, would be the first.
     all_processes(True)
     ACTION()
 
@@ -212,8 +212,10 @@ sys.exit(main.main())
         (("fail", "wait"), (1, -signal.SIGABRT), ("Error: a bug", "task died")),
     ],
 )
-def test_exit_codes_of_two_processes(actions, codes, messages, environment, tmp_path):
-    """Errors, stalls and crashes give the documented exit codes on both processes."""
+def test_two_processes_exit_with_the_documented_codes(
+    actions, codes, messages, environment, tmp_path
+):
+    """The processes fail by errors, stalls and crashes."""
     address = mini_runs.free_address()
     started = [
         mini_runs.start_process(
@@ -249,8 +251,8 @@ sys.exit(main.main())
 
 
 @pytest.mark.extras
-def test_a_data_error_of_one_process(environment, tmp_path):
-    """The error is printed at once and nothing is saved; the other process aborts."""
+def test_data_error_of_one_process_ends_both(environment, tmp_path):
+    """The failing process prints its error at once; nothing is saved."""
     address = mini_runs.free_address()
     options = ONE_FAILS | dict(stall_timeout=600)
     flags = [*mini_runs.arguments(**options), f"--workdir={tmp_path}/run"]
@@ -268,7 +270,7 @@ def test_a_data_error_of_one_process(environment, tmp_path):
     assert mini_runs.saved_steps(tmp_path / "run") == []
 
 
-def test_processes_with_different_configs(environment, tmp_path):
+def test_processes_with_different_configs_are_refused(environment, tmp_path):
     flags = [mini_runs.arguments(**RUN, seed=seed) for seed in (0, 1)]
     pod = Pod(tmp_path / "run", 2, environment, *flags)
     errors = pod.wait_for_stderr()
@@ -298,7 +300,7 @@ sys.exit(main.main([config_flag, *flags, "--config.data.dir=same", "--workdir=ru
 """
 
 
-def test_processes_with_different_files(environment, tmp_path):
+def test_processes_with_different_files_are_refused(environment, tmp_path):
     """Two runs fail: first because datasets differ, then because checkpoints differ."""
     address = mini_runs.free_address()
     for index in range(2):

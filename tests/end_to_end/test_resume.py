@@ -14,7 +14,7 @@ STEPS, EVERY = 60, 25
 
 @pytest.fixture(scope="module")
 def environment(environment):
-    """Return environment variables that leave only the config's compilation cache."""
+    """Return environment variables that disable the tests' shared compilation cache."""
     return environment | {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
@@ -55,9 +55,9 @@ def uninterrupted(tmp_path_factory, environment):
 
 
 def interrupt(workdir, source, signal_number, after, environment, **overrides):
-    """Start a run; send it a signal after `after` more steps.
+    """Start a run; send a signal after `after` more steps.
 
-    Also waits for the checkpoints that are due before that step.
+    The signal also waits for the checkpoints that are due before that step.
 
     Returns:
       (exit code, stdout, stderr).
@@ -97,7 +97,9 @@ def check_same_run(workdir, expected):
         assert mini_runs.logged(workdir, name) == mini_runs.logged(expected, name)
 
 
-def test_interrupted_and_killed_run(uninterrupted, synthetic, environment, tmp_path):
+def test_interrupted_and_killed_run_resumes_bit_identically(
+    uninterrupted, synthetic, environment, tmp_path
+):
     """SIGTERM saves one checkpoint, SIGKILL follows, and the third start finishes.
 
     test_imagenet.py kills runs that read files.

@@ -22,15 +22,16 @@ library_attention = jax.nn.dot_product_attention
 
 
 class Case(NamedTuple):
-    """Residual branch of rows [T, C]; on GPUs, only its LayerNorm.
+    """Residual branch of rows [T, C]; on GPUs, only the LayerNorm of the branch.
 
     platform: backend of the kernel.
-    shapes: shapes of the inputs: rows, LayerNorm's scale and bias, on TPUs also kernels
-      and biases of two linear layers, and in some cases the bias of attention scores.
+    shapes: shapes of the inputs: rows, and LayerNorm's scale and bias. TPU kernels also
+      have kernels and biases of two linear layers, and some the bias of attention
+      scores.
     plain: (*inputs, branch_scale) -> [T, C]; branch_scale is [images] or None.
     fused: (*inputs, branch_scale, keep, interpret) -> [T, C], one kernel.
     images: number of images that the rows belong to.
-    keeps: the kernel implements `keep`.
+    keeps: True if the kernel implements `Plan.keep`.
     """
 
     platform: str
@@ -115,7 +116,7 @@ def mlp(rows, width, hidden, block):
         plan = Plan(EPS, rows=block, **options)
         return mlp_block(x, Weights(*weights), branch_scale, plan)
 
-    # Images of 24 rows, so that images start inside of blocks.
+    # Images have 24 rows, so that some images start inside a block.
     shapes = shapes_of(rows, width, hidden, hidden)
     return Case("tpu", shapes, plain_mlp, fused, rows // 24)
 
@@ -147,7 +148,7 @@ def attention(images, tokens, width, heads, block, bias=False):
 
 CASES = {
     "mlp": mlp(96, 128, 256, 32),
-    # Rows of one part, and of three; tiles of 32 and 8 rows in blocks of 128 and 32.
+    # Rows have one part and three parts; tiles have 32 and 8 rows, blocks 128 and 32.
     "norm on GPUs": norm(256, 128),
     "norm of 3 parts on GPUs": norm(96, 384),
     # Blocks contain several images, so that each block begins at a tile boundary.
@@ -185,7 +186,7 @@ def output_and_gradients(function, inputs, direction):
 
 
 def relative_errors(function, inputs, direction, truth, jit):
-    """Return the relative errors (by norm) of the output and of each gradient."""
+    """Return the relative errors of output and gradients in the Euclidean norm."""
     results = jit(partial(output_and_gradients, function))(inputs, direction)
     return [
         float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
@@ -200,7 +201,7 @@ def assert_bfloat16_errors(case, jit, keep, interpret):
     exceed the error of plain JAX by a tenth plus 1e-4.
     """
     inputs, direction = random_inputs(case)
-    # Rounded here, because XLA may leave out the rounding in the plain version only.
+    # Inputs are rounded here, because XLA may skip the rounding in plain JAX.
     inputs, direction = in_bfloat16(inputs), direction.astype(jnp.bfloat16)
     float32_inputs = [x.astype(jnp.float32) for x in inputs]
     truth = output_and_gradients(case.plain, float32_inputs, direction)
@@ -216,7 +217,7 @@ def assert_bfloat16_errors(case, jit, keep, interpret):
     )
 
 
-# Blocks whose attention must not run as a kernel
+# Blocks with and without a property that excludes the attention kernel
 
 # The grid has an odd number of tokens, and 2x2 windows do not fill it.
 BLOCK_GRID, WINDOW = (3, 5), 2
@@ -263,7 +264,7 @@ def hidden_keys(batch: int) -> np.ndarray:
 
 
 def relative_index() -> np.ndarray:
-    """Return the row of the bias table for each query and key, [N, N]."""
+    """Return the row index in the bias table for each query and key, [N, N]."""
     (rows, columns), (height, width) = unit_coordinates(), BLOCK_GRID
     row_distance = rows[:, None] - rows + height - 1
     column_distance = columns[:, None] - columns + width - 1
@@ -292,6 +293,6 @@ def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     q, k, v = qkv + params["attn/qkv/bias"][:, None, None]
     y = library_attention(q, k, v, bias=bias, mask=mask).reshape(x.shape)
     x = x + y @ params["attn/proj/kernel"] + params["attn/proj/bias"]
-    later = [params[f"norm2/{name}"] for name in ("scale", "bias")]
-    later += [params[f"mlp/fc{i}/{k}"] for i in (1, 2) for k in ("kernel", "bias")]
-    return plain_mlp(x.reshape(-1, width), *later).reshape(x.shape)
+    mlp_params = [params[f"norm2/{name}"] for name in ("scale", "bias")]
+    mlp_params += [params[f"mlp/fc{i}/{k}"] for i in (1, 2) for k in ("kernel", "bias")]
+    return plain_mlp(x.reshape(-1, width), *mlp_params).reshape(x.shape)

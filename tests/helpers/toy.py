@@ -1,7 +1,6 @@
-"""A user's own task and dataset: label maps of images of two sizes.
+"""A user's own task and dataset: images of two sizes with one label per cell.
 
-The task uses every feature of the task interface. The package contains none of this
-code.
+The task uses every feature of the task interface.
 """
 
 import io
@@ -23,15 +22,15 @@ from hivit_jax.models.norms import BatchNorm
 from hivit_jax.tasks.base import Task
 
 CELL, CLASSES = 8, 3  # side of a cell in pixels, number of classes
-SIZES = ((32, 32), (32, 48))  # (height, width) of images; one bucket each
+SIZES = ((32, 32), (32, 48))  # (height, width) of the images of each bucket
 BROKEN = "train/07"  # image whose label map cannot be read
 
 
 def write_dataset(root):
     """Write images of the two `SIZES`, with a label for each cell.
 
-    There are 40 and 11 training images, 9 and 8 test images of the two sizes. The
-    labels are 0 (dark), 1 (middle) and 2 (bright). One label map cannot be read.
+    The training split has 40 and 11 images of the two sizes, the test split 9 and 8.
+    The labels are 0 (dark), 1 (middle) and 2 (bright). One label map cannot be read.
     """
     random = np.random.RandomState(0)
     for split, counts in (("train", (40, 11)), ("test", (9, 8))):
@@ -72,7 +71,7 @@ class Maps(Source):
 
 
 class MapTransform(Transform):
-    """Decode image and map; mirror half of the examples in training."""
+    """Transform that decodes image and map; in training, it mirrors half of them."""
 
     draws = 1
 
@@ -120,7 +119,7 @@ class Network(nnx.Module):
 
 
 class Segmentation(Task):
-    """Task that classifies every cell."""
+    """Task that predicts the label of every cell."""
 
     keys = {"prior": Key((0.0,) * CLASSES, "added to the logits", length=CLASSES)}
     best = ("eval/accuracy", "max")

@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def default_precision():
-    """Use JAX's default precision of matrix products, as in training, on one device."""
+    """Use one device and, as in training, JAX's default precision of products."""
     before = jax.config.jax_default_matmul_precision
     jax.config.update("jax_default_matmul_precision", None)
     with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
@@ -81,13 +81,15 @@ def _flash_backward(saved, direction):
     q, k, v, bias, out, log_sums = saved
     scale = 1 / np.sqrt(q.shape[-1])
     weights = jnp.exp(_flash_scores(q, k, bias) - log_sums)
-    subtracted = _product("bqhd,bqhd->bhq", direction, out)[..., None]
-    slopes = weights * (_product("bqhd,bkhd->bhqk", direction, v) - subtracted)
-    dbias = slopes.sum(0, keepdims=True).astype(q.dtype)
-    slopes = (scale * slopes).astype(q.dtype)
+    output_dots = _product("bqhd,bqhd->bhq", direction, out)[..., None]
+    score_gradients = weights * (
+        _product("bqhd,bkhd->bhqk", direction, v) - output_dots
+    )
+    dbias = score_gradients.sum(0, keepdims=True).astype(q.dtype)
+    score_gradients = (scale * score_gradients).astype(q.dtype)
     gradients = (
-        _product("bhqk,bkhd->bqhd", slopes, k),
-        _product("bhqk,bqhd->bkhd", slopes, q),
+        _product("bhqk,bkhd->bqhd", score_gradients, k),
+        _product("bhqk,bqhd->bkhd", score_gradients, q),
         _product("bhqk,bqhd->bkhd", weights.astype(q.dtype), direction),
     )
     gradients = tuple(gradient.astype(q.dtype) for gradient in gradients)

@@ -49,14 +49,14 @@ WIDE = dict(
 def one_device():
     """Set a mesh of one device.
 
-    Without it, dispatch would use no kernels, because the tests run on eight devices.
+    Without a mesh, dispatch uses no kernels, because the tests run on eight devices.
     """
     with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
         yield
 
 
 def loss_of(choice, **overrides):
-    """Return a masked autoencoder's loss function and its parameters."""
+    """Return (loss function, parameters) of a masked autoencoder."""
     model = create_model("mae_hivit_base", kernels=choice, **WIDE | overrides)
     graphdef, params = split(model)
     images, noise = (
@@ -218,7 +218,7 @@ def on_platform(monkeypatch):
         chip = SimpleNamespace(**v5e)
         monkeypatch.setattr(target.pltpu, "get_tpu_info", lambda: chip)
         monkeypatch.setattr(target, "platform", lambda: name)
-        if name == "gpu":  # the kernel runs on the CPU
+        if name == "gpu":  # interpreted, because the GPU kernel runs on the CPU
             monkeypatch.setattr(
                 dispatch, "Plan", partial(numerics.Plan, interpret=True)
             )
@@ -260,7 +260,8 @@ def test_each_backend_runs_its_kernels(platform, dtype, on_platform):
     calls, batch = on_platform(platform), 64
 
     def kernels_of_block(special, choice, tokens=15):
-        sizes = {"grid": (2, 8)} if tokens == 16 else {}  # of complete windows
+        # Complete 2x2 windows fill a grid of 2x8 units.
+        sizes = {"grid": (2, 8)} if tokens == 16 else {}
         graphdef, params, inputs = main_stage_block(
             special, batch, dtype=dtype, **sizes
         )
@@ -364,7 +365,7 @@ def test_gradients_of_parameters_are_summed_over_devices():
 
 @pytest.mark.slow
 def test_kernels_on_full_windows_equal_plain_jax(one_device):
-    """Output and gradients are compared, with relative positions and drop path.
+    """Output and gradients are equal, with relative positions and drop path.
 
     Drop path drops all windows of an image together.
     """

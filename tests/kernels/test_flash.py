@@ -1,4 +1,4 @@
-"""Tests of the TPU kernel for attention of many tokens, interpreted on the CPU."""
+"""Tests of the TPU kernel for attention over many tokens, interpreted on the CPU."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -59,10 +59,10 @@ def attend(q, k, v, bias, choice="fused", mask=None):
     ("tokens", "heads", "head", "rows"),
     [(256, 2, 64, 128), (300, 2, 128, 384), (140, 4, 32, 128), (270, 4, 64, 128)],
 )
-def test_equals_plain_jax(tokens, heads, head, rows):
-    """Compare output and gradients of q, k, v and bias, with and without padding.
+def test_kernel_equals_plain_jax(tokens, heads, head, rows):
+    """Output and gradients of q, k, v and bias are equal, with and without padding.
 
-    The widths of 128 and 256 are tiles of one, two and four heads.
+    A tile of 128 columns contains one, two or four heads.
     """
     inputs, direction = inputs_of(3, tokens, heads, head)
     actual, expected = (
@@ -99,7 +99,7 @@ def test_gradient_of_the_bias_is_summed_over_devices():
 
 
 def test_only_supported_arguments_run_the_kernel():
-    """Fewer tokens, masks, odd widths, and biases per image are left to XLA."""
+    """With few tokens, a mask, an odd width or a bias per image, XLA runs instead."""
 
     def kernels(images=2, tokens=256, heads=2, head=64, per_image=False, **options):
         (q, k, v, bias), _ = inputs_of(images, tokens, heads, head)
@@ -118,7 +118,7 @@ def test_only_supported_arguments_run_the_kernel():
 
 
 def test_bias_must_fit_in_vmem(monkeypatch):
-    """1,600 tokens fit into the 128 MiB of a v5e, but not into 64 MiB; 1,024 do."""
+    """The bias of 1,600 tokens fits in 128 MiB, as in a v5e, and not in 64 MiB."""
     monkeypatch.setattr(target, "platform", lambda: "tpu")
 
     def kernels(tokens, mebibytes):

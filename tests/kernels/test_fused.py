@@ -1,8 +1,8 @@
 """Tests that fused kernels equal plain JAX.
 
 The kernels are the MLP and attention branches on TPUs and LayerNorm on GPUs, all
-interpreted on the CPU. Attention through cuDNN, GELU, LayerNorm, and the choice of
-block sizes and saved residuals are tested too.
+interpreted on the CPU. Other tests check cuDNN attention, GELU, LayerNorm, and the
+choice of block sizes and saved residuals.
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ from hivit_jax.xla.chips import GPU_OPTIONS, devices_of
 
 
 def saved_size(function, inputs):
-    """Count the elements of the saved residuals, inputs included."""
+    """Return the number of elements of the saved residuals, including inputs."""
     return sum(x.size for x in jax.tree.leaves(jax.vjp(function, *inputs)[1]))
 
 
@@ -52,8 +52,8 @@ LAYERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_equal_jax_and_save_less(name):
-    """Our GELU and LayerNorm give JAX's values and gradients, but save less."""
+def test_layers_equal_jax_and_save_fewer_residuals(name):
+    """Values and gradients of GELU and LayerNorm equal those of plain JAX."""
     layer, jax_layer, shapes = LAYERS[name]
     *inputs, direction = (4 * x for x in random_arrays(*shapes, shapes[0]))
     expected = jax.jit(partial(output_and_gradients, jax_layer))(inputs, direction)
@@ -211,7 +211,7 @@ def test_tpu_compiler_accepts_mlp_and_attention(case, keep):
 
 
 def compiled_text(case, device, keep, options=None):
-    """Compile a kernel and its gradients in bfloat16 for a device; return the text."""
+    """Compile a kernel and its gradients in bfloat16 for a device; return the HLO."""
     mesh = Mesh(np.array([device]), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
     inputs, direction = random_inputs(case)
@@ -242,8 +242,8 @@ def test_blocks_contain_whole_tiles_or_whole_images():
     assert target.block_rows(4 * 49, 392, 512, 2000) is None
 
 
-def test_residuals_are_saved_if_that_is_faster():
-    """The hidden layer of an MLP is saved if moving it is faster than recomputing it.
+def test_residuals_are_saved_if_moving_is_faster_than_recomputing():
+    """The residual is the hidden layer of an MLP.
 
     `balance` is the ratio of peak FLOP/s to peak HBM bandwidth in byte/s: 166 for a
     v5p, 240 for a v5e. Kernels assume half of the bandwidth. The widths are those of
