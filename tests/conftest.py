@@ -1,4 +1,4 @@
-"""Set-up of tests: eight virtual CPU devices, float32 products, a compilation cache.
+"""Set-up of the tests: eight virtual CPU devices, matrix precision, compilation cache.
 
 JAX_PLATFORMS selects another backend. All workers, subprocesses and later test runs
 share the cache, so that each program is compiled once.
@@ -31,8 +31,8 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.devices()  # reads XLA_FLAGS
-# libtpu reads XLA_FLAGS later, when the flag for fast compiles must be gone.
+jax.devices()  # initializes the backend, which reads XLA_FLAGS
+# libtpu, which reads XLA_FLAGS later, must not receive the flag for fast compiles.
 os.environ["XLA_FLAGS"] = virtual_devices_flag(8)
 
 

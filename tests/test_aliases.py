@@ -52,7 +52,7 @@ def test_advice_names_all_keys_with_the_same_last_component():
 
 @pytest.mark.parametrize("key", ["optimizer.name", "optimizer.type", "optim", "opt"])
 def test_advice_names_the_optimizer_of_each_task(key):
-    """The advice does not suggest `model.name`, which has the same last component."""
+    """For `optimizer.name`, the advice does not suggest `model.name`."""
     assert advice(key).startswith("the task determines the optimizer: LARS for ")
 
 

@@ -72,7 +72,7 @@ def check_install(words):
         assert set(extra.split(",")) <= {*setup["options.extras_require"]}, extra
 
 
-def check(words):
+def check_command(words):
     """Raise an error if a command names a missing program, file, flag or target."""
     program, *arguments = words
     if program == "hivit_jax":
@@ -102,7 +102,7 @@ def test_commands_are_valid(path, tmp_path, monkeypatch):
         if "--workdir" in words and "--config" not in words:
             continue  # because the command reads the config of an earlier run
         try:
-            check(words)
+            check_command(words)
         except (AssertionError, HivitError, SystemExit) as error:
             pytest.fail(f"{path.name}: {shlex.join(words)}\n{error}")
 

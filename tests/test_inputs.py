@@ -87,7 +87,7 @@ def test_crops_differ_by_image_epoch_and_seed():
     assert (first_epoch["image"] != uncropped["image"]).any((1, 2, 3)).mean() > 0.9
     cfg.seed = 1
     other_seed = next(inputs.train_batches(cfg, 0, 1))
-    # Sorted by image index, so that each image is compared with itself.
+    # Images are sorted by index, so that each image is compared with itself.
     images, labels = [], []
     for batch, seed, epoch in (
         (first_epoch, 0, 0),
@@ -459,7 +459,7 @@ def test_run_warns_of_small_classes_and_unmatched_exclusions(tmp_path, monkeypat
 
 
 def test_evaluations_warn_of_unmatched_exclusions(tmp_path, monkeypatch, capsys):
-    """`--mode eval` and the probes print the warning once, before they start."""
+    """`--mode eval` and the probes print the warning once, at the start."""
 
     class Started(Exception):
         pass

@@ -109,7 +109,7 @@ def test_range_limits_are_accepted():
 
 
 def test_infinite_peak_learning_rate_is_an_error():
-    """The batch size scales the base learning rate to the peak."""
+    """The peak is base_learning_rate * batch_size / lr_batch."""
     with pytest.raises(
         ConfigError, match=r"batch_size / optimizer.lr_batch\)=2.5.*; expected finite"
     ):

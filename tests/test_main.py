@@ -107,8 +107,8 @@ def test_missing_checkpoint_exits_with_code_5(finished, tmp_path, capsys):
         error = capsys.readouterr().err
         check_message(error, ["no checkpoint", str(path)])
         hint = "--config.init_from= to start from random parameters"
-        is_wrong_key = flags[-1] == f"--config.init_from={nowhere}"
-        assert (hint in error) == is_wrong_key
+        expects_hint = flags[-1] == f"--config.init_from={nowhere}"
+        assert (hint in error) == expects_hint
     assert not nowhere.exists()
 
 

@@ -82,11 +82,7 @@ def test_start_without_a_chip_logs_one_line(start):
 
 
 def test_start_shows_stderr_if_libtpu_finds_a_chip_or_fails(start, capfd):
-    """`platforms.start` shows the stderr of libtpu in these two cases.
-
-    `platforms.start` starts no backend if `has_chip` returns True or JAX_PLATFORMS is
-    set.
-    """
+    """If `has_chip` returns True or JAX_PLATFORMS is set, no backend is started."""
     assert start(platform="tpu") == ("", "unexpected worker hostname\n")
     assert start(has_chip=True) == ("", "")
     assert start(jax_platforms="tpu") == ("", "")

@@ -1,4 +1,4 @@
-"""Tests of the record of a run's starts, and of changes at a resume."""
+"""Tests of the config file of each start, and of changes when a run resumes."""
 
 import json
 import time

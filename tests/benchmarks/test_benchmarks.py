@@ -164,7 +164,7 @@ def test_accelerator_parts_cover_every_choice_of_kernels(capsys):
 def test_paper_measures_only_missing_cells(tmp_path, monkeypatch, capsys):
     """--again measures all selected cells again.
 
-    A ratio is printed only if both of its cells were measured in the same run.
+    A ratio is printed only if one run measured both cells.
     """
     measured = []
 

@@ -137,7 +137,7 @@ def averaged_variables(items):
 
 
 @pytest.fixture(scope="module")
-def evaluated(stored):
+def evaluate_in_numpy(stored):
     """Return a function from parameters to the test split's (loss, top-1, top-5).
 
     The function computes the head in numpy, from the features of the frozen encoder.
@@ -218,15 +218,15 @@ def test_each_step_updates_the_average(stored):
     assert distance.max() > 0.005
 
 
-def test_training_evaluates_the_average(run, stored, evaluated):
+def test_training_evaluates_the_average(run, stored, evaluate_in_numpy):
     lines = [
         line for line in metrics.read(run / "metrics.jsonl") if "eval/loss" in line
     ]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
         items = stored[line["step"]]
-        with_average = evaluated(averaged_variables(items))
-        with_params = evaluated(items["params"] | items["model_state"])
+        with_average = evaluate_in_numpy(averaged_variables(items))
+        with_params = evaluate_in_numpy(items["params"] | items["model_state"])
         logged = [line[f"eval/{name}"] for name in ("loss", "top1", "top5")]
         assert_allclose(logged, with_average, rtol=1e-4)
         assert abs(with_params[0] - with_average[0]) > 0.02
@@ -254,19 +254,19 @@ def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys
 # Commands that read a checkpoint
 
 
-@pytest.mark.parametrize(("where", "step"), [("", 4), ("checkpoints/2", 2)])
+@pytest.mark.parametrize(("subdirectory", "step"), [("", 4), ("checkpoints/2", 2)])
 def test_eval_mode_evaluates_the_average(
-    where, step, run, stored, evaluated, tmp_path, capsys
+    subdirectory, step, run, stored, evaluate_in_numpy, tmp_path, capsys
 ):
     """``--mode eval`` reads --checkpoint, by default the newest in the workdir."""
     arguments = [*flags(), "--mode=eval", f"--workdir={run}"]
-    if where:
+    if subdirectory:
         arguments[-1] = f"--workdir={tmp_path}"
-        arguments += [f"--checkpoint={run / where}"]
+        arguments += [f"--checkpoint={run / subdirectory}"]
     capsys.readouterr()
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    loss, top1, top5 = evaluated(averaged_variables(stored[step]))
+    loss, top1, top5 = evaluate_in_numpy(averaged_variables(stored[step]))
     match = re.search(
         rf"^step {step}  eval  loss (\S+)  top1 (\S+) %  top5 (\S+) %  \(64 im",
         out,

@@ -1,4 +1,4 @@
-"""Test of a run in a bucket that is killed, resumed, damaged and evaluated."""
+"""Test of a run whose workdir is in a bucket: kill, resume, damage and evaluation."""
 
 import mini_runs
 import pytest

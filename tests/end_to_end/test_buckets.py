@@ -57,9 +57,9 @@ def local(tmp_path_factory, dataset, run_training):
 def test_run_that_loses_access_resumes_bit_identically(
     dataset, run_training, local, tmp_path, reader
 ):
-    """A run that loses access to its bucket exits with 4 and resumes bit-identically.
+    """A run that loses access to its bucket exits with code 4.
 
-    Neither reader needs gcsfs; the reader "threads" also needs no tensorflow.
+    Neither reader needs gcsfs. The reader "threads" does not need tensorflow either.
     """
     workdir = tmp_path / "remote"
     with serve(dataset) as bucket:

@@ -178,7 +178,7 @@ def fraction_equal(images, others):
 
 
 def test_training_flips_and_erases_resized_images(run, folder):
-    """Half of the images are flipped, and one rectangle of each is erased."""
+    """Half of the images are flipped, and a rectangle of each image is erased."""
     pixels, order = normalized(folder[1]["train"][0]), order_of(0, 4, TRAIN)
     mirrored = []  # 1 for each flipped image, else 0
     for step, (images, _) in enumerate(run.train):
@@ -202,8 +202,8 @@ def test_training_flips_and_erases_resized_images(run, folder):
 def readable_examples(folder):
     """Return pixels and labels of the readable validation images."""
     pixels, labels = folder[1]["val"]
-    good = ~np.isin(np.arange(VAL), DAMAGED["val"])
-    return pixels[good], labels[good]
+    is_readable = ~np.isin(np.arange(VAL), DAMAGED["val"])
+    return pixels[is_readable], labels[is_readable]
 
 
 def test_evaluation_images_are_not_augmented(run, folder):
@@ -223,8 +223,8 @@ def test_evaluation_images_are_not_augmented(run, folder):
 
 def eval_results(evaluation, folder):
     """Compute loss, top-1 and top-5 of the readable images from the logits."""
-    good = ~np.isin(np.arange(VAL), DAMAGED["val"])
-    logits = np.concatenate([logits for _, logits in evaluation])[:VAL][good]
+    is_readable = ~np.isin(np.arange(VAL), DAMAGED["val"])
+    logits = np.concatenate([logits for _, logits in evaluation])[:VAL][is_readable]
     labels = readable_examples(folder)[1]
     rank = (-logits).argsort(-1)
     return {

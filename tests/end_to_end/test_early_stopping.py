@@ -20,7 +20,7 @@ LOSSES = {1: 0.7, 2: 0.5, 3: 0.4, 4: 0.6, 5: 0.45, 6: 0.1}
 
 
 @pytest.fixture
-def evaluated(monkeypatch):
+def evaluated_steps(monkeypatch):
     """Replace evaluation results with `LOSSES`; return the list of evaluated steps."""
     steps = []
 
@@ -42,14 +42,16 @@ def config(**overrides):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, capsys):
+def test_run_ends_at_the_same_step_after_interruptions(
+    evaluated_steps, tmp_path, capsys
+):
     """Early stopping ends a run at step 5, even if the run was interrupted or killed.
 
     The best checkpoint is kept, and the last printed line names it.
     """
     uninterrupted = tmp_path / "whole"
     assert train(config(), uninterrupted)["eval/loss"] == 0.45
-    assert evaluated == [1, 2, 3, 4, 5]
+    assert evaluated_steps == [1, 2, 3, 4, 5]
     assert mini_runs.saved_steps(uninterrupted) == [3, 5]
     *_, early, last = capsys.readouterr().out.splitlines()
     assert early == "early stopping: no better eval/loss in the last 2 evaluations"
@@ -58,7 +60,7 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
     # The count of evaluations without improvement survives an interruption after step
     # 4, and a kill that loses step 4.
     workdir = tmp_path / "interrupted"
-    evaluated.clear()
+    evaluated_steps.clear()
     with pytest.raises(Interrupted):
         train(config(), workdir, lambda step: "why" if step == 4 else None)
     assert mini_runs.saved_steps(workdir) == [3, 4]
@@ -67,9 +69,9 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
         shutil.copytree(workdir, resumed)
         if newest_step == 3:
             shutil.rmtree(resumed / "checkpoints" / "4")
-        evaluated[:] = range(1, newest_step + 1)
+        evaluated_steps[:] = range(1, newest_step + 1)
         train(config(), resumed)
-        assert evaluated == [1, 2, 3, 4, 5]
+        assert evaluated_steps == [1, 2, 3, 4, 5]
         assert mini_runs.logged(resumed, "eval/loss") == mini_runs.logged(
             uninterrupted, "eval/loss"
         )
@@ -84,17 +86,17 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
     assert train(config(), uninterrupted)["eval/loss"] == 0.1
     assert sorted(uninterrupted.rglob("*")) == files
     assert "early stopping: no better" in capsys.readouterr().out
-    evaluated[:] = range(1, 6)
+    evaluated_steps[:] = range(1, 6)
     train(config(early_stopping=0), uninterrupted)
     assert mini_runs.logged(uninterrupted, "eval/loss")[6] == 0.1
 
 
 @pytest.mark.slow
-def test_failed_evaluation_ends_the_run(evaluated, tmp_path, monkeypatch):
+def test_failed_evaluation_ends_the_run(evaluated_steps, tmp_path, monkeypatch):
     """If the last evaluation fails, the resumed run repeats it and trains no step."""
 
     def failing(*arguments):
-        if len(evaluated) == 4:
+        if len(evaluated_steps) == 4:
             raise DataError("cannot access the images")
         return scripted(*arguments)
 
@@ -104,9 +106,9 @@ def test_failed_evaluation_ends_the_run(evaluated, tmp_path, monkeypatch):
         with pytest.raises(DataError, match="cannot access the images"):
             train(config(), tmp_path)
     assert mini_runs.saved_steps(tmp_path) == [3, 5]
-    assert evaluated == [1, 2, 3, 4]
+    assert evaluated_steps == [1, 2, 3, 4]
     assert train(config(), tmp_path)["eval/loss"] == LOSSES[5]
-    assert evaluated == [1, 2, 3, 4, 5]
+    assert evaluated_steps == [1, 2, 3, 4, 5]
     assert mini_runs.saved_steps(tmp_path) == [3, 5]
     assert mini_runs.logged(tmp_path, "eval/loss")[5] == LOSSES[5]
 

@@ -55,7 +55,7 @@ def test_steps_and_evaluation_equal_the_oracle(name, recorded_run):
 
 
 def test_recorded_steps_include_mixup_and_cutmix():
-    """The steps of the recorded classifier include Mixup and CutMix."""
+    """The recorded run is the classifier."""
     uses_cutmix = set()
     for step in range(STEPS):
         key = oracle.sample_keys(5, "train", step * recorded_runs.BATCH, 1)[0]

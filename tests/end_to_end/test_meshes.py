@@ -244,7 +244,7 @@ def test_load_pretrained_reads_workdirs_and_checkpoints(trained):
 
 
 def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
-    """The loss of step 5 is NaN. Step 6 raises the error and saves step 4."""
+    """The loss of step 5 is NaN; step 6 raises the error; step 4 is saved."""
 
     def poisoned(config, first, last):
         for step, batch in enumerate(train_batches(config, first, last), first):
@@ -408,4 +408,4 @@ def test_first_epoch_1_skips_an_epoch_when_resuming(tmp_path):
     assert_allclose([logged[7], logged[8]], [schedule(6), schedule(7)], rtol=1e-6)
     state = mini_runs.saved_arrays(tmp_path, 8)["optimizer"]
     counts = {int(v) for name, v in state.items() if name.endswith("count")}
-    assert counts == {4, 8}  # steps for Adam's bias correction, and for the schedule
+    assert counts == {4, 8}  # Adam's bias correction counts 4 steps, the schedule 8

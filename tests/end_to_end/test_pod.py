@@ -38,7 +38,7 @@ class Pod:
     """Run with `count` processes on loopback.
 
     Args:
-      flags: one list for all processes, or one for each.
+      flags: one list for all processes, or one list for each process.
     """
 
     def __init__(self, workdir, count, environment, *flags):

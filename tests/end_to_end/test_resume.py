@@ -81,7 +81,7 @@ def interrupt(workdir, source, signal_number, after, environment, **overrides):
 
 
 def check_same_run(workdir, expected):
-    """Check that the last state and all losses are identical, each step logged once."""
+    """Check that last states and losses are identical and each step is logged once."""
     assert (
         mini_runs.saved_steps(workdir)[-1]
         == mini_runs.saved_steps(expected)[-1]

@@ -2,8 +2,8 @@
 
     python tests/helpers/buckets.py DIRECTORY DELAY
 
-This command serves a directory until it is terminated. It prints the environment
-variables of clients as JSON.
+The command prints the environment variables for clients as JSON, and serves the
+directory until the process is terminated.
 """
 
 import json
@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         bucket, url = self.server, urlsplit(self.path)
         query = {key: value[0] for key, value in parse_qs(url.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        # Google's JSON interface has the paths matched here, S3 has /BUCKET/KEY.
+        # Google's JSON interface has paths /storage/v1/b/BUCKET/o/KEY, S3 /BUCKET/KEY.
         is_upload = url.path.startswith("/upload/")
         path = url.path.removeprefix("/upload").removeprefix("/download")
         is_json = path.startswith("/storage/v1/b/")
@@ -180,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
     def _change(
         self, method: str, key: str, target: str, query: dict[str, str], body: bytes
     ) -> None:
-        """Write, copy or delete an object, unless its version is unexpected."""
+        """Write, copy or delete an object; refuse if the object's version differs."""
         bucket = self.server
         with bucket.lock:
             expected = query.get("ifGenerationMatch", str(bucket.version(key)))

@@ -4,7 +4,7 @@
 
 The first FLAG is --config=RECIPE. The program writes the host's examples of some
 training batches and of all evaluation batches to OUT.npz. All hosts together evaluate
-the checkpoint in WORKDIR, and each host writes the results to its OUT.json.
+the checkpoint in WORKDIR, and each host writes the results to OUT.json.
 """
 
 import json

@@ -25,9 +25,9 @@ class Case(NamedTuple):
     """Residual branch of rows [T, C]; on GPUs, only the LayerNorm of the branch.
 
     platform: backend of the kernel.
-    shapes: shapes of the inputs: rows, and LayerNorm's scale and bias. TPU kernels also
-      have kernels and biases of two linear layers, and some the bias of attention
-      scores.
+    shapes: shapes of the inputs: rows, and LayerNorm's scale and bias. Inputs on TPUs
+      include kernels and biases of two linear layers, and may include the bias of
+      attention scores.
     plain: (*inputs, branch_scale) -> [T, C]; branch_scale is [images] or None.
     fused: (*inputs, branch_scale, keep, interpret) -> [T, C], one kernel.
     images: number of images that the rows belong to.
@@ -103,7 +103,8 @@ def plain_attention(x, *weights, heads, tokens, branch_scale=None):
 def shapes_of(rows, width, middle, end):
     """Return the shapes of rows, LayerNorm and two linear layers.
 
-    middle: outputs of the first layer. end: inputs of the second layer.
+    middle: number of outputs of the first layer.
+    end: number of inputs of the second layer.
     """
     shapes = [(rows, width), (width,), (width,), (width, middle), (middle,)]
     return [*shapes, (end, width), (width,)]
@@ -156,7 +157,7 @@ CASES = {
     "attention of 196": attention(8, 196, 128, 2, 784),
     "attention of 144": attention(2, 144, 256, 8, 144),
     "attention of 9": attention(32, 9, 128, 1, 144),
-    # The `offsets` of these cases' `Groups` have lengths 1, 1, 3 and 4.
+    # In these cases, `Groups.offsets` has 1, 1, 3 and 4 elements.
     "bias of 144": attention(2, 144, 256, 8, 144, bias=True),
     "bias of 9": attention(32, 9, 128, 1, 144, bias=True),
     "bias of 196": attention(8, 196, 128, 2, 784, bias=True),

@@ -132,7 +132,7 @@ def traced_step(config: ConfigDict) -> str:
 
 
 def make_training(config: ConfigDict, mesh, schedule) -> Training:
-    """Prepare a config's train step."""
+    """Return the prepared train step of a config."""
     task = inputs.make_task(config, "train")
     return prepare(task, mesh, schedule, **configs.step_options(config))
 

@@ -147,7 +147,7 @@ def torch_bicubic(maps, grid):
 def training_macs(model, mask_ratio):
     """Return the multiply-adds in matrix products of a training forward pass.
 
-    In training, the decoder's last MLP and its prediction layer skip visible units.
+    In training, the decoder's last MLP and prediction layer skip visible units.
     """
     visible = count_visible_units(math.prod(model.encoder.grid), mask_ratio)
     shortened = model.decoder_blocks[-1].mlp, model.decoder_pred

@@ -3,8 +3,8 @@
 The oracle computes everything from encoded files to parameters with numpy and basic
 JAX. The only functions of the package that it calls are the operations of RandAugment.
 As in the official code, feature maps are stored row by row, and all units are embedded
-before the visible units are gathered. The official code does not define the order of
-samples and the PRNG keys, which follow the documentation of this library.
+before the visible units are gathered. The official code defines no order of samples and
+no PRNG keys; both follow the documentation of this library.
 `test_every_key.py` compares runs with the oracle.
 """
 
@@ -422,7 +422,7 @@ def kept_branches(keys, keep_prob):
 
 
 def drop_path_scales(keys, drop_path_rates):
-    """Return the factors [B, branches] of the branches, from one rate per block."""
+    """Return drop-path factors [B, branches] from one rate per block."""
     keep_prob = 1 - np.float32(drop_path_rates)
     drop_path_keys = jnp.stack([fold(key, "drop_path") for key in keys])
     kept = np.asarray(kept_branches(drop_path_keys, keep_prob))

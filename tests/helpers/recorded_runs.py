@@ -223,7 +223,7 @@ class RecordedRun:
         return images, weight, labels, oracle.sample_keys(config.seed, "eval", 0, BATCH)
 
     def drop_path_scales(self, keys, config):
-        """Return the factors of the branches [B, branches] in a training step."""
+        """Return the drop-path factors [B, branches] of a training step."""
         largest = config.model.get("drop_path_rate") or 0
         rates = np.linspace(0, largest, sum(self.blocks_per_stage))
         return oracle.drop_path_scales(keys, rates)

@@ -1,8 +1,8 @@
 """Inputs of the golden data: weights, images, noise and labels.
 
-Every array depends only on (name, shape, seed), because the seed of its PCG64 generator
-is ``crc32(name) + seed``. Names, shapes and layouts are PyTorch's, except that images
-are NHWC.
+Each array is a function of (name, shape, seed). It is drawn from a PCG64 generator with
+the seed ``crc32(name) + seed``. Names, shapes and layouts are PyTorch's, except that
+images are NHWC.
 """
 
 import json

@@ -71,7 +71,7 @@ class Maps(Source):
 
 
 class MapTransform(Transform):
-    """Transform that decodes image and map; in training, it mirrors half of them."""
+    """Transform that decodes image and map, and mirrors half of the training images."""
 
     draws = 1
 
@@ -158,8 +158,8 @@ class Segmentation(Task):
         confusion = jnp.zeros((CLASSES, CLASSES), jnp.int32)
         confusion = confusion.at[batch["map"], predicted].add(weight)
         loss = cross_entropy(logits, batch["map"]) * batch["weight"]
-        right = (predicted == batch["map"]).mean((1, 2))
-        return {"confusion": confusion, "loss": loss.sum()}, {"right": right}
+        accuracy = (predicted == batch["map"]).mean((1, 2))
+        return {"confusion": confusion, "loss": loss.sum()}, {"accuracy": accuracy}
 
     def predict_step(self, model, batch):
         return {"map": model(self.preprocess(batch)).argmax(-1)}
@@ -174,8 +174,8 @@ class Segmentation(Task):
                 {"name": Path(str(name)).name, "map": label_map.tolist()}
                 for name, label_map in zip(rows["name"], rows["map"], strict=True)
             ]
-        pairs = zip(rows["index"].tolist(), rows["right"].tolist(), strict=True)
-        return [{"index": index, "right": right} for index, right in pairs]
+        pairs = zip(rows["index"].tolist(), rows["accuracy"].tolist(), strict=True)
+        return [{"index": index, "accuracy": accuracy} for index, accuracy in pairs]
 
     def summarize(self, sums, count, records):
         confusion = sums["confusion"]
@@ -183,7 +183,7 @@ class Segmentation(Task):
             "eval/loss": float(sums["loss"]) / count,
             "eval/accuracy": float(np.trace(confusion) / confusion.sum()),
             "eval/cells": int(confusion.sum()),
-            "eval/worst": min(record["right"] for record in records),
+            "eval/worst": min(record["accuracy"] for record in records),
             "eval/records": len({record["index"] for record in records}),
         }
 

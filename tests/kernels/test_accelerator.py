@@ -112,8 +112,10 @@ def test_attention_is_as_exact_as_flash_attention(tokens, with_bias):
     inputs += [random_array((1, 16, tokens, tokens), "bias")] * with_bias
 
     with jax.default_matmul_precision("highest"):
-        wide = [jnp.float32(x) for x in inputs]
-        truth = output_and_gradients(jax.nn.dot_product_attention, wide, direction)
+        float32_inputs = [jnp.float32(x) for x in inputs]
+        truth = output_and_gradients(
+            jax.nn.dot_product_attention, float32_inputs, direction
+        )
 
     def attend(q, k, v, bias=None):
         return attention_xla.dot_product_attention(

@@ -165,7 +165,7 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
 
 @pytest.mark.slow
 def test_unsupported_shapes_and_backends_use_no_kernels(one_device):
-    """Shapes that do not fit tiles and backends without kernels run plain XLA."""
+    """Plain JAX runs with shapes that do not fit tiles, and with "auto" on a CPU."""
     assert (
         kernels_in(jax.make_jaxpr(loss_of("auto")[0])(loss_of("auto")[1]).jaxpr) == []
     )
@@ -229,7 +229,7 @@ def on_platform(monkeypatch):
 
 
 def mesh_of(**axes):
-    """Set a mesh with these axis sizes."""
+    """Return a context manager that sets a mesh with these axis sizes."""
     devices = np.array(jax.devices()[: np.prod([*axes.values()])])
     return jax.set_mesh(Mesh(devices.reshape(*axes.values()), tuple(axes)))
 

@@ -76,8 +76,8 @@ def test_kernel_equals_plain_jax(tokens, heads, head, rows):
 def test_bfloat16_is_as_exact_as_plain_jax():
     """The errors relative to float32 exceed those of plain JAX by at most a tenth."""
     inputs, direction = inputs_of(2, 300, 2, 64, jnp.bfloat16)
-    exact = [x.astype(jnp.float32) for x in inputs]
-    truth = output_and_gradients(plain, exact, direction.astype(jnp.float32))
+    float32_inputs = [x.astype(jnp.float32) for x in inputs]
+    truth = output_and_gradients(plain, float32_inputs, direction.astype(jnp.float32))
     errors, plain_errors = (
         relative_errors(function, inputs, direction, truth, fast_jit)
         for function in (fused, plain)
@@ -99,7 +99,7 @@ def test_gradient_of_the_bias_is_summed_over_devices():
 
 
 def test_only_supported_arguments_run_the_kernel():
-    """With few tokens, a mask, an odd width or a bias per image, XLA runs instead."""
+    """With few tokens, a mask, an odd width or a bias per image, no kernel runs."""
 
     def kernels(images=2, tokens=256, heads=2, head=64, per_image=False, **options):
         (q, k, v, bias), _ = inputs_of(images, tokens, heads, head)

@@ -44,7 +44,7 @@ WITHOUT_TRAINING = ["create", "setup", "status", "delete"]
 
 
 class Stage:
-    """Directory with stand-ins for commands, and the log of their calls."""
+    """Directory with stand-ins for commands and a log of calls."""
 
     def __init__(self, directory: Path):
         self.calls_file = directory / "calls"
@@ -134,7 +134,7 @@ def test_scripts_are_executable_and_parse(script):
 
 @pytest.mark.parametrize("name", ["slurm.sh", "fake_pod.sh"])
 def test_help_prints_the_comment_at_the_top(name):
-    """The options for sbatch are not printed."""
+    """The output does not contain the options for sbatch."""
     command = [LAUNCH / name, "--help"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert f"  launch/{name} " in text
@@ -317,7 +317,7 @@ def test_dry_run_prints_commands_to_paste(stage, command):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "fragment"),
     [
         ([], "launch/tpu_vm.sh COMMAND"),
         (["start"], "launch/tpu_vm.sh COMMAND"),
@@ -329,10 +329,10 @@ def test_dry_run_prints_commands_to_paste(stage, command):
         (["setup", "--source=/nowhere"], "--source=/nowhere"),
     ],
 )
-def test_invalid_arguments_exit_with_code_2(stage, arguments, named):
+def test_invalid_arguments_exit_with_code_2(stage, arguments, fragment):
     code, _, error = stage.run(LAUNCH / "tpu_vm.sh", *arguments)
     assert code == 2
-    assert named in error
+    assert fragment in error
     assert stage.calls() == []
 
 
