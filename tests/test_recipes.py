@@ -241,12 +241,12 @@ SOURCES += [(name, old_file(name)) for name in NAMES_WITH_FILE]
 @pytest.mark.parametrize(("name", "source"), SOURCES)
 def test_old_recipes_have_the_recorded_values(name, source):
     """All other keys with a value are newer than the recorded values."""
-    found = named_leaves(json.loads(configs.to_json(configs.load(source))))
+    actual = named_leaves(json.loads(configs.to_json(configs.load(source))))
     expected = named_leaves(OLD_RECIPES[name]["config"])
     if source == "digits_linear":
         # Today's recipe differs, because mesh.data=1 failed on several devices.
         expected["mesh/data"] = -1
-    assert {key: found.pop(key) for key in expected} == expected
+    assert {key: actual.pop(key) for key in expected} == expected
     optimizer_keys = "schedule first_epoch lr_batch gamma power"
     data_keys = (
         "cache class_level dtype eval_fraction eval_group exclude "
@@ -256,7 +256,7 @@ def test_old_recipes_have_the_recorded_values(name, source):
     added |= {f"optimizer/{key}" for key in optimizer_keys.split()}
     added |= {f"data/{key}" for key in data_keys.split()}
     added |= {"class_weights"} if "label_smoothing" in expected else set()
-    assert {key for key, value in found.items() if value is not None} == added
+    assert {key for key, value in actual.items() if value is not None} == added
 
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)

@@ -150,10 +150,10 @@ def evaluate_in_numpy(stored):
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     network = hivit_jax.create_model("hivit_base", num_classes=10, **NETWORK)
     graphdef, params = split(network)
-    start = stored[0]["params"] | stored[0]["model_state"]
+    initial = stored[0]["params"] | stored[0]["model_state"]
     params = jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.asarray(
-            start[jax.tree_util.keystr(path, simple=True, separator="/")]
+            initial[jax.tree_util.keystr(path, simple=True, separator="/")]
         ),
         params,
     )

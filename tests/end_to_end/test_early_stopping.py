@@ -49,7 +49,7 @@ def test_run_ends_at_the_same_step_after_interruptions(
 
     The best checkpoint is kept, and the last printed line names it.
     """
-    uninterrupted = tmp_path / "whole"
+    uninterrupted = tmp_path / "uninterrupted"
     assert train(config(), uninterrupted)["eval/loss"] == 0.45
     assert evaluated_steps == [1, 2, 3, 4, 5]
     assert mini_runs.saved_steps(uninterrupted) == [3, 5]
@@ -165,15 +165,15 @@ def test_processes_stop_at_the_same_step(tmp_path):
     assert not any(stalled for stalled, _ in decisions_1)
 
     address = mini_runs.free_address()
-    started = [
+    processes = [
         mini_runs.start_process(
             *("-c", DECISIONS, address, index, tmp_path / f"{index}", "eval/loss"),
             *LOSSES,
         )
         for index in range(2)
     ]
-    outputs = [process.communicate() for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     for out, _ in outputs:
         assert json.loads(out.splitlines()[-1]) == [[*pair] for pair in decisions_0]
 

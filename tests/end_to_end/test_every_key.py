@@ -34,8 +34,10 @@ def recorded_run(tmp_path_factory):
     @cache
     def record(name):
         workdir = tmp_path_factory.mktemp(name.replace(", ", "_")) / "run"
-        start = {"init_from": record("mae").workdir} if name == "linear_probe" else {}
-        return recorded_runs.RecordedRun(name, folder, workdir, **start)
+        overrides = (
+            {"init_from": record("mae").workdir} if name == "linear_probe" else {}
+        )
+        return recorded_runs.RecordedRun(name, folder, workdir, **overrides)
 
     return record
 

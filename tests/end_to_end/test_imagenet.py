@@ -70,7 +70,7 @@ def test_killed_pretraining_resumes_and_initializes_a_classifier(
         assert (code, err) == (0, "")
         return out
 
-    run(tmp_path / "whole", *pretraining)
+    run(tmp_path / "uninterrupted", *pretraining)
     workdir = tmp_path / "killed"
     code, _, _ = mini_runs.run_process(
         "-c", KILLED, *pretraining, f"--workdir={workdir}", **environment
@@ -79,11 +79,11 @@ def test_killed_pretraining_resumes_and_initializes_a_classifier(
     assert "resuming at step 2 from" in run(workdir, *pretraining)
     for name in ("loss", "gradient_norm", "eval/loss"):
         numbers = mini_runs.logged(workdir, name)
-        assert numbers == mini_runs.logged(tmp_path / "whole", name)
+        assert numbers == mini_runs.logged(tmp_path / "uninterrupted", name)
         assert np.isfinite(list(numbers.values())).all()
     mini_runs.assert_identical(
         mini_runs.saved_arrays(workdir, 4),
-        mini_runs.saved_arrays(tmp_path / "whole", 4),
+        mini_runs.saved_arrays(tmp_path / "uninterrupted", 4),
     )
     (line,) = [m for m in metrics.read(workdir / "metrics.jsonl") if m["step"] == 4][1:]
     assert (line["eval/count"], line["eval/unreadable"]) == (VAL, 0)

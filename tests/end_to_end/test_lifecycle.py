@@ -217,8 +217,10 @@ def test_resumed_run_repeats_failed_evaluations(finished, watch, tmp_path, monke
     files = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
     assert main.main(command) == 0
     assert {path: path.read_bytes() for path in tmp_path.glob("*.json*")} == files
-    resumed, whole = (mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, finished[0]))
-    mini_runs.assert_identical(resumed, whole)
+    resumed, uninterrupted = (
+        mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, finished[0])
+    )
+    mini_runs.assert_identical(resumed, uninterrupted)
 
 
 def test_missing_data_exits_with_code_4(watch, tmp_path, capsys):

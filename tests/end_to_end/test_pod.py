@@ -217,7 +217,7 @@ def test_two_processes_exit_with_the_documented_codes(
 ):
     """The processes fail by errors, stalls and crashes."""
     address = mini_runs.free_address()
-    started = [
+    processes = [
         mini_runs.start_process(
             "-c",
             EXIT_SCRIPT.replace("INDEX", str(index)).replace("ACTION", action),
@@ -228,8 +228,8 @@ def test_two_processes_exit_with_the_documented_codes(
         )
         for index, action in enumerate(actions)
     ]
-    errors = [process.communicate(timeout=TIMEOUT)[1] for process in started]
-    assert tuple(process.returncode for process in started) == codes, errors
+    errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+    assert tuple(process.returncode for process in processes) == codes, errors
     for error, message in zip(errors, messages, strict=True):
         assert message in error
 
@@ -257,14 +257,14 @@ def test_data_error_of_one_process_ends_both(environment, tmp_path):
     options = ONE_FAILS | dict(stall_timeout=600)
     flags = [*mini_runs.arguments(**options), f"--workdir={tmp_path}/run"]
     pod_flags = [f"--coordinator_address={address}", "--num_processes=2"]
-    started = [
+    processes = [
         mini_runs.start_process(
             *script, *flags, *pod_flags, f"--process_id={i}", **environment
         )
         for i, script in enumerate([("-m", "hivit_jax.main"), ("-c", BAD_LABEL_SCRIPT)])
     ]
-    errors = [process.communicate(timeout=TIMEOUT)[1] for process in started]
-    codes = [process.returncode for process in started]
+    errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+    codes = [process.returncode for process in processes]
     assert codes == [-signal.SIGABRT, 4], errors
     assert "error: label 10" in errors[1]
     assert mini_runs.saved_steps(tmp_path / "run") == []

@@ -63,15 +63,15 @@ def interrupt(workdir, source, signal_number, after, environment, **overrides):
       (exit code, stdout, stderr).
     """
     log = workdir.with_suffix(".log")
-    begun = max(mini_runs.logged(workdir), default=0) if workdir.exists() else 0
+    steps_before = max(mini_runs.logged(workdir), default=0) if workdir.exists() else 0
     process = mini_runs.start_process(
         *command(workdir, source, **overrides), log=log, **environment
     )
-    due = [s for s in range(1, after) if s % overrides["checkpoint_every"] == 0]
+    due_steps = [s for s in range(1, after) if s % overrides["checkpoint_every"] == 0]
     while not (
         workdir.exists()
-        and max(mini_runs.logged(workdir), default=0) >= begun + after
-        and set(due) <= set(mini_runs.saved_steps(workdir))
+        and max(mini_runs.logged(workdir), default=0) >= steps_before + after
+        and set(due_steps) <= set(mini_runs.saved_steps(workdir))
     ):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)

@@ -53,7 +53,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(recipe, tmp_path_factory):
     """Return the workdir of an uninterrupted run on eight devices."""
-    workdir = tmp_path_factory.mktemp("whole")
+    workdir = tmp_path_factory.mktemp("uninterrupted")
     finish(start(recipe, workdir, devices=8))
     return workdir
 
@@ -116,9 +116,9 @@ def test_figure_shows_six_images_of_one_bucket(run):
 
 def finish(*processes):
     """Wait until all processes exit with 0; return the stdout of each."""
-    ends = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(ends), ends
-    return [out for out, _ in ends]
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(outputs), outputs
+    return [out for out, _ in outputs]
 
 
 @pytest.mark.extras

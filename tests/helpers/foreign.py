@@ -59,20 +59,21 @@ def _block(name, array, family):
     block_index, _, rest = rest.partition(".")
     module, leaf = rest.rsplit(".", 1)
     if prefix == "decoder_":
-        start = f"decoder.decoder_layers.{block_index}"
+        block_name = f"decoder.decoder_layers.{block_index}"
     elif family == "swin":
-        start = f"swin.encoder.{prefix}blocks.{block_index}"
+        block_name = f"swin.encoder.{prefix}blocks.{block_index}"
     else:
-        start = f"vit.encoder.layer.{block_index}"
+        block_name = f"vit.encoder.layer.{block_index}"
     inner = "self" if family == "swin" else "attention"
     if module == "attn":
-        return {f"{start}.attention.{inner}.{leaf}": array}
+        return {f"{block_name}.attention.{inner}.{leaf}": array}
     if module == "attn.qkv":
         parts = zip(("query", "key", "value"), np.split(array, 3), strict=True)
         return {
-            f"{start}.attention.{inner}.{part}.{leaf}": np.array(x) for part, x in parts
+            f"{block_name}.attention.{inner}.{part}.{leaf}": np.array(x)
+            for part, x in parts
         }
-    return {f"{start}.{BLOCK[module]}.{leaf}": array}
+    return {f"{block_name}.{BLOCK[module]}.{leaf}": array}
 
 
 def timm_swin_state(state):

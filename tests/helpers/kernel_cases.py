@@ -52,9 +52,9 @@ def random_arrays(*shapes, dtype=jnp.float32):
 
 def random_inputs(case: Case):
     """Return (inputs, cotangent of the output), float32."""
-    *inputs, direction = random_arrays(*case.shapes, case.shapes[0])
+    *inputs, cotangent = random_arrays(*case.shapes, case.shapes[0])
     inputs[1] = 1 + inputs[1]  # LayerNorm's scale
-    return inputs, direction
+    return inputs, cotangent
 
 
 def in_bfloat16(inputs):
@@ -180,15 +180,15 @@ def kernels_in(jaxpr):
     return names
 
 
-def output_and_gradients(function, inputs, direction):
+def output_and_gradients(function, inputs, cotangent):
     """Return the output and the gradients with respect to every input."""
     value, pull = jax.vjp(function, *inputs)
-    return value, *pull(direction.astype(value.dtype))
+    return value, *pull(cotangent.astype(value.dtype))
 
 
-def relative_errors(function, inputs, direction, truth, jit):
+def relative_errors(function, inputs, cotangent, truth, jit):
     """Return the relative errors of output and gradients in the Euclidean norm."""
-    results = jit(partial(output_and_gradients, function))(inputs, direction)
+    results = jit(partial(output_and_gradients, function))(inputs, cotangent)
     return [
         float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
         for a, b in zip(results, truth, strict=True)
@@ -201,14 +201,14 @@ def assert_bfloat16_errors(case, jit, keep, interpret):
     The errors of the output and of all gradients are relative to float32. Each may
     exceed the error of plain JAX by a tenth plus 1e-4.
     """
-    inputs, direction = random_inputs(case)
+    inputs, cotangent = random_inputs(case)
     # Inputs are rounded here, because XLA may skip the rounding in plain JAX.
-    inputs, direction = in_bfloat16(inputs), direction.astype(jnp.bfloat16)
+    inputs, cotangent = in_bfloat16(inputs), cotangent.astype(jnp.bfloat16)
     float32_inputs = [x.astype(jnp.float32) for x in inputs]
-    truth = output_and_gradients(case.plain, float32_inputs, direction)
+    truth = output_and_gradients(case.plain, float32_inputs, cotangent)
     fused = partial(case.fused, keep=keep, interpret=interpret)
     fused_errors, plain_errors = (
-        relative_errors(function, inputs, direction, truth, jit)
+        relative_errors(function, inputs, cotangent, truth, jit)
         for function in (fused, case.plain)
     )
     assert max(fused_errors) < 0.02

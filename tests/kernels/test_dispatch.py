@@ -318,7 +318,7 @@ def test_block_equals_plain_jax(
     calls = on_platform(platform)
     sizes = {"mlp_ratio": 0.5, "dtype": dtype}
     graphdef, params, inputs = main_stage_block(special, 8, **sizes)
-    x, direction = random_arrays((8, 15, 128), (8, 15, 128))
+    x, cotangent = random_arrays((8, 15, 128), (8, 15, 128))
     names = tuple(named_leaves(params))
 
     def run(x, *params):
@@ -330,7 +330,7 @@ def test_block_equals_plain_jax(
 
     leaves, tree = jax.tree.flatten(params)
     actual, expected = (
-        fast_jit(partial(output_and_gradients, function))([3 * x, *leaves], direction)
+        fast_jit(partial(output_and_gradients, function))([3 * x, *leaves], cotangent)
         for function in (run, plain)
     )
     for name, a, b in zip(("out", "x", *names), actual, expected, strict=True):
@@ -343,7 +343,7 @@ def test_block_equals_plain_jax(
 def test_gradients_of_parameters_are_summed_over_devices():
     """Each of two devices runs the kernels of a block on half of the images."""
     graphdef, params, inputs = main_stage_block("relative bias", 16)
-    x, direction = random_arrays((16, 15, 128), (16, 15, 128))
+    x, cotangent = random_arrays((16, 15, 128), (16, 15, 128))
     leaves, tree = jax.tree.flatten(params)
 
     def run(choice, x, *leaves):
@@ -355,7 +355,7 @@ def test_gradients_of_parameters_are_summed_over_devices():
         assert kernels_in(jaxpr) == [ATTENTION, MLP]
         actual, expected = (
             fast_jit(partial(output_and_gradients, partial(run, choice)))(
-                [x, *leaves], direction
+                [x, *leaves], cotangent
             )
             for choice in ("fused", "plain")
         )
@@ -371,7 +371,7 @@ def test_kernels_on_full_windows_equal_plain_jax(one_device):
     """
     options = dict(grid=(4, 4), relative_position=True, mlp_ratio=0.5)
     graphdef, params, _ = main_stage_block("windows", 8, **options)
-    x, direction = random_arrays((8, 16, 128), (8, 16, 128))
+    x, cotangent = random_arrays((8, 16, 128), (8, 16, 128))
     leaves, tree = jax.tree.flatten(params)
 
     def run(choice, x, *leaves):
@@ -385,7 +385,7 @@ def test_kernels_on_full_windows_equal_plain_jax(one_device):
     jaxpr = jax.make_jaxpr(partial(run, "fused"))(*inputs).jaxpr
     assert kernels_in(jaxpr) == [ATTENTION]
     actual, expected = (
-        fast_jit(partial(output_and_gradients, partial(run, choice)))(inputs, direction)
+        fast_jit(partial(output_and_gradients, partial(run, choice)))(inputs, cotangent)
         for choice in ("fused", "plain")
     )
     for a, b in zip(actual, expected, strict=True):

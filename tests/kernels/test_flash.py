@@ -31,9 +31,9 @@ KERNEL = "flash_attention"
 def inputs_of(images, tokens, heads, head, dtype=jnp.float32):
     """Return (q, k, v, bias) and a cotangent of the output."""
     shape = images, tokens, heads, head
-    *qkv, bias, direction = random_arrays(*3 * [shape], (heads, tokens, tokens), shape)
+    *qkv, bias, cotangent = random_arrays(*3 * [shape], (heads, tokens, tokens), shape)
     qkv = [(4 * x).astype(dtype) for x in qkv]
-    return [*qkv, 4 * bias], direction.astype(dtype)
+    return [*qkv, 4 * bias], cotangent.astype(dtype)
 
 
 def plain(q, k, v, bias):
@@ -64,9 +64,9 @@ def test_kernel_equals_plain_jax(tokens, heads, head, rows):
 
     A tile of 128 columns contains one, two or four heads.
     """
-    inputs, direction = inputs_of(3, tokens, heads, head)
+    inputs, cotangent = inputs_of(3, tokens, heads, head)
     actual, expected = (
-        fast_jit(partial(output_and_gradients, function))(inputs, direction)
+        fast_jit(partial(output_and_gradients, function))(inputs, cotangent)
         for function in (partial(fused, rows=rows), plain)
     )
     for a, b in zip(actual, expected, strict=True):
@@ -75,11 +75,11 @@ def test_kernel_equals_plain_jax(tokens, heads, head, rows):
 
 def test_bfloat16_is_as_exact_as_plain_jax():
     """The errors relative to float32 exceed those of plain JAX by at most a tenth."""
-    inputs, direction = inputs_of(2, 300, 2, 64, jnp.bfloat16)
+    inputs, cotangent = inputs_of(2, 300, 2, 64, jnp.bfloat16)
     float32_inputs = [x.astype(jnp.float32) for x in inputs]
-    truth = output_and_gradients(plain, float32_inputs, direction.astype(jnp.float32))
+    truth = output_and_gradients(plain, float32_inputs, cotangent.astype(jnp.float32))
     errors, plain_errors = (
-        relative_errors(function, inputs, direction, truth, fast_jit)
+        relative_errors(function, inputs, cotangent, truth, fast_jit)
         for function in (fused, plain)
     )
     for error, plain_error in zip(errors, plain_errors, strict=True):
@@ -88,12 +88,12 @@ def test_bfloat16_is_as_exact_as_plain_jax():
 
 def test_gradient_of_the_bias_is_summed_over_devices():
     """Each of two devices runs the kernel on half of the images."""
-    inputs, direction = inputs_of(4, 256, 2, 64)
+    inputs, cotangent = inputs_of(4, 256, 2, 64)
     with jax.set_mesh(Mesh(np.array(jax.devices()[:2]), ("data",))):
         jaxpr = jax.make_jaxpr(attend)(*inputs).jaxpr
         assert kernels_in(jaxpr) == [KERNEL]
-        actual = fast_jit(partial(output_and_gradients, attend))(inputs, direction)
-    expected = output_and_gradients(plain, inputs, direction)
+        actual = fast_jit(partial(output_and_gradients, attend))(inputs, cotangent)
+    expected = output_and_gradients(plain, inputs, cotangent)
     for a, b in zip(actual, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 

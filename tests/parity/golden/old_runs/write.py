@@ -32,8 +32,8 @@ STEP = 4
 
 def command(task: str) -> list[str]:
     """Return the flags for the recipe of a task."""
-    start = [] if task == "mae" else ["--config.init_from=mae/run"]
-    return [f"--config={HERE / 'recipe.py'}:{task}", *start]
+    flags = [] if task == "mae" else ["--config.init_from=mae/run"]
+    return [f"--config={HERE / 'recipe.py'}:{task}", *flags]
 
 
 def write(task: str) -> None:
