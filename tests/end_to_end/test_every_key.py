@@ -403,7 +403,7 @@ ELSEWHERE = {
     "data.exclude": "test_exclude",
     "data.flip": "test_training_flips_and_erases_resized_images",
     "data.max_unreadable": "test_unreadable_images_do_not_affect_training",
-    "data.multi_label": "test_multi_label_classifier_predicts_new_images",
+    "data.multi_label": "test_images_with_several_labels_are_trained_and_predicted",
     "data.name": "test_steps_and_evaluation_equal_the_oracle",
     "data.randaugment": "test_randaugment_changes_training_images_only",
     "data.reader": "test_training_is_bit_identical",

@@ -188,7 +188,7 @@ def test_classifier_of_own_files_predicts_new_images(write, tmp_path, capsys):
 @pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
-def test_multi_label_classifier_predicts_new_images(tmp_path, capsys):
+def test_images_with_several_labels_are_trained_and_predicted(tmp_path, capsys):
     """The upper half of an image may be red, the lower half blue.
 
     Images with neither have no label.
