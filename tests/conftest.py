@@ -1,4 +1,4 @@
-"""Test set-up: eight virtual CPU devices, float32 matrix products, one program cache.
+"""Set-up of the tests: eight virtual CPU devices, matrix precision, compilation cache.
 
 JAX_PLATFORMS selects another backend. All workers, subprocesses and later test runs
 share the cache, so that each program is compiled once.
@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the variable set 
     cache = Path(__file__).parents[1] / ".pytest_cache" / "programs"
     if sum(path.stat().st_size for path in cache.rglob("*")) > 2**31:  # bytes
         shutil.rmtree(cache)
-    # Programs may use instructions that other processors do not have.
+    # One directory per processor, because programs use the processor's instruction set.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache / processor_digest())
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Without most optimizations, the tests' programs compile two to four times as fast.
@@ -31,8 +31,8 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.devices()  # reads XLA_FLAGS
-# Only this flag remains for libtpu, which reads XLA_FLAGS later.
+jax.devices()  # initializes the backend, which reads XLA_FLAGS
+# libtpu, which reads XLA_FLAGS later, must not receive the flag for fast compiles.
 os.environ["XLA_FLAGS"] = virtual_devices_flag(8)
 
 
@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _restored_signals():
-    """Restore the signal handlers that commands install in this process."""
+def _restore_signal_handlers():
+    """Restore the signal handlers that commands replace in this process."""
     numbers = signal.SIGINT, signal.SIGTERM
     handlers = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -57,9 +57,10 @@ def _restored_signals():
 
 @pytest.fixture(scope="module")
 def minimal_output():
-    """Draw no figures; write no TensorBoard events.
+    """Disable figures and TensorBoard events.
 
-    Afterwards, the compilation cache is on again, even if a run turned it off.
+    After the tests, the fixture enables the compilation cache, which a run may have
+    disabled.
     """
     import mini_runs
 
@@ -70,7 +71,7 @@ def minimal_output():
 
 @pytest.fixture
 def shard_small_arrays(monkeypatch):
-    """Shard arrays of 64 elements and more."""
+    """Lower the minimum size of sharded arrays to 64 elements."""
     from hivit_jax.distributed import sharding
 
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
@@ -80,7 +81,7 @@ def shard_small_arrays(monkeypatch):
 def workdir(tmp_path, monkeypatch):
     """Return an empty directory.
 
-    Runs write no TensorBoard events, because the import of TensorBoard takes seconds.
+    TensorBoard events are disabled, because the import of TensorBoard takes seconds.
     """
     from hivit_jax.reporting import boards
 
@@ -125,10 +126,9 @@ def run_main(monkeypatch, tmp_path):
     """Return a function that runs `main` and records `jax.distributed.initialize`.
 
     The function returns the exit code of `main` and the (arguments, keyword arguments)
-    of each recorded call. Each call raises ValueError with the message `problem`;
-    default: JAX's message on a machine outside of any cluster.
+    of each recorded call. Each call raises ValueError with the message `problem`. The
+    default is JAX's message on a machine outside any cluster.
     """
-
     import mini_runs
 
     from hivit_jax import main

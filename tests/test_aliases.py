@@ -51,12 +51,12 @@ def test_advice_names_all_keys_with_the_same_last_component():
 
 
 @pytest.mark.parametrize("key", ["optimizer.name", "optimizer.type", "optim", "opt"])
-def test_no_choice_of_optimizer(key):
-    """The advice does not suggest `model.name`."""
+def test_advice_names_the_optimizer_of_each_task(key):
+    """For `optimizer.name`, the advice does not suggest `model.name`."""
     assert advice(key).startswith("the task determines the optimizer: LARS for ")
 
 
-def test_a_name_that_other_sections_have():
+def test_advice_lists_keys_of_the_given_section():
     """The advice lists the keys of the given section, not those of other sections."""
     assert advice("mesh.name").startswith("keys of mesh: replica, data, ")
     assert advice("optimizer.dtype").startswith("keys of optimizer: ")

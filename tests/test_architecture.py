@@ -10,7 +10,7 @@ from hivit_jax.tasks import TASKS
 
 PACKAGE = Path(hivit_jax.__file__).parent
 MODELS = {"Classifier", "MaskedAutoencoder", "HiViT"}
-# Modules that may name tasks or model classes: tasks, models, weights and commands.
+# Modules that may contain names of tasks and model classes.
 EXEMPT = ("tasks/", "models/", "weights/names/", "tools/")
 
 
@@ -24,8 +24,8 @@ def modules(root=PACKAGE):
     ]
 
 
-def trees():
-    """Yield (file, syntax tree) of the modules that must not name a task."""
+def checked_trees():
+    """Yield (file, syntax tree) of the modules outside `EXEMPT`."""
     for name, _, tree in modules():
         if not name.startswith(EXEMPT):
             yield name, tree
@@ -34,7 +34,7 @@ def trees():
 def test_only_task_modules_name_tasks():
     violations = [
         f"{name}:{node.lineno} {node.value!r}"
-        for name, tree in trees()
+        for name, tree in checked_trees()
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value in [*TASKS]
     ]
@@ -44,7 +44,7 @@ def test_only_task_modules_name_tasks():
 def test_only_task_modules_check_model_classes():
     violations = [
         f"{name}:{node.lineno}"
-        for name, tree in trees()
+        for name, tree in checked_trees()
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and getattr(node.func, "id", "") == "isinstance"
@@ -67,27 +67,27 @@ def test_modules_use_no_private_interface_of_jax():
 
 
 def test_modules_have_no_import_cycles():
-    """Imports inside functions are ignored."""
+    """The test ignores imports inside functions."""
     bodies = {}
     for file, _, tree in modules():
         name = f"hivit_jax/{file}".removesuffix(".py").replace("/", ".")
         bodies[name.removesuffix(".__init__")] = tree.body
-    needed = {name: set() for name in bodies}
+    imports_of = {name: set() for name in bodies}
     for name, body in bodies.items():
         for node in body:
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     inner = f"{node.module}.{alias.name}"
-                    needed[name].add(inner if inner in bodies else node.module)
-    needed = {name: imports & bodies.keys() for name, imports in needed.items()}
+                    imports_of[name].add(inner if inner in bodies else node.module)
+    remaining = {name: names & bodies.keys() for name, names in imports_of.items()}
     # Remove modules without remaining imports, until only cycles are left.
-    while done := {name for name, imports in needed.items() if not imports}:
-        needed = {n: imports - done for n, imports in needed.items() if n not in done}
-    assert needed == {}
+    while done := {name for name, names in remaining.items() if not names}:
+        remaining = {n: names - done for n, names in remaining.items() if n not in done}
+    assert remaining == {}
 
 
 # Package -> packages and modules that it must not import.
-ABOVE = {
+FORBIDDEN = {
     "augment": {"config", "data", "inputs", "models", "tasks", "training"},
     "checkpoints": {"config", "inputs", "models", "tasks", "training"},
     "data": {"config", "inputs", "models", "tasks", "training"},
@@ -101,9 +101,9 @@ ABOVE = {
 
 
 def test_imports_go_down():
-    """Imports at the top and inside functions follow the order of packages."""
+    """The test includes imports inside functions."""
     for name, _, tree in modules():
-        forbidden = ABOVE.get(name.partition("/")[0], set())
+        forbidden = FORBIDDEN.get(name.partition("/")[0], set())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("hivit_jax"):
                 inner = node.module.removeprefix("hivit_jax").strip(".")

@@ -1,4 +1,4 @@
-"""Tests of keys and values of recipes: defaults, overrides, checks, docs/config.md."""
+"""Tests of configs: keys, values, overrides, errors and docs/config.md."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from hivit_jax.main import main
 MINI = mini_runs.arguments()  # flags of a valid recipe
 
 
-# (overrides, fragments of the error message: the key, and values that are expected)
+# (overrides, fragments of the error message: key, found and expected values)
 BAD_OVERRIDES = [
     (["optimizer.warmup_epoch=3"], ["'optimizer.warmup_epoch'", "warmup_epochs'?"]),
     (["model.embed_dims=64"], ["'model.embed_dims'", "'model.embed_dim'?"]),
@@ -164,7 +164,7 @@ def test_values_of_a_recipe_are_checked(tmp_path, capsys):
 
 
 def test_config_page_lists_all_keys():
-    """docs/config.md is up to date and has every key of every task, with a comment."""
+    """docs/config.md is up to date and lists each key of each task with a comment."""
     text = (mini_runs.ROOT / "docs" / "config.md").read_text()
     assert text == configs.to_markdown()
     for task in tasks.TASKS.values():

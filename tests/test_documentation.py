@@ -37,7 +37,7 @@ def commands(path):
 
 
 def check_run(words):
-    """Raise an error if flags are wrong, or a recipe of configs/ cannot be loaded."""
+    """Raise an error if a flag is invalid, or a recipe of configs/ cannot be loaded."""
     if "--help" in words:
         return
     flags, overrides = main.parse(words)
@@ -72,8 +72,8 @@ def check_install(words):
         assert set(extra.split(",")) <= {*setup["options.extras_require"]}, extra
 
 
-def check(words):
-    """Check one command."""
+def check_command(words):
+    """Raise an error if a command names a missing program, file, flag or target."""
     program, *arguments = words
     if program == "hivit_jax":
         check_run(arguments)
@@ -100,9 +100,9 @@ def test_commands_are_valid(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for words in commands(path):
         if "--workdir" in words and "--config" not in words:
-            continue  # because the config is that of a run that does not exist here
+            continue  # because the command reads the config of an earlier run
         try:
-            check(words)
+            check_command(words)
         except (AssertionError, HivitError, SystemExit) as error:
             pytest.fail(f"{path.name}: {shlex.join(words)}\n{error}")
 
@@ -148,7 +148,7 @@ def test_page_begins_with_a_title_and_a_sentence(path):
     assert re.match(r"[A-Za-z]|`[^`]", first)
 
 
-def test_readme_is_short_enough_for_one_sitting():
+def test_readme_has_at_most_150_lines_and_12_kb():
     text = (ROOT / "README.md").read_bytes()
     assert len(text) <= 12_000
     assert text.count(b"\n") <= 150

@@ -47,7 +47,7 @@ def test_require_names_the_package_to_install(tmp_path, monkeypatch):
 def test_size_of_a_known_dataset_requires_no_package(
     recipe, package, images, requirement, monkeypatch
 ):
-    """Opening the dataset requires the package."""
+    """Only opening the dataset requires the package."""
     monkeypatch.setitem(sys.modules, package, None)
     inputs.open_source.__globals__["_open"].cache_clear()
     digits._digits.cache_clear()
@@ -66,7 +66,7 @@ def test_size_of_another_dataset_requires_its_package(monkeypatch):
 
 
 def test_tf_data_requires_tensorflow(monkeypatch):
-    """Without tensorflow, `check_splits`, which precedes a run, and `tf_dataset` fail.
+    """`check_splits`, which runs before training, and `tf_dataset` raise the error.
 
     A misspelled reader is an error when the config is loaded.
     """

@@ -87,7 +87,7 @@ def test_crops_differ_by_image_epoch_and_seed():
     assert (first_epoch["image"] != uncropped["image"]).any((1, 2, 3)).mean() > 0.9
     cfg.seed = 1
     other_seed = next(inputs.train_batches(cfg, 0, 1))
-    # Sorted by image index, so that each image is compared with itself.
+    # Images are sorted by index, so that each image is compared with itself.
     images, labels = [], []
     for batch, seed, epoch in (
         (first_epoch, 0, 0),
@@ -138,8 +138,8 @@ def test_evaluation_uses_center_crops(folder):
         assert np.abs(image - expected.astype(float)).mean() < 0.4
 
 
-def test_randaugment(folder):
-    """RandAugment is applied to the resized crop, in training only."""
+def test_randaugment_changes_training_images_only(folder):
+    """RandAugment processes the resized crop."""
     plain_config = folder_config(folder, data__canvas=0)
     cfg = folder_config(folder, data__randaugment=True)
     num_draws = transforms.DRAWS + randaugment.DRAWS
@@ -200,7 +200,7 @@ EFFECTS = [
 
 @pytest.fixture(scope="module")
 def default_batches(folder):
-    """Return the `batches_of` a config that resizes images on the host."""
+    """Return the result of `batches_of` for a config that resizes on the host."""
     return batches_of(folder_config(folder, data__canvas=0, data__flip=True))
 
 
@@ -219,7 +219,7 @@ def identical(actual, expected):
 
 
 @pytest.mark.parametrize(("key", "value", "train_changes", "eval_changes"), EFFECTS)
-def test_batches_change_with_a_key(
+def test_data_keys_change_only_the_listed_batches(
     folder, default_batches, key, value, train_changes, eval_changes
 ):
     overrides = dict(data__canvas=0, data__flip=True) | {f"data__{key}": value}
@@ -236,8 +236,8 @@ def pixels_of(folder, split):
     return [np.asarray(Image.open(path)) for path in paths]
 
 
-def test_splits_by_name(folder):
-    """Training on "val" and evaluation on "train" yield the labels of these splits."""
+def test_split_keys_select_directories(folder):
+    """Training on "val" and evaluation on "train" yield the labels of the files."""
     swapped = dict(data__train_split="val", data__eval_split="train")
     cfg = folder_config(folder, data__canvas=0, data__crop_scale=(1.0, 1.0), **swapped)
     [batch] = inputs.train_batches(cfg, 0, 1)
@@ -251,13 +251,13 @@ def test_splits_by_name(folder):
 
 
 def test_center_crops_are_pixels_of_the_files(folder):
-    """Center crops of 24x24 from 48x64 are unresized pixels of the files.
+    """Center crops of 24x24 from 48x64 pixels are not resized.
 
-    Without random crops, training uses the same center crops, in random order.
+    Without random crops, training also uses center crops, in random order.
     """
     options = dict(data__crop_pct=0.5, data__crop_scale=(1.0, 1.0), data__canvas=0)
     train, evaluation = batches_of(folder_config(folder, **options))
-    # `batches_of` yields 4 x 8 of the 40 training images, and all 11 others.
+    # `batches_of` yields 4 x 8 of the 40 training images, and all 11 validation images.
     for split, batches, count in (("train", train, 32), ("val", evaluation, 11)):
         expected = [pixels[12:36, 20:44] for pixels in pixels_of(folder, split)]
         if split == "train":
@@ -269,7 +269,7 @@ def test_center_crops_are_pixels_of_the_files(folder):
 def halved(pixels, taps):
     """Halve the center 48x48 pixels of an image [48, 64, 3].
 
-    Filters columns, then rows; rounds after each.
+    Filters columns, then rows, and rounds after each pass.
 
     Args:
       taps: {offset from an even position: weight}.
@@ -304,7 +304,7 @@ CUBIC = {-1: -0.0625, 0: 0.5625, 1: 0.5625, 2: -0.0625}
 
 
 # (interpolation, antialias) -> function that halves the center of an image
-RESIZED = {
+REFERENCE_RESIZE = {
     ("bicubic", True): pil_halved("bicubic"),
     ("bilinear", True): pil_halved("bilinear"),
     ("bicubic", False): lambda pixels: halved(pixels, CUBIC),
@@ -313,9 +313,9 @@ RESIZED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("interpolation", "antialias"), RESIZED)
+@pytest.mark.parametrize(("interpolation", "antialias"), REFERENCE_RESIZE)
 def test_images_are_resized_as_configured(folder, interpolation, antialias):
-    """Images are halved as data.interpolation and data.antialias specify.
+    """Resizing follows data.interpolation and data.antialias.
 
     The host is bit-exact. The device, which also normalizes, may round ties
     differently.
@@ -323,9 +323,8 @@ def test_images_are_resized_as_configured(folder, interpolation, antialias):
     resizing = dict(data__interpolation=interpolation, data__antialias=antialias)
     moments = dict(data__mean=(0.1, 0.5, 0.9), data__std=(0.2, 0.4, 0.8))
     options = resizing | moments | dict(data__crop_pct=1.0)
-    expected = np.stack(
-        [*map(RESIZED[interpolation, antialias], pixels_of(folder, "val"))]
-    )
+    resize = REFERENCE_RESIZE[interpolation, antialias]
+    expected = np.stack([*map(resize, pixels_of(folder, "val"))])
     cfg = folder_config(folder, data__canvas=0, **options)
     host = np.concatenate([b["image"] for b in inputs.eval_batches(cfg)])[:11]
     assert_array_equal(host, expected)
@@ -337,10 +336,10 @@ def test_images_are_resized_as_configured(folder, interpolation, antialias):
     assert difference.mean() < 0.2
 
 
-# Before the first step
+# Checks before the first step
 
 
-class Listed(Source):
+class ListSource(Source):
     """Source of examples in a list.
 
     An example is an encoded image with label 0, a dict, or an exception to raise.
@@ -373,10 +372,10 @@ FLOATS = encode(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8), "TIFF")
 
 
 @pytest.fixture
-def opened(monkeypatch):
+def replace_sources(monkeypatch):
     """Return a function that replaces the sources of both splits.
 
-    The function returns the (config, task) of images with 8x8 pixels.
+    The function returns (config, task) for images of 8x8 pixels.
     """
 
     def make(train, test, **overrides):
@@ -388,19 +387,19 @@ def opened(monkeypatch):
     return make
 
 
-def test_empty_split_is_an_error(opened):
-    """`make_task` raises the error, before the first step."""
+def test_empty_split_is_an_error(replace_sources):
+    """`make_task` raises the error."""
     for train, test, name in (
-        (Listed(GOOD), Listed(), "test"),
-        (Listed(), Listed(GOOD), "train"),
+        (ListSource(GOOD), ListSource(), "test"),
+        (ListSource(), ListSource(GOOD), "train"),
     ):
         with pytest.raises(DataError, match=f"the {name} split of digits is empty"):
-            opened(train, test)
+            replace_sources(train, test)
 
 
-def test_splits_with_different_classes_are_an_error(opened):
+def test_splits_with_different_classes_are_an_error(replace_sources):
     with pytest.raises(DataError, match="the same classes in both splits, found 2"):
-        opened(Listed(GOOD), Listed(GOOD, classes=("a", "c")))
+        replace_sources(ListSource(GOOD), ListSource(GOOD, classes=("a", "c")))
 
 
 @pytest.mark.parametrize(
@@ -418,22 +417,24 @@ def test_splits_with_different_classes_are_an_error(opened):
         ([{"image": GOOD, "label": 10}], "example 0: expected a label from 0 to 9"),
     ],
 )
-def test_both_splits_are_read_before_the_first_step(opened, bad, message):
+def test_both_splits_are_read_before_the_first_step(replace_sources, bad, message):
     """`check_splits` reads a few evenly spaced examples of each split.
 
     A single damaged image is not an error.
     """
-    inputs.check_splits(*opened(Listed(GOOD, b"", GOOD), Listed(b"", GOOD)))
-    cfg, task = opened(Listed(GOOD), Listed(*bad))
+    inputs.check_splits(
+        *replace_sources(ListSource(GOOD, b"", GOOD), ListSource(b"", GOOD))
+    )
+    cfg, task = replace_sources(ListSource(GOOD), ListSource(*bad))
     with pytest.raises(DataError, match=message):
         inputs.check_splits(cfg, task)
-    cfg, task = opened(Listed(*bad), Listed(GOOD))
+    cfg, task = replace_sources(ListSource(*bad), ListSource(GOOD))
     with pytest.raises(DataError, match=message.replace("test split", "train split")):
         inputs.check_splits(cfg, task)
 
 
-def test_run_warns_of_small_classes_and_of_useless_exclusions(tmp_path, monkeypatch):
-    """Describing a recipe gives the same warnings. Pretraining ignores the classes."""
+def test_run_warns_of_small_classes_and_unmatched_exclusions(tmp_path, monkeypatch):
+    """`dataset_warnings` returns these warnings; pretraining ignores the classes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for k, name in enumerate("abcdefg"):
         (tmp_path / "own" / name).mkdir(parents=True)
@@ -451,14 +452,14 @@ def test_run_warns_of_small_classes_and_of_useless_exclusions(tmp_path, monkeypa
     splits = inputs.used_splits(cfg)
     assert notes.dataset_warnings(cfg.data, splits, True) == [first, second]
     assert notes.dataset_warnings(cfg.data, splits, False) == [first]
-    # A split that does not exist is an error only where its images are read.
+    # A split that does not exist is an error only when its images are read.
     keys = dict(data__train_split=".", data__eval_split="nowhere")
     cfg = folder_config(tmp_path / "own", **keys)
     assert notes.dataset_warnings(cfg.data, splits, True) == []
 
 
-def test_evaluations_warn_of_useless_exclusions(tmp_path, monkeypatch, capsys):
-    """`--mode eval` and the probes print the warning once, before they start."""
+def test_evaluations_warn_of_unmatched_exclusions(tmp_path, monkeypatch, capsys):
+    """`--mode eval` and the probes print the warning once, at the start."""
 
     class Started(Exception):
         pass
@@ -472,7 +473,7 @@ def test_evaluations_warn_of_useless_exclusions(tmp_path, monkeypatch, capsys):
             path = tmp_path / "own" / split / name / f"{split}.png"
             path.parent.mkdir(parents=True)
             path.write_bytes(GOOD)
-    # The second entry belongs only to the training split.
+    # The second entry matches an image of the training split only.
     (tmp_path / "list.txt").write_text("z.png\na/train.png\n")
     keys = dict(data__exclude=tmp_path / "list.txt", model__num_classes=0)
     cfg = folder_config(tmp_path / "own", **keys)
@@ -492,15 +493,17 @@ def test_evaluations_warn_of_useless_exclusions(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("total", "expected"), [(2, [0, 1]), (6, [*range(6)]), (21, [0, 4, 8, 12, 16, 20])]
 )
-def test_figures_show_evenly_spaced_examples(opened, total, expected):
-    """With class folders, the first examples would all be of the same class."""
-    images = Listed(*[encode(np.full((8, 8), i, np.uint8)) for i in range(total)])
-    cfg, _ = opened(Listed(GOOD), images)
+def test_figures_show_evenly_spaced_examples(replace_sources, total, expected):
+    """The first examples of class folders would all have the same class."""
+    images = ListSource(*[encode(np.full((8, 8), i, np.uint8)) for i in range(total)])
+    cfg, _ = replace_sources(ListSource(GOOD), images)
     assert inputs.some_test_examples(cfg, 6)["index"].tolist() == expected
 
 
-def test_a_range_of_values_reaches_the_batches(opened):
-    cfg, task = opened(Listed(FLOATS), Listed(FLOATS), data__value_range=(0, 1))
+def test_value_range_is_mapped_to_uint8(replace_sources):
+    cfg, task = replace_sources(
+        ListSource(FLOATS), ListSource(FLOATS), data__value_range=(0, 1)
+    )
     inputs.check_splits(cfg, task)
     batch = next(inputs.eval_batches(cfg))
     expected = np.rint(np.linspace(0, 255, 64)).reshape(8, 8)
@@ -511,7 +514,7 @@ def test_a_range_of_values_reaches_the_batches(opened):
 
 
 def batch_of(*examples):
-    """Return a batch of these (index, unreadable) pairs."""
+    """Return a batch of (index, unreadable) pairs."""
     index, unreadable = zip(*examples, strict=True)
     return {"index": np.array(index), "unreadable": np.array(unreadable, np.float32)}
 

@@ -19,10 +19,10 @@ def load(*overrides, recipe=CLASSIFY):
     return configs.load(recipe, [f"--config.{override}" for override in overrides])
 
 
-def test_every_number_has_a_range():
+def test_every_numeric_key_has_a_range():
     """Each numeric key of each task rejects NaN, infinity and +-1e40.
 
-    Only `data.mean` and `data.value_range` have no limits besides those of float32.
+    Only `data.mean` and `data.value_range` have no limits of their own.
     """
     unlimited = set()
     for task in tasks.TASKS.values():
@@ -109,7 +109,7 @@ def test_range_limits_are_accepted():
 
 
 def test_infinite_peak_learning_rate_is_an_error():
-    """The batch size scales the base learning rate to the peak."""
+    """The peak is base_learning_rate * batch_size / lr_batch."""
     with pytest.raises(
         ConfigError, match=r"batch_size / optimizer.lr_batch\)=2.5.*; expected finite"
     ):
@@ -151,7 +151,7 @@ def test_create_model_checks_the_ranges_of_the_keys(bad):
 def test_values_are_converted_to_the_type_of_the_key():
     """NumPy numbers, arrays and paths are converted.
 
-    A bool or float for an integer, and a number for text, are errors.
+    A bool or float for an integer key is an error, and so is a number for a text key.
     """
     assert Key(1, "").convert(np.int64(3)) == 3
     assert type(Key(1.0, "").convert(np.float32(0.5))) is float
@@ -163,7 +163,7 @@ def test_values_are_converted_to_the_type_of_the_key():
 
 
 def test_keys_without_limits_accept_text():
-    """If the default of a tuple consists of numbers, its values must be finite."""
+    """If the default of a key is a tuple of numbers, all numbers must be finite."""
     Key(("a",), "names").check("names", ("b", "c"))
     Key((), "anything").check("anything", ("b", 3))
     with pytest.raises(ConfigError, match="prior=.*finite"):

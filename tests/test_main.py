@@ -16,7 +16,7 @@ from hivit_jax.train import report_resumption
 MINI = mini_runs.arguments()  # flags of a valid recipe
 
 
-def test_masked_autoencoder_is_not_a_classifier(tmp_path, capsys):
+def test_classification_refuses_a_masked_autoencoder(tmp_path, capsys):
     config = f"--config={mini_runs.ROOT / 'configs' / 'digits_finetune.py'}"
     name = "--config.model.name=mae_hivit_tiny"
     assert main([config, name, f"--workdir={tmp_path}"]) == 2
@@ -109,8 +109,8 @@ def test_missing_checkpoint_exits_with_code_5(finished, tmp_path, capsys):
         error = capsys.readouterr().err
         check_message(error, ["no checkpoint", str(path)])
         hint = "--config.init_from= to start from random parameters"
-        is_wrong_key = flags[-1] == f"--config.init_from={nowhere}"
-        assert (hint in error) == is_wrong_key
+        expects_hint = flags[-1] == f"--config.init_from={nowhere}"
+        assert (hint in error) == expects_hint
     assert not nowhere.exists()
 
 
@@ -127,8 +127,10 @@ def test_eval_mode_prints_the_results_of_the_run(finished, capsys):
 
 
 @pytest.mark.slow
-def test_config_defaults_to_the_newest_start_of_the_workdir(finished, tmp_path, capsys):
-    """Evaluating or restarting a finished run writes nothing.
+def test_config_defaults_to_the_newest_config_of_the_workdir(
+    finished, tmp_path, capsys
+):
+    """Evaluating or restarting a finished run without new overrides writes nothing.
 
     config.json is a valid recipe. Directories without config.json and invalid files
     are errors.

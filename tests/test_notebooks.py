@@ -1,4 +1,4 @@
-"""Tests that the code of all notebooks runs, with four training steps at most."""
+"""Tests of notebooks: installation of the package, and a run of all cells."""
 
 import importlib.util
 import json
@@ -55,7 +55,7 @@ PRINTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch, capsys, minimal_output):
-    """All cells run in order, as on a machine without libtpu."""
+    """All cells run in order with four training steps, as if libtpu were missing."""
     pytest.importorskip("sklearn")
     matplotlib.use("Agg")
     find = importlib.util.find_spec

@@ -1,4 +1,4 @@
-"""Tests of `~` in paths on the command line and in a config, and of bucket paths."""
+"""Tests of `~` in paths of flags and configs, and of bucket paths."""
 
 import sys
 from types import ModuleType
@@ -16,13 +16,13 @@ from hivit_jax.xla.compile import enable_compilation_cache
 
 @pytest.fixture
 def home(monkeypatch, tmp_path):
-    """Return an empty directory, the home directory during the test."""
+    """Return an empty directory, which is the home directory during the test."""
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
 def test_expand_replaces_a_leading_tilde(home):
-    """Other positions of `~`, addresses and `~` of an unknown user stay unchanged."""
+    """A later `~`, a `~` in an address and the `~` of an unknown user are unchanged."""
     assert expand("~/x") == f"{home}/x"
     assert expand(home / "~x") == f"{home}/~x"
     for path in ("", "x/~/y", "gs://bucket/~/x", "hf://~/x", "~no-such-user-7/x"):
@@ -68,7 +68,7 @@ def test_tilde_is_expanded_in_data_dir(home):
             open_source(config.data, "train")
 
 
-def test_tilde_is_expanded_in_the_compilation_cache(home, monkeypatch):
+def test_tilde_is_expanded_in_the_path_of_the_compilation_cache(home, monkeypatch):
     settings = {}
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Tests of accelerator runtimes on computers without a chip."""
+"""Tests of the platform of each command, and of libtpu on machines without a chip."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ def updates(monkeypatch):
 def test_commands_without_device_work_use_the_cpu(updates, monkeypatch, capsys):
     """Commands that only describe, compile, inspect or check data use the CPU.
 
-    `main(argv)`, a call from Python, leaves the platform unchanged.
+    Training leaves the platform unchanged, and so does a call with arguments.
     """
     cpu = {"jax_platforms": "cpu"}
     recipe = ["--config=no_such_recipe", "--workdir=x"]
@@ -81,12 +81,8 @@ def test_start_without_a_chip_logs_one_line(start):
     assert err == ""
 
 
-def test_start_shows_stderr_of_a_chip_or_an_error(start, capfd):
-    """The stderr of libtpu is shown if libtpu finds a chip or fails to start.
-
-    `platforms.start` starts no backend if `has_chip` finds a chip or JAX_PLATFORMS is
-    set.
-    """
+def test_start_shows_stderr_if_libtpu_finds_a_chip_or_fails(start, capfd):
+    """If `has_chip` returns True or JAX_PLATFORMS is set, no backend is started."""
     assert start(platform="tpu") == ("", "unexpected worker hostname\n")
     assert start(has_chip=True) == ("", "")
     assert start(jax_platforms="tpu") == ("", "")

@@ -27,7 +27,7 @@ def evaluation_images(config):
 
 
 def model_of(config, **overrides):
-    """Return a small model whose `info` describes the preprocessing of a config."""
+    """Return a small model whose `info` contains the preprocessing of a config."""
     shape = dict(image_size=64, in_channels=config.model.in_channels)
     model = mini(depths=(1, 1, 1), **shape)
     info = make_info(model.config, **_info_arguments(config.to_dict()))
@@ -49,27 +49,27 @@ def test_preprocess_equals_the_evaluation_transform(options, folder, cache_direc
     """Paths, bytes, PIL images and arrays give the same bits as the evaluation."""
     config = folder_config(folder, **options)
     source = inputs.open_source(config.data, "test")
-    run = hivit_jax.preprocess(model_of(config))
+    preprocess = hivit_jax.preprocess(model_of(config))
     paths = [source.name(index) for index in range(len(source))]
     expected = evaluation_images(config)
-    actual = run(paths)
+    actual = preprocess(paths)
     assert actual.dtype == np.float32
     assert_array_equal(actual, expected)
     samples = [source.sample(index)["image"] for index in range(len(source))]
-    assert_array_equal(run(samples), expected)
+    assert_array_equal(preprocess(samples), expected)
     opened = [Image.open(path) for path in paths]
-    assert_array_equal(run(opened), expected)
+    assert_array_equal(preprocess(opened), expected)
     arrays = [np.asarray(image.convert("RGB")) for image in opened]
     if config.model.in_channels == 3:
-        assert_array_equal(run(arrays), expected)
-    assert_array_equal(run(opened[0]), expected[:1])
+        assert_array_equal(preprocess(arrays), expected)
+    assert_array_equal(preprocess(opened[0]), expected[:1])
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_four_channel_rasters_equal_the_evaluation_transform(
     dtype, tmp_path, cache_directory
 ):
-    """Rasters of 16 bits or floats equal the evaluation, without 8-bit rounding."""
+    """Rasters of 16 bits or floats are not rounded to 8 bits."""
     largest = {"uint16": 65535, "float32": 1000}[dtype]
     for split in ("train", "val"):
         for k in range(3):
@@ -86,20 +86,20 @@ def test_four_channel_rasters_equal_the_evaluation_transform(
         data__mean=(0.4,) * 4,
         data__std=(0.3,) * 4,
     )
-    run = hivit_jax.preprocess(model_of(config))
+    preprocess = hivit_jax.preprocess(model_of(config))
     paths = sorted(tmp_path.glob("val/field/*.npy"))
     expected = evaluation_images(config)
-    assert_array_equal(run(paths), expected)
-    assert_array_equal(run([np.load(path) for path in paths]), expected)
+    assert_array_equal(preprocess(paths), expected)
+    assert_array_equal(preprocess([np.load(path) for path in paths]), expected)
     with pytest.raises(DataError, match="4 channels"):
-        run(np.zeros((40, 50, 3), dtype))
+        preprocess(np.zeros((40, 50, 3), dtype))
 
 
 def test_canvas_changes_pixels_by_one_level_at_most(folder, cache_directory):
     config = folder_config(folder, data__canvas=64)
     source = inputs.open_source(config.data, "test")
-    run = hivit_jax.preprocess(model_of(config))
-    actual = run([source.name(index) for index in range(len(source))])
+    preprocess = hivit_jax.preprocess(model_of(config))
+    actual = preprocess([source.name(index) for index in range(len(source))])
     levels = (
         np.abs(actual - evaluation_images(config)) * 255 * np.float32(config.data.std)
     )
@@ -110,9 +110,9 @@ def test_canvas_changes_pixels_by_one_level_at_most(folder, cache_directory):
 def test_16_bit_and_gray_rgb_images_equal_8_bit_images():
     """16-bit values are divided by 257. An RGB image with equal channels is gray."""
     config = digits_config()
-    run = hivit_jax.preprocess(model_of(config))
+    preprocess = hivit_jax.preprocess(model_of(config))
     pixels = noise_image(16, 16)
-    expected = run(pixels)
+    expected = preprocess(pixels)
     assert expected.shape == (1, 16, 16, 1)
     pixels_16_bit = pixels.astype(np.uint16) * 257
     for image in (
@@ -121,8 +121,8 @@ def test_16_bit_and_gray_rgb_images_equal_8_bit_images():
         encode(pixels_16_bit, "PNG"),
         pixels_16_bit[None, ..., None],
     ):
-        assert_array_equal(run(image), expected)
-    assert_array_equal(run(pixels.repeat(3).reshape(16, 16, 3)), expected)
+        assert_array_equal(preprocess(image), expected)
+    assert_array_equal(preprocess(pixels.repeat(3).reshape(16, 16, 3)), expected)
 
 
 def test_images_that_do_not_fit_the_model_must_be_converted(tmp_path):
@@ -146,17 +146,17 @@ def test_floats_require_a_value_range():
     config, pixels = digits_config(), np.float32(noise_image(16, 16)) * 3 - 100
     with pytest.raises(DataError, match="found float32 values from -100 .*; convert"):
         hivit_jax.preprocess(model_of(config))(pixels)
-    run = hivit_jax.preprocess(model_of(config, value_range=(-100.0, 665.0)))
-    assert_array_equal(run(pixels), run(noise_image(16, 16)))
+    preprocess = hivit_jax.preprocess(model_of(config, value_range=(-100.0, 665.0)))
+    assert_array_equal(preprocess(pixels), preprocess(noise_image(16, 16)))
 
 
 def test_unreadable_and_unsupported_images_are_errors(tmp_path):
-    run = hivit_jax.preprocess(model_of(digits_config()))
+    preprocess = hivit_jax.preprocess(model_of(digits_config()))
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"a\.png: unknown image format"):
-        run(tmp_path / "a.png")
+        preprocess(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"b\.png: .*No such file"):
-        run([str(tmp_path / "b.png")])
+        preprocess([str(tmp_path / "b.png")])
     for array in (np.zeros((8, 8, 2), np.uint8), np.zeros((8, 8), np.complex64)):
         with pytest.raises(ConfigError, match="an array .*found"):
-            run(array)
+            preprocess(array)

@@ -20,14 +20,14 @@ def test_lines_are_at_least_ten_seconds_apart(clock):
     counter = Progress("eval", 20_000, write=lines.append)
     for _ in range(6):
         counter.update(1500)
-    # The updates come after 4, 8, ... 24 seconds; those after 12 and 24 print a line.
+    # The updates come after 4, 8, ..., 24 s. Those after 12 s and 24 s print a line.
     assert lines == [
         "eval  4,500/20,000 images  0:41 left",
         "eval  9,000/20,000 images  0:29 left",
     ]
 
 
-def test_padding_is_not_counted(clock):
+def test_count_does_not_exceed_the_total(clock):
     lines = []
     counter = Progress("eval", 100, write=lines.append, every=0)
     counter.update(64)
@@ -35,7 +35,7 @@ def test_padding_is_not_counted(clock):
     assert lines[-1] == "eval  100/100 images  0:00 left"
 
 
-def test_unknown_total(clock):
+def test_line_without_a_total_has_only_the_count(clock):
     lines = []
     list(Progress("listing photos", 0, "files", lines.append).track(range(6)))
     assert lines == ["listing photos  3 files", "listing photos  6 files"]

@@ -70,7 +70,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", recipes.names())
 @pytest.mark.usefixtures("cache_directory")
 def test_every_recipe_builds_its_model(name, folder):
-    """Its file documents command, values, expected result, hardware and cost."""
+    """Recipe files document command, values, expected result, hardware and cost."""
     text = (mini_runs.ROOT / "configs" / f"{name}.py").read_text()
     assert 10 <= len(text.splitlines()) <= 25
     assert f"\n    hivit_jax --config {name}" in text
@@ -226,7 +226,7 @@ def current_name(name):
 
 
 def old_file(name):
-    """Return the path of an old recipe's file, which contains all keys if it exists."""
+    """Return the path of an old recipe's full file, which some old recipes lack."""
     return reference.GOLDEN / "old_recipes" / f"{name}.py"
 
 
@@ -235,20 +235,18 @@ NAMES_WITH_FILE = [name for name in OLD_RECIPES if old_file(name).is_file()]
 
 # (old recipe, recipe to load: today's name or the old file)
 SOURCES = [(name, current_name(name)) for name in OLD_RECIPES]
-
-
 SOURCES += [(name, old_file(name)) for name in NAMES_WITH_FILE]
 
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)
 def test_old_recipes_have_the_recorded_values(name, source):
-    """Keys that are newer than the recorded values are at their defaults."""
-    found = named_leaves(json.loads(configs.to_json(configs.load(source))))
+    """All other keys with a value are newer than the recorded values."""
+    actual = named_leaves(json.loads(configs.to_json(configs.load(source))))
     expected = named_leaves(OLD_RECIPES[name]["config"])
     if source == "digits_linear":
         # Today's recipe differs, because mesh.data=1 failed on several devices.
         expected["mesh/data"] = -1
-    assert {key: found.pop(key) for key in expected} == expected
+    assert {key: actual.pop(key) for key in expected} == expected
     optimizer_keys = "schedule first_epoch lr_batch gamma power"
     data_keys = (
         "cache class_level dtype eval_fraction eval_group exclude "
@@ -258,11 +256,11 @@ def test_old_recipes_have_the_recorded_values(name, source):
     added |= {f"optimizer/{key}" for key in optimizer_keys.split()}
     added |= {f"data/{key}" for key in data_keys.split()}
     added |= {"class_weights"} if "label_smoothing" in expected else set()
-    assert {key for key, value in found.items() if value is not None} == added
+    assert {key for key, value in actual.items() if value is not None} == added
 
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)
-def test_schedules_of_old_recipes(name, source):
+def test_old_recipes_have_the_recorded_learning_rates(name, source):
     """Learning rates equal the recorded rates, up to the float32 error of the peak."""
     old, config = OLD_RECIPES[name], configs.load(source)
     schedule = mini_runs.jit_schedule(config, *steps_of(config))
@@ -270,7 +268,7 @@ def test_schedules_of_old_recipes(name, source):
 
 
 @pytest.mark.parametrize("name", NAMES_WITH_FILE)
-def test_official_quirks_of_old_recipes(name, tmp_path):
+def test_official_quirks_keep_the_recorded_learning_rates(name, tmp_path):
     """official_quirks is translated to keys that give the recorded learning rates."""
     old = OLD_RECIPES[name]
     text = old_file(name).read_text()
@@ -284,7 +282,7 @@ def test_official_quirks_of_old_recipes(name, tmp_path):
     schedule = mini_runs.jit_schedule(config, *steps_of(config))
     check_rates(schedule, old["steps"], old["official_quirks"])
     if config.task == "classify":
-        # Without init_from, the quirk has another meaning.
+        # The meaning of official_quirks depends on init_from.
         other_init_from = "" if config.init_from else "somewhere"
         config = configs.load(path, [f"--config.init_from={other_init_from}"])
         assert config.optimizer.first_epoch == int(from_scratch)

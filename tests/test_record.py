@@ -1,4 +1,4 @@
-"""Tests of the record of a run's starts, and of changes at a resume."""
+"""Tests of the config file of each start, and of changes when a run resumes."""
 
 import json
 import time
@@ -10,10 +10,10 @@ from hivit_jax.errors import ConfigError
 
 
 def test_every_start_writes_a_config_file(tmp_path, monkeypatch):
-    """The first start writes config.json, later starts a file named by their time.
+    """The first start writes config.json; the names of later files contain the time.
 
-    This includes several starts within one second, and a start after the clock was set
-    back. Files with other names are ignored.
+    The test covers several starts within one second, and a start after the clock was
+    set back. Files with other names are ignored.
     """
     for name in ("config-old.json", "config-2026.json", "my-config.json"):
         (tmp_path / name).write_text("{}")
@@ -38,7 +38,7 @@ def test_workdir_without_a_start_requires_config(tmp_path):
 
 
 def test_differences_lists_each_changed_key():
-    """Keys may be nested or in one config only; values may be tuples or None."""
+    """Keys may be nested or in only one config; values may be tuples or None."""
     old = {"a": {"b": (1, 2), "c": None}, "d": 0.5, "only": 1, "same": {"x": ()}}
     new = {"a": {"b": (1, 3), "c": 4}, "d": 0.25, "new": "x", "same": {"x": ()}}
     assert record.differences(old, new) == [

@@ -11,7 +11,7 @@ import pytest
 from hivit_jax import errors, resources
 from hivit_jax.errors import ResourceError
 
-# (error message of JAX or XLA, text in ours: the needed bytes, if they are known)
+# (error message of JAX or XLA, text in our message: the needed memory, if it is known)
 OUT_OF_MEMORY = [
     ("RESOURCE_EXHAUSTED: Out of memory allocating 549755813888 bytes.", "512.0 GiB"),
     (
@@ -42,10 +42,9 @@ def code_and_message(error, capsys):
 
 @pytest.mark.parametrize(("text", "needed"), OUT_OF_MEMORY)
 def test_out_of_memory_error_suggests_keys(text, needed, capsys):
-    """The error contains needed and available bytes, and keys that reduce memory.
+    """The error contains needed and available memory, and keys that reduce memory.
 
-    JAX raises some of its messages while it compiles a program, others while the
-    program runs.
+    JAX raises some of these errors at compile time, others at run time.
     """
     code, err = code_and_message(jax.errors.JaxRuntimeError(text), capsys)
     assert code == 2
@@ -56,7 +55,7 @@ def test_out_of_memory_error_suggests_keys(text, needed, capsys):
         assert key in err
 
 
-def test_host_out_of_memory_error_contains_the_requested_bytes(capsys):
+def test_host_out_of_memory_error_contains_the_requested_memory(capsys):
     try:
         np.empty(2**50)
     except MemoryError as error:

@@ -9,7 +9,7 @@ from hivit_jax import rng
 
 
 def key_data(*arguments):
-    """Return the samples' keys of a step as integers."""
+    """Return the keys of a step's samples as integers."""
     return np.asarray(jax.random.key_data(rng.step_keys(*arguments).samples))
 
 

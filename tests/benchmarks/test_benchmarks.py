@@ -1,4 +1,4 @@
-"""Tests of the benchmarks, and of imports of examples."""
+"""Tests of benchmarks, and of imports of all programs outside the package."""
 
 import argparse
 import importlib
@@ -87,7 +87,7 @@ def test_plain_config_reads_recipes_as_ml_collections_does(monkeypatch):
 
 
 def test_accelerator_reports_failed_and_hanging_parts(tmp_path, monkeypatch, capsys):
-    """benchmarks.accelerator runs its parts as processes and ends a part that hangs.
+    """benchmarks.accelerator runs each part in a process and ends a part that hangs.
 
     Later runs keep the results of earlier runs. An unknown part is an error.
     """
@@ -138,7 +138,7 @@ def test_pytorch_copy_has_the_same_loss_before_training(task, tmp_path, monkeypa
 
 
 def test_accelerator_parts_cover_every_choice_of_kernels(capsys):
-    """The parts use the requested platform. --list prints their names."""
+    """The parts use the requested platform. --list prints the names of the parts."""
     parts = accelerator.parts_for("cuda", 256, 5, 20)
     jobs = "pretrain", "classify", "inference"
     peers = {f"peers {job}{group}" for job in jobs for group in accelerator.PEERS}
@@ -164,7 +164,7 @@ def test_accelerator_parts_cover_every_choice_of_kernels(capsys):
 def test_paper_measures_only_missing_cells(tmp_path, monkeypatch, capsys):
     """--again measures all selected cells again.
 
-    A ratio is printed only if both of its cells were measured in the same run.
+    A ratio is printed only if one run measured both cells.
     """
     measured = []
 
@@ -283,6 +283,6 @@ LH: loop header
 
 def test_bundles_of_loops_count_once_per_iteration():
     """The outer loop is over tiles, the inner loop over the images of a tile."""
-    # 3 bundles outside of the loops, 7 per tile, 3 per image of a tile, and 2 inside
-    # the outer loop that run only once
+    # 3 bundles outside the loops, 7 per tile, 3 per image of a tile, and 2 inside the
+    # outer loop that run only once
     assert tpu_cycles.count_bundles(LISTING) == 3 + 4 * 7 + 4 * 3 * 3 + 2

@@ -1,6 +1,6 @@
-"""Tests of averaged weights (EMA) and bit flips, with all commands that read them.
+"""Tests of averaged weights (EMA) and bit flips, with all readers of checkpoints.
 
-All tests share one linear probe, whose train step compiles quickly. Its encoder is
+All tests share one linear probe, whose train step compiles quickly. The encoder is
 frozen, so that numpy can compute any evaluation from the features of the test split.
 """
 
@@ -51,7 +51,7 @@ NETWORK = SIZES | dict(relative_position=False, running_norm=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def minimal_output():
-    """Use a single device; draw no figures; write no TensorBoard events."""
+    """Use a single device; disable figures and TensorBoard events."""
     devices = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch, mini_runs.minimal_output():
         patch.setattr(jax, "devices", lambda *_: devices)
@@ -61,7 +61,7 @@ def minimal_output():
 def flags(**overrides):
     """Return the command line of the probe.
 
-    The batch size, 24, does not divide the 64 test images.
+    The 64 test images do not fill the last batch of 24 images.
     """
     values = {
         k: v
@@ -102,7 +102,7 @@ def pretrained_directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interrupted(pretrained_directory, tmp_path_factory):
-    """Return the workdir of a probe that was interrupted before its first step."""
+    """Return the workdir of a probe that was interrupted before the first step."""
     workdir, config = (
         tmp_path_factory.mktemp("interrupted"),
         probe(init_from=pretrained_directory),
@@ -116,7 +116,7 @@ def interrupted(pretrained_directory, tmp_path_factory):
 def run(interrupted, tmp_path_factory):
     """Return the workdir of the finished probe.
 
-    Its first checkpoint has no averages, as if averaging was enabled later.
+    The first checkpoint has no averages, as if averaging had been enabled later.
     """
     workdir = tmp_path_factory.mktemp("run")
     shutil.copytree(interrupted, workdir, dirs_exist_ok=True)
@@ -132,12 +132,12 @@ def stored(run):
 
 
 def averaged_variables(items):
-    """Return the averaged parameters and the statistics of a checkpoint, by name."""
+    """Return {name: averaged parameter or statistic} of a checkpoint."""
     return items["ema"] | items["model_state"]
 
 
 @pytest.fixture(scope="module")
-def evaluated(stored):
+def evaluate_in_numpy(stored):
     """Return a function from parameters to the test split's (loss, top-1, top-5).
 
     The function computes the head in numpy, from the features of the frozen encoder.
@@ -150,10 +150,10 @@ def evaluated(stored):
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     network = hivit_jax.create_model("hivit_base", num_classes=10, **NETWORK)
     graphdef, params = split(network)
-    start = stored[0]["params"] | stored[0]["model_state"]
+    initial = stored[0]["params"] | stored[0]["model_state"]
     params = jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.asarray(
-            start[jax.tree_util.keystr(path, simple=True, separator="/")]
+            initial[jax.tree_util.keystr(path, simple=True, separator="/")]
         ),
         params,
     )
@@ -164,9 +164,9 @@ def evaluated(stored):
     assert len(features) == 64
 
     def evaluate(params):
-        normed = features - params["fc_norm/mean"]
-        normed /= np.sqrt(params["fc_norm/var"] + 1e-6)
-        logits = normed @ params["head/kernel"] + params["head/bias"]
+        normalized = features - params["fc_norm/mean"]
+        normalized /= np.sqrt(params["fc_norm/var"] + 1e-6)
+        logits = normalized @ params["head/kernel"] + params["head/bias"]
         true_logits = logits[np.arange(64), labels]
         loss = np.log(np.exp(logits - true_logits[:, None]).sum(1)).mean()
         rank = (logits > true_logits[:, None]).sum(1)
@@ -193,8 +193,8 @@ def test_linear_probe_starts_with_a_new_head(pretrained_directory, interrupted):
     kernel = "blocks.3.mlp.fc1.weight"
     assert_array_equal(params["encoder/stages/1/0/mlp/fc1/kernel"], saved[kernel].T)
     assert params["head/kernel"].std() == pytest.approx(0.01, rel=0.1)
-    pair = np.corrcoef(params["head/kernel"].flat, saved["head.weight"].T.flat)
-    assert abs(pair[0, 1]) < 0.3
+    correlation = np.corrcoef(params["head/kernel"].flat, saved["head.weight"].T.flat)
+    assert abs(correlation[0, 1]) < 0.3
     assert saved["head.bias"].any()
     assert not params["head/bias"].any()
     assert saved["fc_norm.mean"].any()
@@ -202,7 +202,7 @@ def test_linear_probe_starts_with_a_new_head(pretrained_directory, interrupted):
     assert (params["fc_norm/var"] == 1).all()
 
 
-def test_the_average_of_each_step(stored):
+def test_each_step_updates_the_average(stored):
     """From step 1 on, the average is updated with a tenth of each step's parameters."""
     assert "ema" not in stored[0]
     average = stored[0]["params"]
@@ -218,15 +218,15 @@ def test_the_average_of_each_step(stored):
     assert distance.max() > 0.005
 
 
-def test_training_evaluates_the_average(run, stored, evaluated):
+def test_training_evaluates_the_average(run, stored, evaluate_in_numpy):
     lines = [
         line for line in metrics.read(run / "metrics.jsonl") if "eval/loss" in line
     ]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
         items = stored[line["step"]]
-        with_average = evaluated(averaged_variables(items))
-        with_params = evaluated(items["params"] | items["model_state"])
+        with_average = evaluate_in_numpy(averaged_variables(items))
+        with_params = evaluate_in_numpy(items["params"] | items["model_state"])
         logged = [line[f"eval/{name}"] for name in ("loss", "top1", "top5")]
         assert_allclose(logged, with_average, rtol=1e-4)
         assert abs(with_params[0] - with_average[0]) > 0.02
@@ -254,19 +254,19 @@ def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys
 # Commands that read a checkpoint
 
 
-@pytest.mark.parametrize(("where", "step"), [("", 4), ("checkpoints/2", 2)])
+@pytest.mark.parametrize(("subdirectory", "step"), [("", 4), ("checkpoints/2", 2)])
 def test_eval_mode_evaluates_the_average(
-    where, step, run, stored, evaluated, tmp_path, capsys
+    subdirectory, step, run, stored, evaluate_in_numpy, tmp_path, capsys
 ):
-    """``--mode eval`` reads the newest checkpoint of a workdir, or --checkpoint."""
+    """``--mode eval`` reads --checkpoint, by default the newest in the workdir."""
     arguments = [*flags(), "--mode=eval", f"--workdir={run}"]
-    if where:
+    if subdirectory:
         arguments[-1] = f"--workdir={tmp_path}"
-        arguments += [f"--checkpoint={run / where}"]
+        arguments += [f"--checkpoint={run / subdirectory}"]
     capsys.readouterr()
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    loss, top1, top5 = evaluated(averaged_variables(stored[step]))
+    loss, top1, top5 = evaluate_in_numpy(averaged_variables(stored[step]))
     match = re.search(
         rf"^step {step}  eval  loss (\S+)  top1 (\S+) %  top5 (\S+) %  \(64 im",
         out,
@@ -346,10 +346,7 @@ def test_resuming_detects_a_flipped_bit_of_any_item(item, damaged):
 def test_only_the_requested_weights_are_read(
     item, other, step, options, run, damaged, stored, tmp_path
 ):
-    """`load_pretrained` and `convert` read and verify only one kind of weights.
-
-    The kinds are the parameters and the averages.
-    """
+    """`load_pretrained` and `convert` verify either the parameters or the averages."""
     averaged = item == "ema"
     with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         hivit_jax.load_pretrained(damaged[item], averaged=averaged)

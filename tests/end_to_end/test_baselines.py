@@ -35,8 +35,8 @@ def config_of(recipe, **overrides):
 
 
 @pytest.mark.extras
-def test_simmim_then_finetuning(tmp_path):
-    """Finetuning accepts a pretrained encoder with smaller windows."""
+def test_finetuning_accepts_an_encoder_with_smaller_windows(tmp_path):
+    """The encoder is pretrained with SimMIM."""
     small = dict(model__image_size=64, model__window_size=4)
     config = config_of("simmim_swin", **small, optimizer__milestones="(1.0,)")
     train(config, tmp_path / "simmim")

@@ -1,4 +1,4 @@
-"""Test of a run in a bucket that is killed, resumed, damaged and evaluated."""
+"""Test of a run whose workdir is in a bucket: kill, resume, damage and evaluation."""
 
 import mini_runs
 import pytest
@@ -33,7 +33,7 @@ def test_run_in_a_bucket_equals_a_local_run(tmp_path):
         process = mini_runs.start_process(*command, WORKDIR)
         process.communicate()
         bucket.answering = lambda change: None
-        (root / COMMIT).unlink(missing_ok=True)  # if the server wrote it anyway
+        (root / COMMIT).unlink(missing_ok=True)  # the server may have written the file
         code, out, err = mini_runs.run_process(*command, WORKDIR)
         assert code == 0, err
         assert "checkpoint 4 was not finished; removed" in out

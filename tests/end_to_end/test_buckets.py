@@ -13,7 +13,7 @@ OPTIONS |= dict(model__image_size=64, data__canvas=96, data__name="noise_images"
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Directory of a small tfrecord dataset, prepared by TFDS."""
+    """Return the directory of a small tfrecord dataset, prepared by TFDS."""
     root = tmp_path_factory.mktemp("bucket") / "objects"
     prepare(root, "tfrecord")
     return root
@@ -21,9 +21,10 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_training(tmp_path_factory):
-    """Function (workdir, directory, reader) that trains in a subprocess.
+    """Return a function (workdir, directory, reader) that trains in a subprocess.
 
-    The subprocess cannot import gcsfs, tensorboardX and, with threads, tensorflow.
+    The subprocess cannot import gcsfs and tensorboardX. With the reader "threads", the
+    subprocess cannot import tensorflow either.
     """
     root = tmp_path_factory.mktemp("runs")
 
@@ -43,7 +44,7 @@ def run_training(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory, dataset, run_training):
-    """Workdir of an uninterrupted run that reads local files with threads."""
+    """Return the workdir of an uninterrupted run that reads local files."""
     workdir = tmp_path_factory.mktemp("local")
     code, _, err = run_training(workdir, dataset)
     assert code == 0, err
@@ -53,19 +54,21 @@ def local(tmp_path_factory, dataset, run_training):
 @pytest.mark.parametrize(
     "reader", ["threads", pytest.param("tf.data", marks=pytest.mark.extras)]
 )
-def test_lost_access_and_resume(dataset, run_training, local, tmp_path, reader):
-    """A run that loses access to its bucket exits with 4 and resumes bit-identically.
+def test_run_that_loses_access_resumes_bit_identically(
+    dataset, run_training, local, tmp_path, reader
+):
+    """A run that loses access to its bucket exits with code 4.
 
-    Neither reader needs gcsfs; the reader "threads" also needs no tensorflow.
+    Neither reader needs gcsfs. The reader "threads" does not need tensorflow either.
     """
     workdir = tmp_path / "remote"
     with serve(dataset) as bucket:
 
         def refuse(_):
-            """Refuse all requests after the images of nine of twelve batches.
+            """Refuse all requests after nine of twelve batches were read.
 
-            Ranges over 500 bytes are images; shorter ones are record headers. Eight
-            images are also read before the first step, see `inputs.check_splits`.
+            Ranges over 500 bytes are images; shorter ranges are record headers.
+            `inputs.check_splits` reads eight more images before the first step.
             """
             ranges = (header for _, key, header in bucket.requests if "-train." in key)
             if sum(length(header) > 500 for header in ranges) > 9 * 8 + 8:

@@ -46,8 +46,8 @@ def test_class_names_reach_the_run_and_saved_models(tmp_path, minimal_output, ca
     assert model_of_3_classes.info.class_names == ()
 
 
-def test_num_classes_0_is_replaced_by_the_number_of_the_dataset():
-    """A task replaces num_classes=0 by the dataset's number in its copy of the config.
+def test_num_classes_0_becomes_the_number_of_classes():
+    """A task replaces num_classes=0 in a copy of the config.
 
     A dataset without classes is an error.
     """

@@ -63,7 +63,7 @@ class Recorder:
         self.train, self.eval = [], []
 
     def record(self, call):
-        """Return the method `call` of a classifier, which then also records."""
+        """Wrap the method `call` of a classifier so that each call is recorded."""
 
         def run(model, images, *, drop_path_keys=None):
             logits = call(model, images, drop_path_keys=drop_path_keys)
@@ -135,9 +135,9 @@ def cross_entropy(logits, labels, smoothing):
 
 
 def test_training_lines_exclude_unreadable_images_from_means(run, folder):
-    """Loss, top-1, top-5 and learning rate of a line are those of its own step.
+    """Loss, top-1, top-5 and learning rate of a line are the values of one step.
 
-    The unreadable images are counted since the previous line.
+    The count of unreadable images includes all steps since the previous line.
     """
     labels, order = folder[1]["train"][1], order_of(0, 4, TRAIN)
     assert list(mini_runs.logged(run.workdir)) == list(LINES)
@@ -178,7 +178,7 @@ def fraction_equal(images, others):
 
 
 def test_training_flips_and_erases_resized_images(run, folder):
-    """Half of the images are flipped, and one rectangle of each is erased."""
+    """Half of the images are flipped, and a rectangle of each image is erased."""
     pixels, order = normalized(folder[1]["train"][0]), order_of(0, 4, TRAIN)
     mirrored = []  # 1 for each flipped image, else 0
     for step, (images, _) in enumerate(run.train):
@@ -199,17 +199,17 @@ def test_training_flips_and_erases_resized_images(run, folder):
     assert 0.3 < np.mean(mirrored) < 0.7
 
 
-def readable(folder):
+def readable_examples(folder):
     """Return pixels and labels of the readable validation images."""
     pixels, labels = folder[1]["val"]
-    good = ~np.isin(np.arange(VAL), DAMAGED["val"])
-    return pixels[good], labels[good]
+    is_readable = ~np.isin(np.arange(VAL), DAMAGED["val"])
+    return pixels[is_readable], labels[is_readable]
 
 
 def test_evaluation_images_are_not_augmented(run, folder):
-    """Images are in order, not flipped and not erased. Unreadable ones are black.
+    """Images are in order, not flipped and not erased.
 
-    The last batch is padded with black images.
+    Unreadable images and the padding of the last batch are black.
     """
     black = normalized(np.zeros((*SIZE, 3)))
     for evaluation in (run.eval[:2], run.eval[2:]):
@@ -223,9 +223,9 @@ def test_evaluation_images_are_not_augmented(run, folder):
 
 def eval_results(evaluation, folder):
     """Compute loss, top-1 and top-5 of the readable images from the logits."""
-    good = ~np.isin(np.arange(VAL), DAMAGED["val"])
-    logits = np.concatenate([logits for _, logits in evaluation])[:VAL][good]
-    labels = readable(folder)[1]
+    is_readable = ~np.isin(np.arange(VAL), DAMAGED["val"])
+    logits = np.concatenate([logits for _, logits in evaluation])[:VAL][is_readable]
+    labels = readable_examples(folder)[1]
     rank = (-logits).argsort(-1)
     return {
         "eval/loss": cross_entropy(logits, labels, 0.0).mean(),
@@ -276,7 +276,7 @@ def test_tensorboard_file_equals_metrics_jsonl(run):
         if name != "step"
     ]
     assert sorted(scalars) == sorted(expected)
-    assert images == {}  # not even curves, because TensorBoard draws them itself
+    assert images == {}  # no curves either, because TensorBoard plots the scalars
 
 
 def test_eval_mode_prints_the_last_evaluation(

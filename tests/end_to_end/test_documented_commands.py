@@ -20,7 +20,7 @@ from tests.test_documentation import blocks, commands
 
 pytestmark = [pytest.mark.extras, pytest.mark.slow]
 
-# Pages in the order in which they run. A command on several pages runs once.
+# Pages in the order in which commands run. A command on several pages runs once.
 PAGES = ["README.md", "docs/training.md", "docs/weights.md", "docs/predictions.md"]
 PAGES += ["docs/export.md", "docs/report.md", "docs/own_images.md"]
 # Last, because this page trains other models in the directories of the README.
@@ -37,7 +37,7 @@ SKIPPED = {
 }
 # Pattern of commands -> package that they need
 NEEDED = {r"\.onnx$": "jax2onnx", r"\.pth --format": "torch"}
-# Overrides: of the length of a run, of its model, and of a decoder
+# Overrides of the length of a run, of the size of a model, and of the size of a decoder
 SHORT = ["total_steps=4", "eval_every=4", "checkpoint_every=4", "log_every=2"]
 SMALL = ["model.embed_dim=64", "model.depths=(1,1,2)", "model.num_heads=2"]
 SMALL += ["model.image_size=32", "model.dtype=float32", "data.canvas=0", "batch_size=8"]
@@ -122,7 +122,7 @@ def test_documented_commands_succeed(directory, monkeypatch, capfd, minimal_outp
     for package in ("sklearn", "matplotlib"):
         pytest.importorskip(package)
     monkeypatch.setattr(sys, "path", [str(mini_runs.ROOT), *sys.path])
-    devices = jax.devices()[:1]  # batches of 25 cannot be divided by eight
+    devices = jax.devices()[:1]  # because eight devices cannot share a batch of 25
     monkeypatch.setattr(jax, "devices", lambda: devices)
     # Without this, the timing takes 3 CPU seconds, or minutes on a busy machine.
     monkeypatch.setattr(check_data, "TIMING_SECONDS", 0.1)
@@ -138,7 +138,7 @@ def test_documented_commands_succeed(directory, monkeypatch, capfd, minimal_outp
             if reason := reason_to_skip(command):
                 counts[reason] = counts.get(reason, 0) + 1
                 continue
-            # Some commands read runs of the reader. Copies of other runs replace them.
+            # Some commands read runs of the reader, which copies of other runs replace.
             for source, copy in (("own", "birds"), ("finetune", "scratch")):
                 path = directory / "runs"
                 if (path / source).exists() and not (path / copy).exists():

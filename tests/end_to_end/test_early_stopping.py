@@ -14,14 +14,14 @@ from hivit_jax.training.early_stopping import check_progress
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
-# Step -> loss of its evaluation. With patience 2, the run ends at step 5.
 CRITERION = ("eval/loss", "min")
+# Step -> evaluation loss. With early_stopping=2, the run ends at step 5.
 LOSSES = {1: 0.7, 2: 0.5, 3: 0.4, 4: 0.6, 5: 0.45, 6: 0.1}
 
 
 @pytest.fixture
-def evaluated(monkeypatch):
-    """Replace evaluations with `LOSSES`, in order; return the list of their steps."""
+def evaluated_steps(monkeypatch):
+    """Replace evaluation results with `LOSSES`; return the list of evaluated steps."""
     steps = []
 
     def scripted(*_):
@@ -42,14 +42,16 @@ def config(**overrides):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, capsys):
+def test_run_ends_at_the_same_step_after_interruptions(
+    evaluated_steps, tmp_path, capsys
+):
     """Early stopping ends a run at step 5, even if the run was interrupted or killed.
 
     The best checkpoint is kept, and the last printed line names it.
     """
-    uninterrupted = tmp_path / "whole"
+    uninterrupted = tmp_path / "uninterrupted"
     assert train(config(), uninterrupted)["eval/loss"] == 0.45
-    assert evaluated == [1, 2, 3, 4, 5]
+    assert evaluated_steps == [1, 2, 3, 4, 5]
     assert mini_runs.saved_steps(uninterrupted) == [3, 5]
     *_, early, last = capsys.readouterr().out.splitlines()
     assert early == "early stopping: no better eval/loss in the last 2 evaluations"
@@ -58,7 +60,7 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
     # The count of evaluations without improvement survives an interruption after step
     # 4, and a kill that loses step 4.
     workdir = tmp_path / "interrupted"
-    evaluated.clear()
+    evaluated_steps.clear()
     with pytest.raises(Interrupted):
         train(config(), workdir, lambda step: "why" if step == 4 else None)
     assert mini_runs.saved_steps(workdir) == [3, 4]
@@ -67,9 +69,9 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
         shutil.copytree(workdir, resumed)
         if newest_step == 3:
             shutil.rmtree(resumed / "checkpoints" / "4")
-        evaluated[:] = range(1, newest_step + 1)
+        evaluated_steps[:] = range(1, newest_step + 1)
         train(config(), resumed)
-        assert evaluated == [1, 2, 3, 4, 5]
+        assert evaluated_steps == [1, 2, 3, 4, 5]
         assert mini_runs.logged(resumed, "eval/loss") == mini_runs.logged(
             uninterrupted, "eval/loss"
         )
@@ -84,17 +86,17 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
     assert train(config(), uninterrupted)["eval/loss"] == 0.1
     assert sorted(uninterrupted.rglob("*")) == files
     assert "early stopping: no better" in capsys.readouterr().out
-    evaluated[:] = range(1, 6)
+    evaluated_steps[:] = range(1, 6)
     train(config(early_stopping=0), uninterrupted)
     assert mini_runs.logged(uninterrupted, "eval/loss")[6] == 0.1
 
 
 @pytest.mark.slow
-def test_failed_evaluation_ends_the_run(evaluated, tmp_path, monkeypatch):
+def test_failed_evaluation_ends_the_run(evaluated_steps, tmp_path, monkeypatch):
     """If the last evaluation fails, the resumed run repeats it and trains no step."""
 
     def failing(*arguments):
-        if len(evaluated) == 4:
+        if len(evaluated_steps) == 4:
             raise DataError("cannot access the images")
         return scripted(*arguments)
 
@@ -104,9 +106,9 @@ def test_failed_evaluation_ends_the_run(evaluated, tmp_path, monkeypatch):
         with pytest.raises(DataError, match="cannot access the images"):
             train(config(), tmp_path)
     assert mini_runs.saved_steps(tmp_path) == [3, 5]
-    assert evaluated == [1, 2, 3, 4]
+    assert evaluated_steps == [1, 2, 3, 4]
     assert train(config(), tmp_path)["eval/loss"] == LOSSES[5]
-    assert evaluated == [1, 2, 3, 4, 5]
+    assert evaluated_steps == [1, 2, 3, 4, 5]
     assert mini_runs.saved_steps(tmp_path) == [3, 5]
     assert mini_runs.logged(tmp_path, "eval/loss")[5] == LOSSES[5]
 
@@ -126,6 +128,7 @@ def test_evaluations_since_best_are_counted_up_to_a_step(tmp_path):
     assert [count(step, ("eval/loss", "max")) for step in LOSSES] == [0, 1, 2, 3, 4, 5]
 
 
+# Program of one process that prints the result of `check_progress` after each step
 DECISIONS = """
 import json, sys
 from pathlib import Path
@@ -145,7 +148,7 @@ processes.exit_now(0)
 def test_processes_stop_at_the_same_step(tmp_path):
     """Both processes follow the metrics of process 0.
 
-    The metrics file of process 1 is ignored. Its losses would never end the run.
+    The losses in the metrics file of process 1 would never end the run.
     """
     for index in range(2):
         (tmp_path / f"{index}").mkdir()
@@ -154,25 +157,25 @@ def test_processes_stop_at_the_same_step(tmp_path):
             falling = {"eval/loss": -step if index else loss, "eval/count": 64}
             writer.scalars(step, falling)
         writer.close()
-    of_one, of_other = (
+    decisions_0, decisions_1 = (
         [check_progress(tmp_path / name, 2, CRITERION, step) for step in LOSSES]
         for name in "01"
     )
-    assert [stalled for stalled, _ in of_one] == [False] * 4 + [True, False]
-    assert not any(stalled for stalled, _ in of_other)
+    assert [stalled for stalled, _ in decisions_0] == [False] * 4 + [True, False]
+    assert not any(stalled for stalled, _ in decisions_1)
 
     address = mini_runs.free_address()
-    started = [
+    processes = [
         mini_runs.start_process(
             *("-c", DECISIONS, address, index, tmp_path / f"{index}", "eval/loss"),
             *LOSSES,
         )
         for index in range(2)
     ]
-    outputs = [process.communicate() for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     for out, _ in outputs:
-        assert json.loads(out.splitlines()[-1]) == [[*pair] for pair in of_one]
+        assert json.loads(out.splitlines()[-1]) == [[*pair] for pair in decisions_0]
 
 
 def test_early_stopping_requires_evaluations():

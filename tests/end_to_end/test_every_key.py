@@ -1,6 +1,6 @@
 """Tests that every config key affects a run as documented.
 
-Recorded runs are compared with the second implementation in `oracle.py`.
+The oracle, a second implementation in `oracle.py`, computes the expected values.
 """
 
 import re
@@ -27,15 +27,17 @@ pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def recorded_run(tmp_path_factory):
-    """Return a function from a name to its `RecordedRun`, which trains once."""
+    """Return a cached function from a name to a `RecordedRun`."""
     folder = tmp_path_factory.mktemp("folder")
     recorded_runs.write_folder(folder)
 
     @cache
     def record(name):
         workdir = tmp_path_factory.mktemp(name.replace(", ", "_")) / "run"
-        start = {"init_from": record("mae").workdir} if name == "linear_probe" else {}
-        return recorded_runs.RecordedRun(name, folder, workdir, **start)
+        overrides = (
+            {"init_from": record("mae").workdir} if name == "linear_probe" else {}
+        )
+        return recorded_runs.RecordedRun(name, folder, workdir, **overrides)
 
     return record
 
@@ -44,8 +46,8 @@ def recorded_run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", recorded_runs.RECORDED_RUNS)
-def test_every_step(name, recorded_run):
-    """Three training steps and the evaluation equal the second implementation's."""
+def test_steps_and_evaluation_equal_the_oracle(name, recorded_run):
+    """The run has three training steps and two evaluations."""
     run = recorded_run(name)
     assert mismatches(run, run.config) == {}
     line = run.line(STEPS, "eval/loss")
@@ -54,8 +56,8 @@ def test_every_step(name, recorded_run):
     assert [x["step"] for x in run.lines if "eval/loss" in x] == [2, 3]
 
 
-def test_both_kinds_of_mixing():
-    """The steps of the recorded classifier include Mixup and CutMix."""
+def test_recorded_steps_include_mixup_and_cutmix():
+    """The recorded run is the classifier."""
     uses_cutmix = set()
     for step in range(STEPS):
         key = oracle.sample_keys(5, "train", step * recorded_runs.BATCH, 1)[0]
@@ -64,7 +66,7 @@ def test_both_kinds_of_mixing():
     assert uses_cutmix == {True, False}
 
 
-def test_seed_draws_the_first_parameters(recorded_run):
+def test_seed_determines_the_initial_parameters(recorded_run):
     run = recorded_run("classify, plain")
     arguments = create_arguments(run.config.model)
 
@@ -80,7 +82,7 @@ def test_seed_draws_the_first_parameters(recorded_run):
         np.testing.assert_allclose(array, expected[name], rtol=1e-6, atol=1e-7)
 
 
-def test_frozen_parameters(recorded_run):
+def test_frozen_parameters_stay_fixed(recorded_run):
     """The decoder's position table and a probe's encoder stay fixed.
 
     The probe starts from the averaged encoder and a new head.
@@ -99,17 +101,17 @@ def test_frozen_parameters(recorded_run):
 
 # Every key
 
-# Kinds of values that keys govern together
+# Kinds of values that a key changes together
 TRAINED = {"loss", "mu", "nu"}
 PROBED = {"loss", "trace", "statistics"}
 LEARNING_RATE = {"learning_rate", "params"}
 EVALUATED = {"eval/loss"}
 
 
-# Recorded run -> key -> the kinds of values that the key governs. The run overrides the
-# recipe's value. With the recipe's value, exactly these kinds differ. The difference of
-# a kind with ~ may be within the tolerance.
-OF_TRAINING = {
+# Recorded run -> key -> kinds of values that the key changes. The run overrides the
+# recipe's value. If the oracle uses the recipe's value, exactly these kinds differ from
+# the recorded values. The difference of a kind with ~ may be within the tolerance.
+TRAINING_KEYS = {
     "total_steps": LEARNING_RATE,
     "optimizer.base_learning_rate": LEARNING_RATE,
     "optimizer.min_learning_rate": LEARNING_RATE,
@@ -118,7 +120,7 @@ OF_TRAINING = {
 }
 
 
-OF_ADAM = {
+ADAM_KEYS = {
     "optimizer.betas": {"mu", "nu", "params"},
     "optimizer.clip_norm": {"mu", "nu"},
     "optimizer.ema_decay": {"ema", "eval/loss"},
@@ -126,7 +128,7 @@ OF_ADAM = {
 }
 
 
-OF_PIXELS = {
+PIXEL_KEYS = {
     "data.crop_pct": EVALUATED,
     "data.crop_scale": TRAINED,
     "data.mean": TRAINED | EVALUATED,
@@ -134,10 +136,10 @@ OF_PIXELS = {
 }
 
 
-GOVERNS = {
-    "mae": OF_TRAINING
-    | OF_ADAM
-    | OF_PIXELS
+CHANGED_KINDS = {
+    "mae": TRAINING_KEYS
+    | ADAM_KEYS
+    | PIXEL_KEYS
     | {
         "seed": TRAINED | EVALUATED,
         "mask_ratio": TRAINED | EVALUATED,
@@ -148,9 +150,9 @@ GOVERNS = {
         "data.interpolation": TRAINED | EVALUATED,
         "data.randaugment": TRAINED,
     },
-    "classify": OF_TRAINING
-    | OF_ADAM
-    | OF_PIXELS
+    "classify": TRAINING_KEYS
+    | ADAM_KEYS
+    | PIXEL_KEYS
     | {
         "seed": TRAINED,
         "cutmix": TRAINED,
@@ -167,7 +169,7 @@ GOVERNS = {
         "data.interpolation": TRAINED | EVALUATED,
         "data.randaugment": TRAINED,
     },
-    "linear_probe": OF_TRAINING
+    "linear_probe": TRAINING_KEYS
     | {
         "seed": PROBED,
         "model.layer_norm_eps": PROBED | {"~eval/loss"},
@@ -182,16 +184,17 @@ GOVERNS = {
 }
 
 
-# Kinds that follow from other kinds. They are ignored, because counts of images may
-# agree by chance.
+# Kinds that depend on other kinds. The test ignores these kinds, because counts of
+# images may agree by chance.
 DEPENDENT = {"gradient_norm", "unreadable", "top1", "top5", "eval/top1", "eval/top5"}
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [(name, key) for name, keys in GOVERNS.items() for key in keys]
+    ("name", "key"),
+    [(name, key) for name, keys in CHANGED_KINDS.items() for key in keys],
 )
-def test_key_governs(name, key, recorded_run):
-    """With the recipe's value of a key, exactly the kinds that it governs differ."""
+def test_key_changes_exactly_the_listed_values(name, key, recorded_run):
+    """The oracle uses the recipe's value of the key instead of the run's value."""
     run = recorded_run(name)
     recipe = mini_runs.recipe(recorded_runs.RECORDED_RUNS[name][0])
     config = run.config.copy_and_resolve_references()
@@ -202,8 +205,8 @@ def test_key_governs(name, key, recorded_run):
     assert source[leaf] != target[leaf]
     with config.unlocked():
         target[leaf] = source[leaf]
-    expected = {kind for kind in GOVERNS[name][key] if kind[0] != "~"}
-    may_differ = {kind[1:] for kind in GOVERNS[name][key] - expected}
+    expected = {kind for kind in CHANGED_KINDS[name][key] if kind[0] != "~"}
+    may_differ = {kind[1:] for kind in CHANGED_KINDS[name][key] - expected}
     assert mismatches(run, config).keys() - DEPENDENT - may_differ == expected
 
 
@@ -222,28 +225,28 @@ SHAPES = {
 }
 
 
-OF_DECODER = {"decoder_depth": 3, "decoder_embed_dim": 24, "multi_scale": False}
+DECODER_KEYS = {"decoder_depth": 3, "decoder_embed_dim": 24, "multi_scale": False}
 
 
-OF_CLASSIFIER = {"num_classes": 9, "global_blocks": (1,), "window_size": 2}
+CLASSIFIER_KEYS = {"num_classes": 9, "global_blocks": (1,), "window_size": 2}
 
 
-SHAPES_OF = {
-    "mae": SHAPES | OF_DECODER | {"name": "mae_hivit_small"},
-    "classify": SHAPES | OF_CLASSIFIER | {"name": "hivit_small", "fc_norm": False},
-    "linear_probe": SHAPES | OF_CLASSIFIER | {"name": "hivit_small"},
+MODEL_KEYS = {
+    "mae": SHAPES | DECODER_KEYS | {"name": "mae_hivit_small"},
+    "classify": SHAPES | CLASSIFIER_KEYS | {"name": "hivit_small", "fc_norm": False},
+    "linear_probe": SHAPES | CLASSIFIER_KEYS | {"name": "hivit_small"},
 }
 
 
-@pytest.mark.parametrize("name", SHAPES_OF)
-def test_keys_of_the_models_shape(name, capsys):
+@pytest.mark.parametrize("name", MODEL_KEYS)
+def test_shape_keys_equal_arguments_of_create_model(name, capsys):
     """Counts of parameters and multiply-adds equal those of `create_model`."""
     synthetic = {
         "data__name": "synthetic",
         "data__mean": "(0.5,)",
         "data__std": "(0.5,)",
     }
-    values = SHAPES_OF[name] | {"dtype": "float32"}
+    values = MODEL_KEYS[name] | {"dtype": "float32"}
     flags = recorded_runs.run_flags(name, **synthetic)
     flags += [f"--config.model.{k}={v}".replace(" ", "") for k, v in values.items()]
     assert main([*flags, "--mode=describe"]) == 0
@@ -258,8 +261,8 @@ def test_keys_of_the_models_shape(name, capsys):
         assert f" {count}" in text
 
 
-def test_num_heads(recorded_run):
-    """The numbers of heads, which change no parameter count, reach the model."""
+def test_num_heads_reaches_the_model(recorded_run):
+    """Parameter counts do not depend on the numbers of heads, but shapes do."""
     params = recorded_run("mae").states[0]["params"]
     assert params["encoder/stages/2/0/attn/qkv/kernel"].shape == (32, 3, 2, 16)
     assert params["decoder_blocks/1/attn/qkv/kernel"].shape == (16, 3, 2, 8)
@@ -276,7 +279,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("key", PROGRAMS)
-def test_keys_of_the_program(key):
+def test_program_keys_change_the_jaxpr(key):
     """These keys change the program; other tests show that values stay equal."""
     value, text = PROGRAMS[key]
     assert text not in traced_step("", None)
@@ -320,6 +323,7 @@ def test_keys_that_change_no_bit(recorded_run, tmp_path):
     mini_runs.assert_identical(saved, run.states[STEPS])
 
 
+# Recorded run -> keys without effect, each with a value that is refused
 UNUSED = {
     "mae": {"optimizer.layer_decay": 0.9},
     "linear_probe": {
@@ -338,13 +342,13 @@ UNUSED = {
     [(name, *item) for name, keys in UNUSED.items() for item in keys.items()],
 )
 def test_key_without_effect_is_refused(name, key, value):
-    """A key without effect on a task is an error."""
+    """The task of the recorded run has no use for the key."""
     with pytest.raises(ConfigError, match=f"{key}={value} has no effect .*{name}"):
         run_config(name, **{key: value})
 
 
-# Task -> keys of the other kind of network, with a value
-FOREIGN = {
+# Recorded run -> keys of other networks, each with a value
+OTHER_MODEL_KEYS = {
     "mae": {"fc_norm": False, "num_classes": 3, "running_norm": True},
     "classify": {
         "decoder_depth": 1,
@@ -354,16 +358,17 @@ FOREIGN = {
         "norm_pix_loss": False,
     },
 }
-
-
-FOREIGN["linear_probe"] = FOREIGN["classify"]
+OTHER_MODEL_KEYS["linear_probe"] = OTHER_MODEL_KEYS["classify"]
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [(name, key) for name, keys in FOREIGN.items() for key in keys]
+    ("name", "key"),
+    [(name, key) for name, keys in OTHER_MODEL_KEYS.items() for key in keys],
 )
 def test_keys_of_another_network_are_refused(name, key, capsys):
-    flags = recorded_runs.run_flags(name, **{f"model.{key}": FOREIGN[name][key]})
+    flags = recorded_runs.run_flags(
+        name, **{f"model.{key}": OTHER_MODEL_KEYS[name][key]}
+    )
     assert main([*flags, "--mode=describe"]) == 2
     assert f"unknown override of {'mae_' * (name == 'mae')}hivit" in (
         capsys.readouterr().err
@@ -372,74 +377,75 @@ def test_keys_of_another_network_are_refused(name, key, capsys):
 
 # Key -> test elsewhere that shows the key's effect
 ELSEWHERE = {
-    "task": "test_every_step",
+    "task": "test_steps_and_evaluation_equal_the_oracle",
     "batch_size": "test_training_batches_follow_the_permutations_of_the_epochs",
-    "checkpoint_every": "test_intervals",
+    "checkpoint_every": "test_each_interval_key_is_followed",
     "class_weights": "test_class_weights_scale_the_loss_of_each_target",
     "compilation_cache": "test_programs_are_cached_in_the_workdir",
     "early_stopping": "test_run_ends_at_the_same_step_after_interruptions",
-    "eval_every": "test_intervals",
-    "init_from": "test_classifier_from_pretraining",
-    "keep_checkpoints": "test_intervals",
-    "log_every": "test_intervals",
+    "eval_every": "test_each_interval_key_is_followed",
+    "init_from": "test_classifier_starts_from_the_pretrained_encoder",
+    "keep_checkpoints": "test_each_interval_key_is_followed",
+    "log_every": "test_each_interval_key_is_followed",
     "peer_timeout": "test_a_lost_process_ends_the_others",
-    "stall_timeout": "test_heartbeats",
-    "total_epochs": "test_intervals",
+    "stall_timeout": "test_each_step_and_batch_sends_a_heartbeat",
+    "total_epochs": "test_each_interval_key_is_followed",
     "data.balance": "test_balanced_batches_contain_each_class_equally_often",
     "wandb_project": "test_offline_wandb_run_is_written_into_the_workdir",
     "data.cache": "test_later_runs_read_the_copies_in_data_cache",
-    "data.canvas": "test_batches_change_with_a_key",
+    "data.canvas": "test_data_keys_change_only_the_listed_batches",
     "data.class_level": "test_leaf_directories_are_classes",
-    "data.dir": "test_every_step",
+    "data.dir": "test_steps_and_evaluation_equal_the_oracle",
     "data.dtype": "test_dtypes_reach_the_batches",
     "data.eval_fraction": "test_eval_fraction_puts_every_image_on_one_side",
     "data.eval_group": "test_groups_stay_together",
-    "data.eval_split": "test_splits_by_name",
+    "data.eval_split": "test_split_keys_select_directories",
     "data.exclude": "test_excluded_paths_may_be_absolute_or_relative",
     "data.flip": "test_training_flips_and_erases_resized_images",
-    "data.max_unreadable": "test_unreadable_images",
+    "data.max_unreadable": "test_unreadable_images_do_not_affect_training",
     "data.multi_label": "test_images_with_several_labels_are_trained_and_predicted",
-    "data.name": "test_every_step",
-    "data.randaugment": "test_randaugment",
+    "data.name": "test_steps_and_evaluation_equal_the_oracle",
+    "data.randaugment": "test_randaugment_changes_training_images_only",
     "data.reader": "test_training_with_tf_data_is_bit_identical",
     "data.interpolation": "test_images_are_resized_as_configured",
     "data.scale": "test_dtypes_reach_the_batches",
     "data.subset": "test_subsets_of_digits_are_class_balanced",
     "data.train_examples": "test_subsets_of_digits_are_class_balanced",
-    "data.train_split": "test_splits_by_name",
-    "data.value_range": "test_a_range_of_values_reaches_the_batches",
+    "data.train_split": "test_split_keys_select_directories",
+    "data.value_range": "test_value_range_is_mapped_to_uint8",
     "data.workers": "test_data_workers_sets_the_number_of_threads",
     "mesh.data": "test_state_is_sharded_from_the_first_step",
     "mesh.fsdp": "test_state_is_sharded_from_the_first_step",
     "mesh.replica": "test_losses_do_not_depend_on_the_mesh",
     "mesh.tensor": "test_tensor_axis_splits_heads_and_hidden_units",
     "mesh.zero": "test_zero_1_shards_only_the_moments",
-    "model.decoder_num_heads": "test_num_heads",
+    "model.decoder_num_heads": "test_num_heads_reaches_the_model",
     "model.freeze": "test_run_with_frozen_stages_resumes_bit_identically",
     "model.global_blocks": "test_config_keys_set_windows",
     "model.running_norm": "test_probe_without_running_norm_is_refused",
     "model.window_size": "test_windows_with_dropped_units_are_refused",
-    "optimizer.ema_decay": "test_the_average_of_each_step",
+    "optimizer.ema_decay": "test_each_step_updates_the_average",
     "optimizer.first_moment_dtype": "test_ten_steps_equal_the_official_adamw",
-    "optimizer.first_epoch": "test_first_epoch_1_leaves_out_an_epoch_when_resuming",
+    "optimizer.first_epoch": "test_first_epoch_1_skips_an_epoch_when_resuming",
     "optimizer.gamma": "test_multistep_schedule_equals_torch",
     "optimizer.lr_batch": "test_peak_is_proportional_to_batch_size_over_lr_batch",
     "optimizer.milestones": "test_multistep_schedule_equals_torch",
     "optimizer.power": "test_polynomial_schedule_equals_mmcv",
-    "optimizer.schedule": "test_schedules_of_old_recipes",
+    "optimizer.schedule": "test_old_recipes_have_the_recorded_learning_rates",
 }
 
 
 @pytest.mark.parametrize("name", ["mae", "classify", "linear_probe"])
 def test_every_key_is_in_a_table(name):
     """Each key of a task is in one of the tables above."""
-    known = set(PROGRAMS) | set(ELSEWHERE) | set(GOVERNS[name])
-    known |= set(GOVERNS["classify, plain"] if name == "classify" else ())
-    known |= {f"model.{key}" for key in [*SHAPES_OF[name], *FOREIGN[name]]}
+    known = set(PROGRAMS) | set(ELSEWHERE) | set(CHANGED_KINDS[name])
+    known |= set(CHANGED_KINDS["classify, plain"] if name == "classify" else ())
+    known |= {f"model.{key}" for key in [*MODEL_KEYS[name], *OTHER_MODEL_KEYS[name]]}
     known |= set(UNUSED.get(name, ()))
     keys = {key.replace("/", ".") for key in named_leaves(run_config(name).to_dict())}
     keys |= {f"model.{key}" for key in run_config(name).model}
-    keys = {key for key in keys if not re.search(r"\.\d+$", key)}  # of tuples
+    # Without this, `keys` would contain elements of tuples, such as data.mean.0.
+    keys = {key for key in keys if not re.search(r"\.\d+$", key)}
     assert keys - known == set()
 
 

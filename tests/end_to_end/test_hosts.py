@@ -1,4 +1,4 @@
-"""Tests of batches on several hosts, which are real processes; one is killed."""
+"""Tests of batches and evaluations on several hosts, each a process."""
 
 import json
 from pathlib import Path
@@ -21,14 +21,14 @@ VAL = 13  # held-out images, one of which cannot be read
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return the command line of a run, and its root directory.
+    """Return (command line, root directory) of a run on photographs.
 
-    The run trains on photographs, two of which are damaged.
+    Two of the photographs are damaged.
     """
     root = tmp_path_factory.mktemp("hosts")
     photographs.write(root / "data", {"train": 50, "val": VAL}, (80, 60))
     for split in ("train", "val"):
-        sorted(root.glob(f"data/{split}/*/*"))[7].write_bytes(b"spoilt")
+        sorted(root.glob(f"data/{split}/*/*"))[7].write_bytes(b"spoiled")
     overrides = {
         "data__name": "folder",
         "data__dir": root / "data",
@@ -44,8 +44,8 @@ def run(tmp_path_factory):
     return arguments, root
 
 
-def on_hosts(run, count):
-    """Run `hosts.py` as `count` processes; return their (arrays, results, stderr)."""
+def run_on_hosts(run, count):
+    """Run `hosts.py` in `count` processes; return [(arrays, results, stderr)]."""
     arguments, root = run
     address = mini_runs.free_address()
     outs = [root / f"{index}of{count}" for index in range(count)]
@@ -71,8 +71,8 @@ def on_hosts(run, count):
 
 @pytest.fixture(scope="module")
 def one_host(run):
-    """Return the results of a single host."""
-    (result,) = on_hosts(run, 1)
+    """Return (arrays, results, stderr) of a single host."""
+    (result,) = run_on_hosts(run, 1)
     return result
 
 
@@ -88,8 +88,8 @@ def test_one_host_evaluates_every_image(one_host):
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.extras)])
 def test_hosts_share_batches_and_results(count, run, one_host):
-    """The hosts' shares concatenate to the batches of one host; results are equal."""
-    results_of_hosts = on_hosts(run, count)
+    """The concatenated batches and the results equal those of one host."""
+    results_of_hosts = run_on_hosts(run, count)
     for key, batches in one_host[0].items():
         shares = [arrays[key] for arrays, _, _ in results_of_hosts]
         assert {len(share) for share in shares} == {len(batches) // count}
@@ -100,8 +100,8 @@ def test_hosts_share_batches_and_results(count, run, one_host):
         assert values == pytest.approx(one_host[1], rel=1e-5)
 
 
-def test_batches_after_a_kill(run, one_host):
-    """Batches continue identically after the process is killed."""
+def test_batches_continue_after_a_kill(run, one_host):
+    """Another process yields the batches that follow."""
     arguments, root = run
     first, last = hosts.STEPS
     code = (
@@ -123,8 +123,8 @@ def test_batches_after_a_kill(run, one_host):
             assert_array_equal(value, one_host[0][f"{step} {key}"])
 
 
-def test_plan_of_an_imagenet_evaluation(monkeypatch):
-    """Eight hosts evaluate each of 50,000 images exactly once."""
+def test_eight_hosts_evaluate_every_image_once(monkeypatch):
+    """The split has 50,000 images, as in ImageNet-1k."""
     steps_of_hosts, buckets = [], np.zeros(50_000, np.int64)
     monkeypatch.setattr(loader.jax, "process_count", lambda: 8)
     for host in range(8):

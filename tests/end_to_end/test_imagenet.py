@@ -22,11 +22,11 @@ import os, signal, sys
 from hivit_jax import main
 from hivit_jax.checkpoints import manager
 save = manager.Checkpoints.save
-def deadly(self, *arguments):
+def save_and_kill(self, *arguments):
     save(self, *arguments)
     self.close()
     os.kill(os.getpid(), signal.SIGKILL)
-manager.Checkpoints.save = deadly
+manager.Checkpoints.save = save_and_kill
 main.main(sys.argv[1:])
 """
 
@@ -53,10 +53,12 @@ def environment(tmp_path_factory):
 
 
 @pytest.mark.extras
-def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
-    """A killed pretraining run resumes and ends bit-identical.
+def test_killed_pretraining_resumes_and_initializes_a_classifier(
+    data, environment, tmp_path
+):
+    """The resumed run ends bit-identical to an uninterrupted run.
 
-    Its encoder initializes a classifier, which is trained and evaluated.
+    The classifier is trained and evaluated.
     """
     options = data | dict(batch_size=8, total_steps=4, checkpoint_every=2)
     options |= dict(model__image_size=64, data__canvas=96, eval_every=2)
@@ -68,7 +70,7 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
         assert (code, err) == (0, "")
         return out
 
-    run(tmp_path / "whole", *pretraining)
+    run(tmp_path / "uninterrupted", *pretraining)
     workdir = tmp_path / "killed"
     code, _, _ = mini_runs.run_process(
         "-c", KILLED, *pretraining, f"--workdir={workdir}", **environment
@@ -77,11 +79,11 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
     assert "resuming at step 2 from" in run(workdir, *pretraining)
     for name in ("loss", "gradient_norm", "eval/loss"):
         numbers = mini_runs.logged(workdir, name)
-        assert numbers == mini_runs.logged(tmp_path / "whole", name)
+        assert numbers == mini_runs.logged(tmp_path / "uninterrupted", name)
         assert np.isfinite(list(numbers.values())).all()
     mini_runs.assert_identical(
         mini_runs.saved_arrays(workdir, 4),
-        mini_runs.saved_arrays(tmp_path / "whole", 4),
+        mini_runs.saved_arrays(tmp_path / "uninterrupted", 4),
     )
     (line,) = [m for m in metrics.read(workdir / "metrics.jsonl") if m["step"] == 4][1:]
     assert (line["eval/count"], line["eval/unreadable"]) == (VAL, 0)

@@ -52,7 +52,7 @@ def watch():
 
     Attributes:
       limit: argument of the watchdog.
-      beats: number of heartbeats since its start.
+      beats: number of heartbeats since the watchdog started.
       signals: {number of a heartbeat: signal to raise}.
     """
     watch = SimpleNamespace(limit=None, beats=0, signals={})
@@ -91,21 +91,21 @@ def signals_must_be_caught():
 
 @pytest.fixture(scope="module")
 def finished(watch, tmp_path_factory):
-    """Return (workdir of a finished run, number of its heartbeats)."""
+    """Return (workdir, number of heartbeats) of a finished run."""
     workdir = tmp_path_factory.mktemp("finished")
     assert main.main([*COMMAND, f"--workdir={workdir}"]) == 0
     return workdir, watch.beats
 
 
-def test_intervals(finished):
-    """Each interval has its own key; the last step is logged, evaluated and saved."""
+def test_each_interval_key_is_followed(finished):
+    """The last step is also logged, evaluated and saved."""
     workdir, _ = finished
     assert list(mini_runs.logged(workdir)) == LOGGED
     assert list(mini_runs.logged(workdir, "eval/loss")) == EVALUATED
     assert mini_runs.saved_steps(workdir) == [11]
 
 
-def test_heartbeats(finished, watch, tmp_path, capsys):
+def test_each_step_and_batch_sends_a_heartbeat(finished, watch, tmp_path, capsys):
     """Training, eval and knn send a heartbeat after each step and each batch."""
     workdir, beats = finished
     assert beats == STEPS + len(EVALUATED) * EVAL_BATCHES
@@ -125,7 +125,7 @@ def test_heartbeats(finished, watch, tmp_path, capsys):
 
 
 def classifier():
-    """Return the flags of a classifier of the same width."""
+    """Return the flags of a classifier with the encoder sizes of `RUN`."""
     model = ("model.embed_dim", "model.depths", "model.num_heads", "model.dtype")
     flags = [f for f in COMMAND[1:] if "decoder" not in f and "total" not in f]
     assert all(any(key in flag for flag in flags) for key in model)
@@ -139,10 +139,10 @@ def poisoned(batches, first_step, nan_step):
         yield batch | {"weight": weight}
 
 
-def test_interrupted_and_diverging_run_resumes(
+def test_interrupted_and_diverging_run_resumes_bit_identically(
     finished, watch, tmp_path, capsys, monkeypatch
 ):
-    """A run that is interrupted twice and diverges once ends bit-identical."""
+    """The run is interrupted twice and diverges once."""
     command = [*COMMAND, f"--workdir={tmp_path}"]
     steps = []
     with pytest.raises(Interrupted, match=f"^why: step 0 of {STEPS} is saved in "):
@@ -151,7 +151,7 @@ def test_interrupted_and_diverging_run_resumes(
     assert mini_runs.saved_steps(tmp_path) == [0]
     assert mini_runs.logged(tmp_path) == {}
 
-    # The heartbeat after the second of the batches that are evaluated at step 5
+    # The heartbeat after five training steps and two evaluation batches
     watch.signals[5 + 2] = signal.SIGTERM
     assert main.main(command) == 75
     out, err = capsys.readouterr()
@@ -193,15 +193,15 @@ def test_interrupted_and_diverging_run_resumes(
     mini_runs.assert_identical(resumed, expected)
 
 
-def test_failed_evaluations(finished, watch, tmp_path, monkeypatch):
-    """A resumed run repeats an evaluation that has no result, and records it once."""
+def test_resumed_run_repeats_failed_evaluations(finished, watch, tmp_path, monkeypatch):
+    """Metrics contain the result of each evaluation once."""
     command, metrics = [*COMMAND, f"--workdir={tmp_path}"], tmp_path / "metrics.jsonl"
-    evaluations, outcomes = evaluate.evaluate, [True, False, True, False]
+    original_evaluate, outcomes = evaluate.evaluate, [True, False, True, False]
 
     def failing(*arguments):
         if outcomes and not outcomes.pop(0):
             raise DataError("cannot access the images")
-        return evaluations(*arguments)
+        return original_evaluate(*arguments)
 
     monkeypatch.setattr(evaluate, "evaluate", failing)
     for step, recorded in ((10, [5]), (STEPS, [5, 10])):
@@ -210,15 +210,17 @@ def test_failed_evaluations(finished, watch, tmp_path, monkeypatch):
         assert list(mini_runs.logged(tmp_path, "eval/loss")) == recorded
     assert not outcomes
     expected = mini_runs.logged(finished[0], "eval/loss")
-    for lost in (0, 40):  # a kill may also truncate the last line
-        metrics.write_bytes(metrics.read_bytes()[: -lost or None])
+    for lost_bytes in (0, 40):  # a kill may also truncate the last line
+        metrics.write_bytes(metrics.read_bytes()[: -lost_bytes or None])
         assert main.main(command) == 0
         assert mini_runs.logged(tmp_path, "eval/loss") == expected
     files = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
     assert main.main(command) == 0
     assert {path: path.read_bytes() for path in tmp_path.glob("*.json*")} == files
-    resumed, whole = (mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, finished[0]))
-    mini_runs.assert_identical(resumed, whole)
+    resumed, uninterrupted = (
+        mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, finished[0])
+    )
+    mini_runs.assert_identical(resumed, uninterrupted)
 
 
 def test_missing_data_exits_with_code_4(watch, tmp_path, capsys):

@@ -41,10 +41,11 @@ pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
 
 
 class Run:
-    """A run of `train`.
+    """Run of `train`.
 
-    initial: its first state, as host arrays, by name.
-    shards: shard shapes of the first and last state on device 0, by name.
+    initial: {name: host array} of the initial state.
+    shards: [{name: shape of the shard on device 0}] of the initial state and of each
+      saved state.
     """
 
     def __init__(self, config, workdir):
@@ -78,7 +79,7 @@ class Run:
             self.results = training.train(config, workdir)
 
     def params(self):
-        """Return the initial parameters by name."""
+        """Return {name: array} of the initial parameters."""
         return {
             name.removeprefix("params/"): array
             for name, array in self.initial.items()
@@ -160,7 +161,7 @@ def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
 
 
 @pytest.mark.extras
-def test_accumulation_changes_nothing(trained):
+def test_accumulation_does_not_change_losses(trained):
     reference_run = trained(mini_runs.classifier)
     run = trained(mini_runs.classifier, optimizer__accumulate_steps=4, **TENSOR)
     assert_close_losses(
@@ -169,7 +170,7 @@ def test_accumulation_changes_nothing(trained):
 
 
 @pytest.mark.extras
-def test_accumulation_exchanges_gradients_once_a_step():
+def test_accumulation_all_reduces_gradients_once_per_step():
     """With accumulation, no loop of the compiled step contains an all-reduce."""
     config = mini_runs.classifier(optimizer__accumulate_steps=2, batch_size=32)
     mesh = sharding.make_mesh(config.mesh, 32, 2)
@@ -185,7 +186,7 @@ def test_accumulation_exchanges_gradients_once_a_step():
 
 
 @pytest.mark.extras
-def test_losses_move(trained):
+def test_losses_change_from_step_to_step(trained):
     """The losses that the tests above compare change from step to step."""
     for recipe, options in ((mini_runs.mae, EVERY_STEP), (mini_runs.classifier, {})):
         losses = list(mini_runs.logged(trained(recipe, **options).workdir).values())
@@ -200,8 +201,7 @@ def test_state_is_sharded_from_the_first_step(trained):
             pieces = leaf.size // math.prod(shards[name])
             large = leaf.size >= 2**13 and any(side % 4 == 0 for side in leaf.shape)
             assert pieces == (4 if large else 1), name
-    # The second dimension is sharded over the tensor axis, which has one device
-    # here.
+    # The tensor axis, over which the second dimension is sharded, has one device.
     kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
     first, last = run.shards[0], run.shards[-1]
     for prefix in ("params", "opt_state/0/mu", "opt_state/0/nu"):
@@ -223,7 +223,8 @@ def test_tensor_axis_splits_heads_and_hidden_units(trained):
     block = "params/encoder/stages/2/0"
     assert shards[f"{block}/attn/qkv/kernel"] == (16, 3, 1, 32)  # of [64, 3, 2, 32]
     assert shards[f"{block}/attn/qkv/bias"] == (3, 1, 32)
-    assert shards[f"{block}/attn/proj/kernel"] == (32, 64)  # of [64, 64]: small
+    # [64, 64] is too small for the fsdp axis.
+    assert shards[f"{block}/attn/proj/kernel"] == (32, 64)
     assert shards[f"{block}/mlp/fc1/kernel"] == (16, 128)  # of [64, 256]
     assert shards[f"{block}/mlp/fc2/kernel"] == (128, 16)  # of [256, 64]
 
@@ -231,7 +232,7 @@ def test_tensor_axis_splits_heads_and_hidden_units(trained):
 # Checkpoints
 
 
-def test_load_pretrained(trained):
+def test_load_pretrained_reads_workdirs_and_checkpoints(trained):
     workdir = trained(mini_runs.mae, **EVERY_STEP).workdir
     model = hivit_jax.load_pretrained(workdir)
     assert (model.config.embed_dim, model.config.norm_pix_loss) == (64, True)
@@ -243,7 +244,7 @@ def test_load_pretrained(trained):
 
 
 def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
-    """Step 5 of 8 is NaN, step 6 reports it, and the state of step 4 is saved."""
+    """The loss of step 5 is NaN; step 6 raises the error; step 4 is saved."""
 
     def poisoned(config, first, last):
         for step, batch in enumerate(train_batches(config, first, last), first):
@@ -266,7 +267,7 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
         assert all(np.isfinite(a).all() for a in jax.tree.leaves(items))
 
 
-def test_data_error_after_a_step(tmp_path, monkeypatch):
+def test_computed_steps_are_saved_before_a_data_error(tmp_path, monkeypatch):
     """Each computed step is logged, evaluated and saved before the error is raised."""
 
     def failing(config, first, last):
@@ -284,10 +285,10 @@ def test_data_error_after_a_step(tmp_path, monkeypatch):
     assert mini_runs.saved_steps(tmp_path) == [3]
 
 
-def test_unreadable_images(tmp_path, monkeypatch):
-    """The pixels of unreadable images do not affect training; the images are counted.
+def test_unreadable_images_do_not_affect_training(tmp_path, monkeypatch):
+    """Runs with different pixels in unreadable images have equal losses and states.
 
-    Too many unreadable images stop the run.
+    Unreadable images are counted, and too many of them stop the run.
     """
 
     def spoiled(config, first, last):
@@ -306,18 +307,19 @@ def test_unreadable_images(tmp_path, monkeypatch):
         config = mini_runs.mae(data__max_unreadable=0.1)
         with pytest.raises(DataError, match="8 images .* 12.50% of .* allows 10.00%"):
             training.train(config, tmp_path / str(fill))
-    one, other = tmp_path / "0", tmp_path / "200"
-    last = mini_runs.saved_steps(one)[-1]  # batches that are read ahead count too
+    black, bright = tmp_path / "0", tmp_path / "200"
+    # The count includes prefetched batches, so that the run may end before step 4.
+    last = mini_runs.saved_steps(black)[-1]
     assert 1 <= last <= 4
-    assert mini_runs.logged(one, "unreadable") == dict.fromkeys(range(1, last + 1), 2)
-    assert mini_runs.logged(one) == mini_runs.logged(other)
+    assert mini_runs.logged(black, "unreadable") == dict.fromkeys(range(1, last + 1), 2)
+    assert mini_runs.logged(black) == mini_runs.logged(bright)
     mini_runs.assert_identical(
-        mini_runs.saved_arrays(one, last), mini_runs.saved_arrays(other, last)
+        mini_runs.saved_arrays(black, last), mini_runs.saved_arrays(bright, last)
     )
 
 
 @pytest.mark.extras
-def test_classifier_from_pretraining(trained):
+def test_classifier_starts_from_the_pretrained_encoder(trained):
     pretrained = trained(mini_runs.mae, **EVERY_STEP).workdir
     run = trained(mini_runs.classifier, init_from=str(pretrained))
     initial, fresh = run.params(), trained(mini_runs.classifier).params()
@@ -336,8 +338,8 @@ def test_classifier_from_pretraining(trained):
 
 
 @pytest.mark.extras
-def test_pretraining_from_pretraining(trained):
-    """Pretraining with init_from loads all parameters, also as initial averages.
+def test_pretraining_starts_from_a_pretrained_run(trained):
+    """With init_from, all parameters and averages start at the pretrained parameters.
 
     The step count starts at 0.
     """
@@ -351,7 +353,7 @@ def test_pretraining_from_pretraining(trained):
 
 
 @pytest.mark.parametrize("recipe", [mini_runs.mae, mini_runs.classifier])
-def test_pretrained_model_of_another_width(recipe, trained, tmp_path):
+def test_pretrained_model_of_another_width_is_refused(recipe, trained, tmp_path):
     pretrained = trained(mini_runs.mae, **EVERY_STEP).workdir
     config = recipe(init_from=str(pretrained), model__embed_dim=32)
     with pytest.raises(ConfigError, match=r"different model: .* shape .*; expected"):
@@ -369,7 +371,7 @@ def mesh_of(devices):
 
 
 @pytest.mark.parametrize("recipe", [mini_runs.mae, mini_runs.classifier])
-def test_every_image_counts_once_in_any_batch(recipe):
+def test_evaluation_counts_every_image_once(recipe):
     """Evaluating 360 images in batches of 128 gives the results of batches of 72.
 
     The last batch of 128 is padded.
@@ -393,7 +395,7 @@ def test_every_image_counts_once_in_any_batch(recipe):
 
 
 @pytest.mark.extras
-def test_first_epoch_1_leaves_out_an_epoch_when_resuming(tmp_path):
+def test_first_epoch_1_skips_an_epoch_when_resuming(tmp_path):
     """A run resumed after 2 steps skips an epoch of 4 steps."""
     config = mini_runs.mae(optimizer__first_epoch=1)
     requests = iter([None, None, "stop"])
@@ -406,4 +408,4 @@ def test_first_epoch_1_leaves_out_an_epoch_when_resuming(tmp_path):
     assert_allclose([logged[7], logged[8]], [schedule(6), schedule(7)], rtol=1e-6)
     state = mini_runs.saved_arrays(tmp_path, 8)["optimizer"]
     counts = {int(v) for name, v in state.items() if name.endswith("count")}
-    assert counts == {4, 8}  # steps for Adam's bias correction, and for the schedule
+    assert counts == {4, 8}  # Adam's bias correction counts 4 steps, the schedule 8

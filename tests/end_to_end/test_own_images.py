@@ -193,7 +193,7 @@ def test_classifier_of_own_files_predicts_new_images(write, tmp_path, capsys):
         (new / f"{k}.png").write_bytes(image)
     (new / "a.png").write_bytes(DAMAGED)
     (new / "b.txt").write_text("stray")
-    rows = predicted(workdir, out, new)
+    rows = predict_rows(workdir, out, new)
     # Tar files contain the numbers of classes, not their names.
     names = [*COLORS] if write is not write_tars else [*"012"]
     assert [row["predicted"] for row in rows] == [*names * 2, ""]
@@ -230,7 +230,7 @@ def test_images_with_several_labels_are_trained_and_predicted(tmp_path, capsys):
     assert "eval/top1" not in line
 
     # Predict the test split, whose labels are known.
-    rows = predicted(workdir, tmp_path / "test.csv")
+    rows = predict_rows(workdir, tmp_path / "test.csv")
     columns = ["predicted", "probability_blue", "probability_red"]
     assert [*rows[0]] == ["file", *columns, "label", "error"]
     # The test split begins after the header, the damaged image and the training images.
@@ -253,7 +253,7 @@ def test_images_with_several_labels_are_trained_and_predicted(tmp_path, capsys):
     convert.convert(str(workdir), tmp_path / "saved")
     info = hivit_jax.load_pretrained(tmp_path / "saved").info
     assert (info.multi_label, info.class_names) == (True, ("blue", "red"))
-    (row,) = predicted(tmp_path / "saved", tmp_path / "one.csv", tmp_path / "31.png")
+    (row,) = predict_rows(tmp_path / "saved", tmp_path / "one.csv", tmp_path / "31.png")
     assert [*row] == ["file", *columns, "error"]
     assert [row[name] for name in columns] == [rows[-1][name] for name in columns]
     flags = arguments(**overrides, init_from=workdir)
@@ -262,7 +262,7 @@ def test_images_with_several_labels_are_trained_and_predicted(tmp_path, capsys):
 
 
 def test_documented_program_writes_tar_files(tmp_path, monkeypatch):
-    """docs/own_images.md shows a program, and the command that trains on its files."""
+    """docs/own_images.md contains the program and a command that reads the files."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     contents = {}
@@ -289,7 +289,7 @@ def test_documented_program_writes_tar_files(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
 def test_tiles_of_16_bits_and_4_bands_are_classified(tmp_path, capsys):
-    """A trained model classifies held-out tiles, and reports a damaged tile."""
+    """The model classifies held-out tiles; `predict` reports a damaged tile."""
     for k in range(24):
         bands = np.random.RandomState(k).randint(0, 3000, (34, 36, 4))
         bands[..., k % 2] += 6000
@@ -307,7 +307,7 @@ def test_tiles_of_16_bits_and_4_bands_are_classified(tmp_path, capsys):
     assert 0 < line["eval/count"] < 12
     assert line["eval/top1"] == 1
     assert "16 bits" not in capsys.readouterr().out
-    rows = predicted(tmp_path / "run", tmp_path / "all.csv", tmp_path / "tiles")
+    rows = predict_rows(tmp_path / "run", tmp_path / "all.csv", tmp_path / "tiles")
     assert [bool(row["error"]) for row in rows].count(True) == 1
     assert all(row["predicted"] == row["label"] for row in rows if not row["error"])
 
@@ -323,7 +323,7 @@ def train(workdir, **overrides):
     assert main([*arguments(**overrides), f"--workdir={workdir}"]) == 0
 
 
-def predicted(checkpoint, out, *paths):
+def predict_rows(checkpoint, out, *paths):
     """Run `predict`; return the rows of its CSV file.
 
     Args:

@@ -38,7 +38,7 @@ class Pod:
     """Run with `count` processes on loopback.
 
     Args:
-      flags: one list for all processes, or one for each.
+      flags: one list for all processes, or one list for each process.
     """
 
     def __init__(self, workdir, count, environment, *flags):
@@ -91,7 +91,7 @@ def single_process_run(tmp_path_factory, environment):
 def test_a_signal_stops_all_processes_and_one_resumes(
     single_process_run, environment, tmp_path
 ):
-    """SIGINT to one of two processes stops both; one process resumes."""
+    """SIGINT to one of two processes stops both; a single process resumes the run."""
     run, flags = tmp_path / "run", mini_runs.arguments(**RUN)
     pod = Pod(run, 2, environment, flags)
     pod.wait_for_step(2)
@@ -151,7 +151,7 @@ def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path
 
 
 @pytest.mark.extras
-def test_divergence_on_all_processes(environment, tmp_path):
+def test_divergence_ends_all_processes_with_code_3(environment, tmp_path):
     """Both processes exit with 3; JAX does not abort the process that exits last."""
     flags = mini_runs.arguments(**RUN, optimizer__base_learning_rate=1e30)
     pod = Pod(tmp_path / "run", 2, environment, flags)
@@ -188,7 +188,7 @@ def wait():
 
 def train_together(*_):
     # The first collective connects the processes and fails after a timeout. Without
-    # this call, it would be the collective in `wait`, which must wait forever.
+    # this call, the collective in `wait`, which must wait forever, would be the first.
     all_processes(True)
     ACTION()
 
@@ -212,10 +212,12 @@ sys.exit(main.main())
         (("fail", "wait"), (1, -signal.SIGABRT), ("Error: a bug", "task died")),
     ],
 )
-def test_exit_codes_of_two_processes(actions, codes, messages, environment, tmp_path):
-    """Errors, stalls and crashes give the documented exit codes on both processes."""
+def test_two_processes_exit_with_the_documented_codes(
+    actions, codes, messages, environment, tmp_path
+):
+    """The processes fail by errors, stalls and crashes."""
     address = mini_runs.free_address()
-    started = [
+    processes = [
         mini_runs.start_process(
             "-c",
             EXIT_SCRIPT.replace("INDEX", str(index)).replace("ACTION", action),
@@ -226,8 +228,8 @@ def test_exit_codes_of_two_processes(actions, codes, messages, environment, tmp_
         )
         for index, action in enumerate(actions)
     ]
-    errors = [process.communicate(timeout=TIMEOUT)[1] for process in started]
-    assert tuple(process.returncode for process in started) == codes, errors
+    errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+    assert tuple(process.returncode for process in processes) == codes, errors
     for error, message in zip(errors, messages, strict=True):
         assert message in error
 
@@ -249,26 +251,26 @@ sys.exit(main.main())
 
 
 @pytest.mark.extras
-def test_a_data_error_of_one_process(environment, tmp_path):
-    """The error is printed at once and nothing is saved; the other process aborts."""
+def test_data_error_of_one_process_ends_both(environment, tmp_path):
+    """The failing process prints its error at once; nothing is saved."""
     address = mini_runs.free_address()
     options = ONE_FAILS | dict(stall_timeout=600)
     flags = [*mini_runs.arguments(**options), f"--workdir={tmp_path}/run"]
     pod_flags = [f"--coordinator_address={address}", "--num_processes=2"]
-    started = [
+    processes = [
         mini_runs.start_process(
             *script, *flags, *pod_flags, f"--process_id={i}", **environment
         )
         for i, script in enumerate([("-m", "hivit_jax.main"), ("-c", BAD_LABEL_SCRIPT)])
     ]
-    errors = [process.communicate(timeout=TIMEOUT)[1] for process in started]
-    codes = [process.returncode for process in started]
+    errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+    codes = [process.returncode for process in processes]
     assert codes == [-signal.SIGABRT, 4], errors
     assert "error: label 10" in errors[1]
     assert mini_runs.saved_steps(tmp_path / "run") == []
 
 
-def test_processes_with_different_configs(environment, tmp_path):
+def test_processes_with_different_configs_are_refused(environment, tmp_path):
     flags = [mini_runs.arguments(**RUN, seed=seed) for seed in (0, 1)]
     pod = Pod(tmp_path / "run", 2, environment, *flags)
     errors = pod.wait_for_stderr()
@@ -298,7 +300,7 @@ sys.exit(main.main([config_flag, *flags, "--config.data.dir=same", "--workdir=ru
 """
 
 
-def test_processes_with_different_files(environment, tmp_path):
+def test_processes_with_different_files_are_refused(environment, tmp_path):
     """Two runs fail: first because datasets differ, then because checkpoints differ."""
     address = mini_runs.free_address()
     for index in range(2):

@@ -14,7 +14,7 @@ STEPS, EVERY = 60, 25
 
 @pytest.fixture(scope="module")
 def environment(environment):
-    """Return environment variables that leave only the config's compilation cache."""
+    """Return environment variables that disable the tests' shared compilation cache."""
     return environment | {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
@@ -55,23 +55,23 @@ def uninterrupted(tmp_path_factory, environment):
 
 
 def interrupt(workdir, source, signal_number, after, environment, **overrides):
-    """Start a run; send it a signal after `after` more steps.
+    """Start a run; send a signal after `after` more steps.
 
-    Also waits for the checkpoints that are due before that step.
+    The signal also waits for the checkpoints that are due before that step.
 
     Returns:
       (exit code, stdout, stderr).
     """
     log = workdir.with_suffix(".log")
-    begun = max(mini_runs.logged(workdir), default=0) if workdir.exists() else 0
+    steps_before = max(mini_runs.logged(workdir), default=0) if workdir.exists() else 0
     process = mini_runs.start_process(
         *command(workdir, source, **overrides), log=log, **environment
     )
-    due = [s for s in range(1, after) if s % overrides["checkpoint_every"] == 0]
+    due_steps = [s for s in range(1, after) if s % overrides["checkpoint_every"] == 0]
     while not (
         workdir.exists()
-        and max(mini_runs.logged(workdir), default=0) >= begun + after
-        and set(due) <= set(mini_runs.saved_steps(workdir))
+        and max(mini_runs.logged(workdir), default=0) >= steps_before + after
+        and set(due_steps) <= set(mini_runs.saved_steps(workdir))
     ):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -81,7 +81,7 @@ def interrupt(workdir, source, signal_number, after, environment, **overrides):
 
 
 def check_same_run(workdir, expected):
-    """Check that the last state and all losses are identical, each step logged once."""
+    """Check that last states and losses are identical and each step is logged once."""
     assert (
         mini_runs.saved_steps(workdir)[-1]
         == mini_runs.saved_steps(expected)[-1]
@@ -97,7 +97,9 @@ def check_same_run(workdir, expected):
         assert mini_runs.logged(workdir, name) == mini_runs.logged(expected, name)
 
 
-def test_interrupted_and_killed_run(uninterrupted, synthetic, environment, tmp_path):
+def test_interrupted_and_killed_run_resumes_bit_identically(
+    uninterrupted, synthetic, environment, tmp_path
+):
     """SIGTERM saves one checkpoint, SIGKILL follows, and the third start finishes.
 
     test_imagenet.py kills runs that read files.

@@ -1,4 +1,4 @@
-"""Tests of a user's own task, `toy.Segmentation`, in all modes but knn."""
+"""Tests of a user's own task, `toy.Segmentation`, from training to prediction."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def get_config():
 """
 
 
-# An epoch has four steps: three with batches of one bucket, one of the other.
+# An epoch has three steps with batches of the first bucket, and one of the second.
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """Write the dataset and a recipe of the toy task; return the recipe."""
+    """Write the dataset and a recipe of the toy task; return the recipe's path."""
     root = tmp_path_factory.mktemp("toy")
     toy.write_dataset(root / "data")
     text = RECIPE.format(data=str(root / "data"), steps=STEPS)
@@ -53,7 +53,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(recipe, tmp_path_factory):
     """Return the workdir of an uninterrupted run on eight devices."""
-    workdir = tmp_path_factory.mktemp("whole")
+    workdir = tmp_path_factory.mktemp("uninterrupted")
     finish(start(recipe, workdir, devices=8))
     return workdir
 
@@ -115,15 +115,14 @@ def test_figure_shows_six_images_of_one_bucket(run):
 
 
 def finish(*processes):
-    """Wait until all processes exit with 0; return their outputs."""
-    ends = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(ends), ends
-    return [out for out, _ in ends]
+    """Wait until all processes exit with 0; return the stdout of each."""
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(outputs), outputs
+    return [out for out, _ in outputs]
 
 
 @pytest.mark.extras
-def test_killed_run_resumes(recipe, run, tmp_path):
-    """A killed run resumes bit-identical to an uninterrupted run."""
+def test_killed_run_resumes_bit_identically(recipe, run, tmp_path):
     process = start(recipe, tmp_path, devices=8)
     while 2 not in mini_runs.saved_steps(tmp_path) and process.poll() is None:
         time.sleep(0.02)

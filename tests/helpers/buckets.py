@@ -2,8 +2,8 @@
 
     python tests/helpers/buckets.py DIRECTORY DELAY
 
-This command serves a directory until it is terminated. It prints the environment
-variables of clients as JSON.
+The command prints the environment variables for clients as JSON, and serves the
+directory until the process is terminated.
 """
 
 import json
@@ -30,12 +30,13 @@ class Bucket(ThreadingHTTPServer):
 
     Attributes:
       delay: seconds before each answer.
-      failures: HTTP statuses of the next answers; each is used once.
-      statuses: {piece of a key: status of every request for such a key or prefix}.
-      truncated: number of next answers with an object whose body is cut in half.
+      failures: HTTP statuses of the next answers, one answer each.
+      statuses: {piece of a key: status of all requests whose key or prefix contains
+        the piece}.
+      truncated: number of the next downloads whose bodies are cut in half.
       read_only: refuse uploads, copies and deletions with 403.
-      generation: added to the version number of each object.
-      writes: key -> number of uploads of this object.
+      generation: number that is added to the version number of each object.
+      writes: {key: number of uploads}.
       requests: (method, key, range header) of all requests.
     """
 
@@ -135,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         bucket, url = self.server, urlsplit(self.path)
         query = {key: value[0] for key, value in parse_qs(url.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        # Google's JSON interface, or the interface of S3: /BUCKET/KEY.
+        # Google's JSON interface has paths /storage/v1/b/BUCKET/o/KEY, S3 /BUCKET/KEY.
         is_upload = url.path.startswith("/upload/")
         path = url.path.removeprefix("/upload").removeprefix("/download")
         is_json = path.startswith("/storage/v1/b/")
@@ -179,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
     def _change(
         self, method: str, key: str, target: str, query: dict[str, str], body: bytes
     ) -> None:
-        """Write, copy or delete an object, unless its version is unexpected."""
+        """Write, copy or delete an object; refuse if the object's version differs."""
         bucket = self.server
         with bucket.lock:
             expected = query.get("ifGenerationMatch", str(bucket.version(key)))
@@ -278,7 +279,7 @@ def _uploaded(query: dict[str, str], body: bytes) -> tuple[str, bytes]:
 
 @contextmanager
 def serve(root: Path) -> Iterator[Bucket]:
-    """Serve a directory. Clients in this process use the server and retry quickly."""
+    """Serve a directory to clients in this process, which retry after milliseconds."""
     import pytest  # here, because benchmarks run this file without pytest
 
     from hivit_jax.data import storage
@@ -296,7 +297,11 @@ def serve(root: Path) -> Iterator[Bucket]:
 
 
 def main(root: str, delay: str) -> None:
-    """Serve a directory in this process."""
+    """Serve a directory until this process is terminated.
+
+    Args:
+      delay: seconds before each answer.
+    """
     bucket = Bucket(Path(root))
     bucket.delay = float(delay)
     print(json.dumps(bucket.environment), flush=True)

@@ -33,7 +33,7 @@ def digits_config(**overrides):
 
 
 def folder_config(root, **overrides):
-    """Return a config of class folders, 24x24 pixels with random crops."""
+    """Return a config of class folders, 24x24 pixels, random crops, with overrides."""
     return digits_config(
         **{
             "data__name": "folder",
@@ -52,12 +52,16 @@ def folder_config(root, **overrides):
 
 
 def noise_image(*shape):
-    """Return uint8 noise, always the same for a shape."""
+    """Return uint8 noise that depends only on the shape."""
     return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
 
 
 def encode(image, kind, **options):
-    """Encode an image or an array in a format of Pillow."""
+    """Encode an image or array with Pillow.
+
+    Args:
+      kind: name of the format.
+    """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""XLA flags that the tests set, and facts that compiled programs depend on."""
+"""XLA flags of the tests, and a digest of the processor."""
 
 import hashlib
 import platform
@@ -22,8 +22,8 @@ def virtual_devices_flag(count: int) -> str:
 def fast_compile_flag() -> str:
     """Return the XLA flag for XLA:CPU's older code generator, or "".
 
-    The older generator compiles twice as fast. jaxlib 0.11 and later do not contain it;
-    the result is then "".
+    The older generator compiles twice as fast. The function returns "" for jaxlib 0.11
+    and later, which do not contain this generator.
     """
     major, minor, *_ = map(int, version("jaxlib").split("."))
     return "--xla_cpu_use_fusion_emitters=false" if (major, minor) < (0, 11) else ""

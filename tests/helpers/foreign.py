@@ -1,4 +1,4 @@
-"""Files as the official code, timm and transformers write them."""
+"""Weight files in the formats of the official code, timm and transformers."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import state_files
 import torch_files
 
-# Official names -> names of transformers: inside of a block, and outside of blocks
+# Official names -> names in transformers: modules of a block, and other modules
 BLOCK = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -24,7 +24,7 @@ ROOTS = {
 
 
 def transformers_state(state, family):
-    """Return an official state dict with the names of transformers.
+    """Rename the arrays of an official state dict as in transformers.
 
     Args:
       family: "vit" or "swin", the prefix of the encoder's names.
@@ -54,29 +54,30 @@ def transformers_state(state, family):
 
 
 def _block(name, array, family):
-    """Return {name of transformers: array} for an array of a block; qkv is split."""
+    """Return {name in transformers: array} for an array of a block; split qkv."""
     prefix, _, rest = name.partition("blocks.")
     block_index, _, rest = rest.partition(".")
     module, leaf = rest.rsplit(".", 1)
     if prefix == "decoder_":
-        start = f"decoder.decoder_layers.{block_index}"
+        block_name = f"decoder.decoder_layers.{block_index}"
     elif family == "swin":
-        start = f"swin.encoder.{prefix}blocks.{block_index}"
+        block_name = f"swin.encoder.{prefix}blocks.{block_index}"
     else:
-        start = f"vit.encoder.layer.{block_index}"
+        block_name = f"vit.encoder.layer.{block_index}"
     inner = "self" if family == "swin" else "attention"
     if module == "attn":
-        return {f"{start}.attention.{inner}.{leaf}": array}
+        return {f"{block_name}.attention.{inner}.{leaf}": array}
     if module == "attn.qkv":
         parts = zip(("query", "key", "value"), np.split(array, 3), strict=True)
         return {
-            f"{start}.attention.{inner}.{part}.{leaf}": np.array(x) for part, x in parts
+            f"{block_name}.attention.{inner}.{part}.{leaf}": np.array(x)
+            for part, x in parts
         }
-    return {f"{start}.{BLOCK[module]}.{leaf}": array}
+    return {f"{block_name}.{BLOCK[module]}.{leaf}": array}
 
 
 def timm_swin_state(state):
-    """Return an official state dict of Swin with timm's names."""
+    """Rename the arrays of an official state dict of Swin as in timm."""
     named = {}
     for name, array in state.items():
         parts = name.split(".")
@@ -89,7 +90,7 @@ def timm_swin_state(state):
 
 
 def write_directory(path, state, config, processor=None):
-    """Write a directory as timm and transformers publish it; return the path.
+    """Write a model directory in the layout of timm and transformers; return its path.
 
     Args:
       config, processor: contents of config.json and preprocessor_config.json.
@@ -103,7 +104,7 @@ def write_directory(path, state, config, processor=None):
 
 
 def write(path, state):
-    """Write a PyTorch file as the official code does; return the path."""
+    """Write a PyTorch file in the layout of the official code; return its path."""
     args = torch_files.Global("argparse", "Namespace")(state={"norm_pix_loss": True})
     content = {"model": torch_files.with_tensors(state), "epoch": 3, "args": args}
     return torch_files.save(content, path)

@@ -2,9 +2,9 @@
 
     python tests/helpers/hosts.py ADDRESS COUNT INDEX OUT WORKDIR FLAG...
 
-The first FLAG is --config=RECIPE. The program writes this host's examples of some
-batches to OUT.npz. It evaluates the checkpoint in WORKDIR together with the other
-hosts, and writes the results to OUT.json.
+The first FLAG is --config=RECIPE. The program writes the host's examples of some
+training batches and of all evaluation batches to OUT.npz. All hosts together evaluate
+the checkpoint in WORKDIR, and each host writes the results to OUT.json.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 import jax
 import numpy as np
 
-STEPS = (3, 9)  # first training step, and the step after the last one
+STEPS = (3, 9)  # first training step, and the step after the last training step
 
 
 def main(address, count, index, out, workdir, config_flag, *overrides):

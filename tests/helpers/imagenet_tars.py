@@ -1,4 +1,4 @@
-"""Write ImageNet's tar files with a few small images."""
+"""ImageNet's tar files with a few small images."""
 
 import io
 import tarfile
@@ -12,11 +12,7 @@ from hivit_jax.tools import prepare_data
 
 # WordNet IDs of the classes, in the order of the tar file
 WNIDS = ("n15075141", "n01440764", "n01443537")
-
-
 LABELS = {"n15075141": 999, "n01440764": 0, "n01443537": 1}
-
-
 # Labels of ILSVRC2012's validation images 1 to 6
 VALIDATION_LABELS = [65, 970, 230, 809, 516, 57]
 

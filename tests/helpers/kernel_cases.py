@@ -22,15 +22,16 @@ library_attention = jax.nn.dot_product_attention
 
 
 class Case(NamedTuple):
-    """Residual branch of rows [T, C]; on GPUs, only its LayerNorm.
+    """Residual branch of rows [T, C]; on GPUs, only the LayerNorm of the branch.
 
     platform: backend of the kernel.
-    shapes: shapes of the inputs: rows, LayerNorm's scale and bias, on TPUs also kernels
-      and biases of two linear layers, and in some cases the bias of attention scores.
+    shapes: shapes of the inputs: rows, and LayerNorm's scale and bias. Inputs on TPUs
+      include kernels and biases of two linear layers, and may include the bias of
+      attention scores.
     plain: (*inputs, branch_scale) -> [T, C]; branch_scale is [images] or None.
     fused: (*inputs, branch_scale, keep, interpret) -> [T, C], one kernel.
     images: number of images that the rows belong to.
-    keeps: the kernel implements `keep`.
+    keeps: True if the kernel implements `Plan.keep`.
     """
 
     platform: str
@@ -51,9 +52,9 @@ def random_arrays(*shapes, dtype=jnp.float32):
 
 def random_inputs(case: Case):
     """Return (inputs, cotangent of the output), float32."""
-    *inputs, direction = random_arrays(*case.shapes, case.shapes[0])
+    *inputs, cotangent = random_arrays(*case.shapes, case.shapes[0])
     inputs[1] = 1 + inputs[1]  # LayerNorm's scale
-    return inputs, direction
+    return inputs, cotangent
 
 
 def in_bfloat16(inputs):
@@ -102,7 +103,8 @@ def plain_attention(x, *weights, heads, tokens, branch_scale=None):
 def shapes_of(rows, width, middle, end):
     """Return the shapes of rows, LayerNorm and two linear layers.
 
-    middle: outputs of the first layer. end: inputs of the second layer.
+    middle: number of outputs of the first layer.
+    end: number of inputs of the second layer.
     """
     shapes = [(rows, width), (width,), (width,), (width, middle), (middle,)]
     return [*shapes, (end, width), (width,)]
@@ -115,7 +117,7 @@ def mlp(rows, width, hidden, block):
         plan = Plan(EPS, rows=block, **options)
         return mlp_block(x, Weights(*weights), branch_scale, plan)
 
-    # Images of 24 rows, so that images start inside of blocks.
+    # Images have 24 rows, so that some images start inside a block.
     shapes = shapes_of(rows, width, hidden, hidden)
     return Case("tpu", shapes, plain_mlp, fused, rows // 24)
 
@@ -147,7 +149,7 @@ def attention(images, tokens, width, heads, block, bias=False):
 
 CASES = {
     "mlp": mlp(96, 128, 256, 32),
-    # Rows of one part, and of three; tiles of 32 and 8 rows in blocks of 128 and 32.
+    # Rows have one part and three parts; tiles have 32 and 8 rows, blocks 128 and 32.
     "norm on GPUs": norm(256, 128),
     "norm of 3 parts on GPUs": norm(96, 384),
     # Blocks contain several images, so that each block begins at a tile boundary.
@@ -155,7 +157,7 @@ CASES = {
     "attention of 196": attention(8, 196, 128, 2, 784),
     "attention of 144": attention(2, 144, 256, 8, 144),
     "attention of 9": attention(32, 9, 128, 1, 144),
-    # The `offsets` of these cases' `Groups` have lengths 1, 1, 3 and 4.
+    # In these cases, `Groups.offsets` has 1, 1, 3 and 4 elements.
     "bias of 144": attention(2, 144, 256, 8, 144, bias=True),
     "bias of 9": attention(32, 9, 128, 1, 144, bias=True),
     "bias of 196": attention(8, 196, 128, 2, 784, bias=True),
@@ -178,15 +180,15 @@ def kernels_in(jaxpr):
     return names
 
 
-def output_and_gradients(function, inputs, direction):
+def output_and_gradients(function, inputs, cotangent):
     """Return the output and the gradients with respect to every input."""
     value, pull = jax.vjp(function, *inputs)
-    return value, *pull(direction.astype(value.dtype))
+    return value, *pull(cotangent.astype(value.dtype))
 
 
-def relative_errors(function, inputs, direction, truth, jit):
-    """Return the relative errors (by norm) of the output and of each gradient."""
-    results = jit(partial(output_and_gradients, function))(inputs, direction)
+def relative_errors(function, inputs, cotangent, truth, jit):
+    """Return the relative errors of output and gradients in the Euclidean norm."""
+    results = jit(partial(output_and_gradients, function))(inputs, cotangent)
     return [
         float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
         for a, b in zip(results, truth, strict=True)
@@ -199,14 +201,14 @@ def assert_bfloat16_errors(case, jit, keep, interpret):
     The errors of the output and of all gradients are relative to float32. Each may
     exceed the error of plain JAX by a tenth plus 1e-4.
     """
-    inputs, direction = random_inputs(case)
-    # Rounded here, because XLA may leave out the rounding in the plain version only.
-    inputs, direction = in_bfloat16(inputs), direction.astype(jnp.bfloat16)
+    inputs, cotangent = random_inputs(case)
+    # Inputs are rounded here, because XLA may skip the rounding in plain JAX.
+    inputs, cotangent = in_bfloat16(inputs), cotangent.astype(jnp.bfloat16)
     float32_inputs = [x.astype(jnp.float32) for x in inputs]
-    truth = output_and_gradients(case.plain, float32_inputs, direction)
+    truth = output_and_gradients(case.plain, float32_inputs, cotangent)
     fused = partial(case.fused, keep=keep, interpret=interpret)
     fused_errors, plain_errors = (
-        relative_errors(function, inputs, direction, truth, jit)
+        relative_errors(function, inputs, cotangent, truth, jit)
         for function in (fused, case.plain)
     )
     assert max(fused_errors) < 0.02
@@ -216,7 +218,7 @@ def assert_bfloat16_errors(case, jit, keep, interpret):
     )
 
 
-# Blocks whose attention must not run as a kernel
+# Blocks with and without a property that excludes the attention kernel
 
 # The grid has an odd number of tokens, and 2x2 windows do not fill it.
 BLOCK_GRID, WINDOW = (3, 5), 2
@@ -263,7 +265,7 @@ def hidden_keys(batch: int) -> np.ndarray:
 
 
 def relative_index() -> np.ndarray:
-    """Return the row of the bias table for each query and key, [N, N]."""
+    """Return the row index in the bias table for each query and key, [N, N]."""
     (rows, columns), (height, width) = unit_coordinates(), BLOCK_GRID
     row_distance = rows[:, None] - rows + height - 1
     column_distance = columns[:, None] - columns + width - 1
@@ -292,6 +294,6 @@ def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     q, k, v = qkv + params["attn/qkv/bias"][:, None, None]
     y = library_attention(q, k, v, bias=bias, mask=mask).reshape(x.shape)
     x = x + y @ params["attn/proj/kernel"] + params["attn/proj/bias"]
-    later = [params[f"norm2/{name}"] for name in ("scale", "bias")]
-    later += [params[f"mlp/fc{i}/{k}"] for i in (1, 2) for k in ("kernel", "bias")]
-    return plain_mlp(x.reshape(-1, width), *later).reshape(x.shape)
+    mlp_params = [params[f"norm2/{name}"] for name in ("scale", "bias")]
+    mlp_params += [params[f"mlp/fc{i}/{k}"] for i in (1, 2) for k in ("kernel", "bias")]
+    return plain_mlp(x.reshape(-1, width), *mlp_params).reshape(x.shape)

@@ -27,7 +27,7 @@ from hivit_jax.tree import named_leaves
 
 ROOT = Path(__file__).parents[2]
 
-# Every source has 16 units per image, 16 images per step and two steps of warmup.
+# With every source, an image has 16 units, a step 16 images, and the warmup two steps.
 MINI = {
     "batch_size": 16,
     "total_steps": 8,
@@ -132,7 +132,7 @@ def traced_step(config: ConfigDict) -> str:
 
 
 def make_training(config: ConfigDict, mesh, schedule) -> Training:
-    """Prepare a config's train step."""
+    """Return the prepared train step of a config."""
     task = inputs.make_task(config, "train")
     return prepare(task, mesh, schedule, **configs.step_options(config))
 
@@ -182,7 +182,7 @@ def run_process(*command: str | Path, **options) -> tuple[int, str, str]:
 
 
 def free_address():
-    """Return a HOST:PORT that no other process uses."""
+    """Return HOST:PORT with a port that no other process uses."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return f"localhost:{free.getsockname()[1]}"
@@ -218,7 +218,7 @@ def sample(source, index: int) -> tuple[bytes, int]:
 
 
 def saved_arrays(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
-    """Return {item: {name: array}} of a checkpoint."""
+    """Return {item: {name: array}} of the checkpoint of a step."""
     items = {}
     for item in ("params", "model_state", "optimizer", "ema"):
         path = read.absolute(workdir) / "checkpoints" / str(step) / item

@@ -1,4 +1,4 @@
-"""Small networks that compile quickly, and in which every parameter has an effect."""
+"""Small networks that compile quickly. Each parameter affects the output."""
 
 import math
 from functools import cache, partial
@@ -58,7 +58,7 @@ def jit_model(model, function):
 
 
 def abstract_outputs(function, *models):
-    """Return the ShapeDtypeStructs of `function(*models)` without any computation."""
+    """Return the ShapeDtypeStructs of `function(*models)` without computing arrays."""
     graphdefs, params = zip(*map(split, models), strict=True)
 
     def run(params):
@@ -80,19 +80,19 @@ def numpy_attention(attention, x, bias):
 
 @cache
 def jit_initializer(name, **overrides):
-    """Return a jitted function from key to initial parameters of a small model."""
+    """Return a jitted function that initializes the parameters of a small model."""
     arguments = DEFAULTS[name] | overrides
     return fast_jit(lambda key: split(create_model(name, seed=key, **arguments))[1])
 
 
 def initial_params(name, seed, **overrides):
-    """Return the initial parameters of a small model, by name."""
+    """Return {name: initial parameter} of a small model."""
     params = jit_initializer(name, **overrides)(jax.random.key(seed))
     return {k: np.asarray(v) for k, v in named_leaves(params).items()}
 
 
 def random_array(shape, tag="pictures"):
-    """Return normally distributed float32 numbers, a function of shape and tag."""
+    """Return normally distributed float32 numbers that depend on shape and tag."""
     return jnp.asarray(reference.normal(tag, shape))
 
 
@@ -120,12 +120,12 @@ def run_small_mae(dtype):
 
 
 def params_by_name(model):
-    """Return the parameters of a model on the host, by name."""
+    """Return {name: parameter on the host} of a model."""
     return jax.device_get(named_leaves(split(model)[1]))
 
 
 def torch_bicubic(maps, grid):
-    """Resize maps [h, w, D] to [*grid, D] like torch's bicubic, whose a is -0.75."""
+    """Resize maps [h, w, D] to [*grid, D] like torch's bicubic mode, with a=-0.75."""
 
     def cubic(x, a=-0.75):
         x = abs(x)
@@ -145,9 +145,9 @@ def torch_bicubic(maps, grid):
 
 
 def training_macs(model, mask_ratio):
-    """Return the multiply-adds of a training forward pass in matrix products.
+    """Return the multiply-adds in matrix products of a training forward pass.
 
-    In training, the decoder's last MLP and its prediction layer skip visible units.
+    In training, the decoder's last MLP and prediction layer skip visible units.
     """
     visible = count_visible_units(math.prod(model.encoder.grid), mask_ratio)
     shortened = model.decoder_blocks[-1].mlp, model.decoder_pred

@@ -1,11 +1,11 @@
 """Test oracle: a second implementation of training and evaluation, in float64.
 
-It computes everything from encoded files to parameters with numpy and basic JAX, and
-calls no function of the package except the operations of RandAugment. It follows the
-official code: feature maps are stored row by row, and all units are embedded before the
-visible ones are gathered. The official code defines neither the order of samples nor
-the PRNG keys; for these, the oracle follows the documentation of this library.
-`test_every_key.py` compares real runs with this implementation.
+The oracle computes everything from encoded files to parameters with numpy and basic
+JAX. The only functions of the package that it calls are the operations of RandAugment.
+As in the official code, feature maps are stored row by row, and all units are embedded
+before the visible units are gathered. The official code defines no order of samples and
+no PRNG keys; both follow the documentation of this library.
+`test_every_key.py` compares runs with the oracle.
 """
 
 import io
@@ -41,9 +41,9 @@ def uniforms(seed, epoch, index, count):
     return (words >> 11) * 2.0**-53
 
 
-def fold(key, word):
-    """Return the key for the purpose `word`, such as "mask"."""
-    return jax.random.fold_in(key, zlib.crc32(word.encode()))
+def fold(key, purpose):
+    """Return the key for a purpose such as "mask"."""
+    return jax.random.fold_in(key, zlib.crc32(purpose.encode()))
 
 
 def sample_keys(seed, purpose, first, count):
@@ -82,7 +82,7 @@ def center_box(height, width, size, crop_pct):
 
 
 def resize_matrix(start, length, size, extent, interpolation, antialias):
-    """Return weights [size, extent]: PIL's, or tf.image's if `antialias` is false."""
+    """Return weights [size, extent] of PIL, or of tf.image if `antialias` is false."""
     scale = length / size
     stretch = max(scale, 1.0) if antialias else 1.0
     centers = start + (np.arange(size) + 0.5) * scale
@@ -109,7 +109,7 @@ def resize(pixels, box, size, data, on_device):
 
 
 def apply_randaugment(pixels, draws):
-    """Apply rand-m9-mstd0.5-inc1, with the package's implementation of operations.
+    """Apply rand-m9-mstd0.5-inc1 with the operations of the package.
 
     test_randaugment.py compares these operations with timm's.
     """
@@ -126,10 +126,10 @@ def apply_randaugment(pixels, draws):
 
 
 def prepare_image(encoded, config, draws=None):
-    """Decode and crop an image to [H, W, C], 0 to 255; None: unreadable.
+    """Decode and crop an image to [H, W, C], 0 to 255; return None if unreadable.
 
-    With draws, the crop is the random crop of training. Without draws, the crop is the
-    center crop of evaluation.
+    With draws, the crop is the random crop of training, else the center crop of
+    evaluation.
     """
     try:
         pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
@@ -155,7 +155,7 @@ def prepare_image(encoded, config, draws=None):
 def make_batch(images, config):
     """Return normalized images [B, H, W, C] and weights [B].
 
-    images: list of [H, W, C], 0 to 255; None: unreadable, weight 0.
+    images: list of [H, W, C], 0 to 255; None: unreadable image, which gets weight 0.
     """
     blank = np.zeros((*config.model.image_size, 3))
     weight = np.array([image is not None for image in images], np.float64)
@@ -198,7 +198,7 @@ def mix(images, targets, weight, key, mixup_alpha, cutmix_alpha):
 
     A pair with an unreadable image is not mixed.
 
-    mixup_alpha, cutmix_alpha: alphas of the beta distributions; 0: off.
+    mixup_alpha, cutmix_alpha: alphas of the beta distributions; 0: disabled.
     """
     size = np.array(images.shape[1:3])
     kind_key, ratio_key, area_key, center_key = jax.random.split(key, 4)
@@ -226,7 +226,7 @@ def mix(images, targets, weight, key, mixup_alpha, cutmix_alpha):
     return mixed_images, mixed_targets
 
 
-# Networks. `p` contains all parameters by name, and "eps" for every LayerNorm.
+# Networks. `p` is {name: parameter}, and p["eps"] is the epsilon of every LayerNorm.
 
 
 def norm(p, name, x):
@@ -286,8 +286,8 @@ def count_blocks(p, stage):
 def encoder(p, images, drop_path_scale, ids=None):
     """Return the maps of the stem stages and the tokens [B, K, E] of the main stage.
 
-    drop_path_scale: [B, branches], factors of the branches; branch 2n is the MLP of
-    residual block n, branch 2n + 1 its attention.
+    drop_path_scale: [B, branches], factors of the branches; in residual block n,
+      branch 2n is the MLP, branch 2n + 1 the attention.
     ids: [B, K], visible units in the main stage; None: all units.
     """
     b, h, w, c = images.shape
@@ -316,13 +316,13 @@ def encoder(p, images, drop_path_scale, ids=None):
 
 
 def split_units(x, side):
-    """Split into units: [B, H, W, C] -> [B, N, side, side, C], row-major."""
+    """Split maps into units, row-major: [B, H, W, C] -> [B, N, side, side, C]."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // side, side, w // side, side, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, side, side, c)
 
 
-# (row, column) of the cells that `concatenate_neighbors` concatenates, in its order
+# (row, column) of the cells in the order of `concatenate_neighbors`
 NEIGHBORS = [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
@@ -399,7 +399,7 @@ def weighted_value_and_grad(losses_of):
     """
 
     def mean(params, eps, weight, *inputs):
-        # eps is an argument, so that one compiled function serves all values of it.
+        # eps is an argument, so that one compiled function serves every value of eps.
         losses, outputs = losses_of(params | {"eps": eps}, *inputs)
         return (losses * weight).sum() / weight.sum(), (losses, outputs)
 
@@ -422,7 +422,7 @@ def kept_branches(keys, keep_prob):
 
 
 def drop_path_scales(keys, drop_path_rates):
-    """Return the factors [B, branches] of the branches, from one rate per block."""
+    """Return drop-path factors [B, branches] from one rate per block."""
     keep_prob = 1 - np.float32(drop_path_rates)
     drop_path_keys = jnp.stack([fold(key, "drop_path") for key in keys])
     kept = np.asarray(kept_branches(drop_path_keys, keep_prob))
@@ -470,7 +470,7 @@ def is_decayed(name, task):
 
 
 def layer_decay_factor(name, layer_decay, blocks_per_stage):
-    """Return the learning-rate factor of a parameter's layer."""
+    """Return the factor of layer-wise learning rate decay for a parameter."""
     parts, last = name.split("/"), sum(blocks_per_stage) + 1
     layer = last
     if parts[:2] == ["encoder", "stages"]:
@@ -483,6 +483,6 @@ def layer_decay_factor(name, layer_decay, blocks_per_stage):
 
 
 def adam_direction(mu, nu, count, betas):
-    """Return Adam's direction from its moments after `count` gradients."""
+    """Return Adam's direction from the moments mu and nu after `count` gradients."""
     mean_square = nu / (1 - betas[1] ** count)
     return mu / (1 - betas[0] ** count) / (np.sqrt(mean_square) + 1e-8)

@@ -1,4 +1,4 @@
-"""A small dataset that TFDS prepares."""
+"""Small dataset that TFDS prepares."""
 
 import io
 from pathlib import Path

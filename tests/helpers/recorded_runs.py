@@ -1,4 +1,4 @@
-"""Runs that save every state, compared with the implementation in `oracle.py`."""
+"""Runs that save every state, and their comparison with `oracle.py`."""
 
 import json
 from functools import cache, partial
@@ -102,8 +102,8 @@ PROBE = {
     "optimizer.warmup_learning_rate": 0.3,
     "optimizer.weight_decay": 5.0,
 }
-# Name -> recipe, overrides, relative tolerance of a loss. The tolerance is larger where
-# the device resizes, because about one in a thousand pixels is rounded differently.
+# Name -> recipe, overrides, relative tolerance of a loss. The tolerance is larger if
+# the device resizes images, because rounding changes about one in a thousand pixels.
 RECORDED_RUNS = {
     "mae": ("mae_base", OPTIMIZER | AUTOENCODER, 5e-6),
     "classify": ("finetune:base", OPTIMIZER | CLASSIFIER | AUGMENTED, 2e-6),
@@ -115,7 +115,7 @@ RECORDED_RUNS = {
 def write_folder(root):
     """Write 22 training and 11 validation images of many sizes into class folders.
 
-    Some files are nested, some are PNG. One file per split cannot be read.
+    Some files are in subfolders, some are PNG. One file per split cannot be read.
     """
     random = np.random.RandomState(3)
     for split, count in (("train", IMAGES), ("val", 11)):
@@ -152,7 +152,7 @@ def run_flags(name, **more):
 
 
 def run_config(name, **more):
-    """Return the config of a recorded run with config values `more`.
+    """Return the config of a recorded run.
 
     more: see `run_flags`.
     """
@@ -161,7 +161,7 @@ def run_config(name, **more):
 
 
 class RecordedRun:
-    """A run of a recipe that saves every state, including the initial state."""
+    """Run of a recipe that saves every state, including the initial state."""
 
     def __init__(self, name, root, workdir, **more):
         self.name, self.root, self.workdir = name, root, workdir
@@ -223,7 +223,7 @@ class RecordedRun:
         return images, weight, labels, oracle.sample_keys(config.seed, "eval", 0, BATCH)
 
     def drop_path_scales(self, keys, config):
-        """Return the factors of the branches [B, branches] in a training step."""
+        """Return the drop-path factors [B, branches] of a training step."""
         largest = config.model.get("drop_path_rate") or 0
         rates = np.linspace(0, largest, sum(self.blocks_per_stage))
         return oracle.drop_path_scales(keys, rates)
@@ -273,7 +273,7 @@ def classifier_loss():
 
 
 def loss_and_inputs(run, config, batch, train):
-    """Return (`LossAndGrad`, its inputs, labels) for a task's batch."""
+    """Return (`LossAndGrad`, inputs of its call, labels) for a batch."""
     images, weight, labels, keys = batch
     drop_path_scale = np.ones((len(keys), 2 * sum(run.blocks_per_stage)))
     if train:
@@ -301,10 +301,10 @@ def loss_and_inputs(run, config, batch, train):
 
 
 def expected_with_adam(run, config, steps, evaluated=True):
-    """Return {kind: values over the steps} of everything that a run saves and logs.
+    """Return {kind: values of all steps} that a run with Adam must save and log.
 
     Each step is computed from the saved state before the step. Parameters are computed
-    from the saved moments, because rounding decides Adam's direction where a gradient
+    from the saved moments, because rounding determines Adam's direction if a gradient
     is tiny.
     """
     o, expected = config.optimizer, {}
@@ -375,7 +375,7 @@ def expected_with_adam(run, config, steps, evaluated=True):
 
 
 def eval_topk(logits, labels, weight):
-    """Return the accuracies of an evaluation by metric."""
+    """Return {metric: [accuracy]} of an evaluation."""
     return {
         f"eval/top{top}": [topk_correct(logits, labels, top)[weight > 0].mean()]
         for top in (1, 5)
@@ -402,9 +402,9 @@ def probe_functions():
 
 
 def expected_with_lars(run, config, steps, evaluated=True):
-    """Return {kind: values over the steps} of all that a linear probe saves and logs.
+    """Return {kind: values of all steps} that a linear probe must save and log.
 
-    Follows MAE's ``main_linprobe.py`` and ``util/lars.py``.
+    The update follows MAE's ``main_linprobe.py`` and ``util/lars.py``.
     """
     o, expected = config.optimizer, {}
     encode, loss_and_grad = probe_functions()
@@ -488,7 +488,7 @@ def recorded_value(run, kind, step):
 def mismatches(run, config, steps=range(STEPS), evaluated=True):
     """Return {kind: difference} for recorded values that differ from the expected ones.
 
-    config: config of the second implementation; it may differ from the run's config.
+    config: config of the oracle, which may differ from the config of the run.
     """
     differences = {}
     expected = EXPECTED_VALUES[config.task](run, config, steps, evaluated)
@@ -506,7 +506,7 @@ def mismatches(run, config, steps=range(STEPS), evaluated=True):
 
 
 def _difference(run, kind, actual, expected, step):
-    """Return a text for a difference beyond the tolerance of a kind, else ""."""
+    """Describe a difference beyond the tolerance of a kind; "" if there is none."""
     line, tolerance = run.line(step + 1), run.tolerance
     learning_rate, norm = line["learning_rate"], line["gradient_norm"]
     if not isinstance(expected, dict):
@@ -518,8 +518,8 @@ def _difference(run, kind, actual, expected, step):
         close = abs(actual - expected) <= allowed * abs(expected)
         return "" if close else f"expected {expected}, found {actual}"
     # The limit is relative to an array's largest value, plus an absolute floor, because
-    # rounding errors of gradients are relative to the network's largest gradient, and
-    # because Adam's bias correction is float32.
+    # rounding errors of gradients scale with the network's largest gradient, and Adam's
+    # bias correction is float32.
     relative, floor = {
         "mu": (300 * tolerance, 1e-6 * tolerance * norm),
         "nu": (600 * tolerance, 1e-6 * tolerance * norm**2),

@@ -1,7 +1,8 @@
-"""Inputs that the golden data were computed from: weights, images, noise, labels.
+"""Inputs of the golden data: weights, images, noise and labels.
 
-Every array is a function of (name, shape, seed) through PCG64 seeded with ``crc32(name)
-+ seed``. Names, shapes and layouts are PyTorch's; images are NCHW.
+Each array is a function of (name, shape, seed). It is drawn from a PCG64 generator with
+the seed ``crc32(name) + seed``. Names, shapes and layouts are PyTorch's, except that
+images are NHWC.
 """
 
 import json
@@ -25,7 +26,7 @@ MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 FIXTURES = MANIFEST["fixtures"]
 SEED = MANIFEST["seed"]
 
-# The golden data's names of model arguments -> ours.
+# Model arguments of the golden data -> arguments of this package
 OUR_NAMES = {
     "img_size": "image_size",
     "hifeat": "multi_scale",
@@ -123,7 +124,7 @@ def build_fixture(fixture: str):
 
 
 def official_shapes(model, to_names=to_official):
-    """Return {official name: shape} of a model without arrays.
+    """Return {official name: shape} of an abstract model.
 
     Args:
       to_names: function (parameters, model) that returns arrays by official name.
@@ -164,8 +165,7 @@ def masked_gradients(model, params, images, noise, jit=jax.jit):
     """Run the forward and backward pass of a masked model.
 
     Returns:
-      Losses (the mean of `image_loss`, and the loss of the output), output, and
-      gradients by official name.
+      (mean of `image_loss`, loss of the output), output, {official name: gradient}.
     """
     graphdef = split(model)[0]
 
@@ -182,7 +182,7 @@ def classifier_gradients(model, params, images, labels, jit=jax.jit):
     """Run the forward and backward pass of a classifier.
 
     Returns:
-      Mean cross entropy, logits, and gradients by official name.
+      Mean cross-entropy, logits, {official name: gradient}.
     """
     graphdef = split(model)[0]
 
@@ -196,7 +196,7 @@ def classifier_gradients(model, params, images, labels, jit=jax.jit):
 
 
 def shrink(state, parts):
-    """Multiply the arrays whose names contain one of the parts by 0.003."""
+    """Multiply by 0.003 the arrays whose names contain one of the parts."""
     return {
         name: array * np.float32(0.003) if any(p in name for p in parts) else array
         for name, array in state.items()

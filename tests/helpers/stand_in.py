@@ -1,13 +1,13 @@
-"""Stand-in for any command: logs its calls and replays scripted answers.
+"""Stand-in for any command: logs calls and replays scripted answers.
 
 Environment variables:
-  CALLS: file that receives one JSON list per call, name and arguments.
-  PLAY: JSON, piece of a command line -> [[stdout, exit code], ...]. The first call that
-    contains the piece uses the first entry, and so on; the last entry repeats. With the
-    exit code "signal", the call waits for SIGTERM and exits with 75; with "abort", it
+  CALLS: file that receives one JSON list per call: name and arguments.
+  PLAY: JSON object {piece of a command line: [[stdout, exit code], ...]}. The n-th call
+    that contains the piece uses the n-th entry; the last entry repeats. With the exit
+    code "signal", the call waits for SIGTERM and exits with 75. With "abort", the call
     ends with SIGABRT.
-  VM: home directory of every virtual machine. ssh runs commands there; scp copies
-    there.
+  VM: home directory of every virtual machine. ssh runs commands in this directory; scp
+    copies files to this directory.
 """
 
 import json

@@ -30,7 +30,7 @@ def random_state_dict(name, **overrides):
 
 
 def zero_state_dict(model):
-    """Return an abstract model's state dict of zeros that use no memory."""
+    """Return the official state dict of an abstract model: zeros that use no memory."""
     params = jax.tree.map(
         lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
     )
@@ -85,7 +85,7 @@ def with_tensors(content):
 
 
 def save_safetensors(path, state, about=()):
-    """Write a safetensors file as other programs do; return the path.
+    """Write a safetensors file with the safetensors package; return its path.
 
     Args:
       about: metadata, {text: text}.

@@ -1,4 +1,4 @@
-"""A small train state on several meshes."""
+"""Small train states on several meshes."""
 
 import json
 
@@ -22,7 +22,7 @@ MESHES = {
 
 
 def make_state(seed=0):
-    """Return a small train state of random arrays; `seed` is also its step."""
+    """Return a small train state of random arrays; `seed` is also the step."""
     params = {
         "attn": {
             "qkv": {

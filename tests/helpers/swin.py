@@ -1,4 +1,4 @@
-"""Swin and SimMIM of the golden data: their facts, state dicts and our models."""
+"""Swin and SimMIM of the golden data: facts, state dicts and models."""
 
 import json
 from functools import partial
@@ -12,13 +12,14 @@ __all__ = ["abstract_model", "images", "labels", "noise", "probe", "weight"]
 FACTS = json.loads((reference.GOLDEN / "swin.json").read_text())
 FIXTURES = FACTS["fixtures"]
 check_gradients = partial(reference.check_gradients, FIXTURES, seed=0)
-# The golden data's names of model arguments -> ours, and names without one of ours
+# Model arguments of the golden data -> arguments of this package
 OUR_NAMES = {"img_size": "image_size", "img": "image_size"}
+# Model arguments of the golden data that this package does not have
 NOT_OURS = ("qkv_bias", "encoder_stride", "mask_ratio", "mask_count", "patch_norm")
 
 
 def arguments(fixture):
-    """Return our name and arguments of the model of a fixture."""
+    """Return (model name, arguments) of a fixture in this package."""
     config = {k: v for k, v in FIXTURES[fixture]["config"].items() if k not in NOT_OURS}
     is_simmim = fixture.startswith("simmim")
     if is_simmim:
@@ -31,7 +32,7 @@ def arguments(fixture):
 
 
 def state_dict(fixture, shapes=None):
-    """Return the official parameters of a fixture, without its buffers."""
+    """Return the official state dict of a fixture without buffers."""
     shapes = shapes or FIXTURES[fixture]["state_dict"]
     return {
         name: weight(name, shape)
@@ -41,14 +42,14 @@ def state_dict(fixture, shapes=None):
 
 
 def build(fixture, state=None):
-    """Return the model of a fixture, and its parameters."""
+    """Return (model, params) of a fixture."""
     name, config = arguments(fixture)
     state = state_dict(fixture) if state is None else state
     return reference.build(name, state, **config)
 
 
 def fixture_images(fixture):
-    """Return the images of a fixture, cropped from square images if not square."""
+    """Return the images of a fixture, [B, H, W, 3], as crops of square images."""
     tag, batch, size = FIXTURES[fixture]["input"]["images"]
     height, width = size if isinstance(size, list) else (size, size)
     square = images(tag, batch, max(height, width))

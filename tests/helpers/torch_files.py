@@ -41,7 +41,7 @@ class Call:
 
 
 class Storage:
-    """Memory of a tensor."""
+    """Storage of a tensor: a flat array and the name of PyTorch's storage class."""
 
     def __init__(self, array, kind):
         self.array, self.kind = np.ascontiguousarray(array).reshape(-1), kind
@@ -70,9 +70,9 @@ class Writer(pickle._Pickler):
 
 
 def tensor(array, offset=0, shape=None, strides=None):
-    """Return a tensor on the memory of an array.
+    """Return a pickled tensor that shares the storage of an array.
 
-    Offset, shape and strides default to the array's own.
+    Offset, shape and strides default to those of the array.
     """
     base = array if array.base is None else array.base
     if shape is None:
@@ -90,14 +90,18 @@ def tensor(array, offset=0, shape=None, strides=None):
 
 
 def with_tensors(content):
-    """Convert the arrays of nested dicts to tensors."""
+    """Convert the arrays of nested dicts to pickled tensors."""
     if isinstance(content, dict):
         return {key: with_tensors(value) for key, value in content.items()}
     return tensor(content) if isinstance(content, np.ndarray) else content
 
 
 def save(content, path, legacy=False):
-    """Write a file like ``torch.save``; legacy: in the format before PyTorch 1.6."""
+    """Write a file like ``torch.save``; return its path.
+
+    Args:
+      legacy: write the format of versions before PyTorch 1.6.
+    """
     if not legacy:
         with zipfile.ZipFile(path, "w") as archive:
             with archive.open("x/data.pkl", "w") as file:

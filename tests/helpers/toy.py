@@ -1,7 +1,6 @@
-"""A user's own task and dataset: label maps of images of two sizes.
+"""A user's own task and dataset: images of two sizes with one label per cell.
 
-The task uses every feature of the task interface. The package contains none of this
-code.
+The task uses every feature of the task interface.
 """
 
 import io
@@ -23,15 +22,15 @@ from hivit_jax.models.norms import BatchNorm
 from hivit_jax.tasks.base import Task
 
 CELL, CLASSES = 8, 3  # side of a cell in pixels, number of classes
-SIZES = ((32, 32), (32, 48))  # (height, width) of images; one bucket each
+SIZES = ((32, 32), (32, 48))  # (height, width) of the images of each bucket
 BROKEN = "train/07"  # image whose label map cannot be read
 
 
 def write_dataset(root):
     """Write images of the two `SIZES`, with a label for each cell.
 
-    There are 40 and 11 training images, 9 and 8 test images of the two sizes. The
-    labels are 0 (dark), 1 (middle) and 2 (bright). One label map cannot be read.
+    The training split has 40 and 11 images of the two sizes, the test split 9 and 8.
+    The labels are 0 (dark), 1 (middle) and 2 (bright). One label map cannot be read.
     """
     random = np.random.RandomState(0)
     for split, counts in (("train", (40, 11)), ("test", (9, 8))):
@@ -72,7 +71,7 @@ class Maps(Source):
 
 
 class MapTransform(Transform):
-    """Decode image and map; mirror half of the examples in training."""
+    """Transform that decodes image and map, and mirrors half of the training images."""
 
     draws = 1
 
@@ -120,7 +119,7 @@ class Network(nnx.Module):
 
 
 class Segmentation(Task):
-    """Task that classifies every cell."""
+    """Task that predicts the label of every cell."""
 
     keys = {"prior": Key((0.0,) * CLASSES, "added to the logits", length=CLASSES)}
     best = ("eval/accuracy", "max")
@@ -159,8 +158,8 @@ class Segmentation(Task):
         confusion = jnp.zeros((CLASSES, CLASSES), jnp.int32)
         confusion = confusion.at[batch["map"], predicted].add(weight)
         loss = cross_entropy(logits, batch["map"]) * batch["weight"]
-        right = (predicted == batch["map"]).mean((1, 2))
-        return {"confusion": confusion, "loss": loss.sum()}, {"right": right}
+        accuracy = (predicted == batch["map"]).mean((1, 2))
+        return {"confusion": confusion, "loss": loss.sum()}, {"accuracy": accuracy}
 
     def predict_step(self, model, batch):
         return {"map": model(self.preprocess(batch)).argmax(-1)}
@@ -175,8 +174,8 @@ class Segmentation(Task):
                 {"name": Path(str(name)).name, "map": label_map.tolist()}
                 for name, label_map in zip(rows["name"], rows["map"], strict=True)
             ]
-        pairs = zip(rows["index"].tolist(), rows["right"].tolist(), strict=True)
-        return [{"index": index, "right": right} for index, right in pairs]
+        pairs = zip(rows["index"].tolist(), rows["accuracy"].tolist(), strict=True)
+        return [{"index": index, "accuracy": accuracy} for index, accuracy in pairs]
 
     def summarize(self, sums, count, records):
         confusion = sums["confusion"]
@@ -184,7 +183,7 @@ class Segmentation(Task):
             "eval/loss": float(sums["loss"]) / count,
             "eval/accuracy": float(np.trace(confusion) / confusion.sum()),
             "eval/cells": int(confusion.sum()),
-            "eval/worst": min(record["right"] for record in records),
+            "eval/worst": min(record["accuracy"] for record in records),
             "eval/records": len({record["index"] for record in records}),
         }
 

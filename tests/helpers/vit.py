@@ -26,11 +26,12 @@ weight, images, noise, labels, probe = (
     )
 )
 check_gradients = partial(reference.check_gradients, FIXTURES, seed=0)
+# Model arguments of the golden data -> arguments of this package
 OUR_NAMES = {"img_size": "image_size"}
 
 
 def arguments(fixture):
-    """Return our name and arguments of the model of a fixture."""
+    """Return (model name, arguments) of a fixture in this package."""
     config = dict(FIXTURES[fixture].get("config", {}))
     config.pop("qkv_bias", None)
     is_autoencoder = fixture.startswith("mae_")
@@ -41,7 +42,7 @@ def arguments(fixture):
     return name, {OUR_NAMES.get(key, key): value for key, value in config.items()}
 
 
-def table(shape):
+def position_table(shape):
     """Return the fixed position table of a masked autoencoder, [1, 1+N, D]."""
     side = round((shape[1] - 1) ** 0.5)
     rows = sincos_table((side, side), shape[2])
@@ -52,7 +53,7 @@ def state_dict(fixture, shapes=None):
     """Return the official state dict of a fixture: random weights, computed tables."""
     is_autoencoder = fixture.startswith("mae_")
     return {
-        name: table(shape)
+        name: position_table(shape)
         if is_autoencoder and name.endswith("pos_embed")
         else weight(name, shape)
         for name, shape in (shapes or FIXTURES[fixture]["state_dict"]).items()
@@ -60,7 +61,7 @@ def state_dict(fixture, shapes=None):
 
 
 def build(fixture, state=None):
-    """Return the model of a fixture, and its parameters."""
+    """Return (model, params) of a fixture."""
     name, config = arguments(fixture)
     state = state_dict(fixture) if state is None else state
     return reference.build(name, state, **config)
@@ -78,7 +79,7 @@ def official_names(model, values):
 
 
 def nested(name, leaf):
-    """Return nested dicts with one leaf at a name."""
+    """Return nested dicts with one leaf at a name such as "encoder/norm/scale"."""
     for part in reversed(name.split("/")):
         leaf = {part: leaf}
     return leaf

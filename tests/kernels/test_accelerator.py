@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def default_precision():
-    """Use JAX's default precision of matrix products, as in training, on one device."""
+    """Use one device and, as in training, JAX's default precision of products."""
     before = jax.config.jax_default_matmul_precision
     jax.config.update("jax_default_matmul_precision", None)
     with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
@@ -77,18 +77,20 @@ def _flash_forward(q, k, v, bias):
     return out, (q, k, v, bias, out, log_sums)
 
 
-def _flash_backward(saved, direction):
+def _flash_backward(saved, cotangent):
     q, k, v, bias, out, log_sums = saved
     scale = 1 / np.sqrt(q.shape[-1])
     weights = jnp.exp(_flash_scores(q, k, bias) - log_sums)
-    subtracted = _product("bqhd,bqhd->bhq", direction, out)[..., None]
-    slopes = weights * (_product("bqhd,bkhd->bhqk", direction, v) - subtracted)
-    dbias = slopes.sum(0, keepdims=True).astype(q.dtype)
-    slopes = (scale * slopes).astype(q.dtype)
+    output_dots = _product("bqhd,bqhd->bhq", cotangent, out)[..., None]
+    score_gradients = weights * (
+        _product("bqhd,bkhd->bhqk", cotangent, v) - output_dots
+    )
+    dbias = score_gradients.sum(0, keepdims=True).astype(q.dtype)
+    score_gradients = (scale * score_gradients).astype(q.dtype)
     gradients = (
-        _product("bhqk,bkhd->bqhd", slopes, k),
-        _product("bhqk,bqhd->bkhd", slopes, q),
-        _product("bhqk,bqhd->bkhd", weights.astype(q.dtype), direction),
+        _product("bhqk,bkhd->bqhd", score_gradients, k),
+        _product("bhqk,bqhd->bkhd", score_gradients, q),
+        _product("bhqk,bqhd->bkhd", weights.astype(q.dtype), cotangent),
     )
     gradients = tuple(gradient.astype(q.dtype) for gradient in gradients)
     return *gradients, None if bias is None else dbias.astype(bias.dtype)
@@ -105,13 +107,15 @@ flash_attention.defvjp(_flash_forward, _flash_backward)
 @pytest.mark.parametrize("tokens", [49, 196])
 def test_attention_is_as_exact_as_flash_attention(tokens, with_bias):
     """Errors relative to float32 are at most 1.1 times those of `flash_attention`."""
-    *inputs, direction = 4 * random_array((4, 8, tokens, 16, 32))
+    *inputs, cotangent = 4 * random_array((4, 8, tokens, 16, 32))
     inputs = [x.astype(jnp.bfloat16) for x in inputs]
     inputs += [random_array((1, 16, tokens, tokens), "bias")] * with_bias
 
     with jax.default_matmul_precision("highest"):
-        wide = [jnp.float32(x) for x in inputs]
-        truth = output_and_gradients(jax.nn.dot_product_attention, wide, direction)
+        float32_inputs = [jnp.float32(x) for x in inputs]
+        truth = output_and_gradients(
+            jax.nn.dot_product_attention, float32_inputs, cotangent
+        )
 
     def attend(q, k, v, bias=None):
         return attention_xla.dot_product_attention(
@@ -119,7 +123,7 @@ def test_attention_is_as_exact_as_flash_attention(tokens, with_bias):
         )
 
     ours, expected = (
-        relative_errors(function, inputs, direction, truth, jax.jit)
+        relative_errors(function, inputs, cotangent, truth, jax.jit)
         for function in (attend, flash_attention)
     )
     assert_array_less(ours, 1.1 * np.array(expected) + 1e-3)

@@ -49,14 +49,14 @@ WIDE = dict(
 def one_device():
     """Set a mesh of one device.
 
-    Without it, dispatch would use no kernels, because the tests run on eight devices.
+    Without a mesh, dispatch uses no kernels, because the tests run on eight devices.
     """
     with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
         yield
 
 
 def loss_of(choice, **overrides):
-    """Return a masked autoencoder's loss function and its parameters."""
+    """Return (loss function, parameters) of a masked autoencoder."""
     model = create_model("mae_hivit_base", kernels=choice, **WIDE | overrides)
     graphdef, params = split(model)
     images, noise = (
@@ -165,7 +165,7 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
 
 @pytest.mark.slow
 def test_unsupported_shapes_and_backends_use_no_kernels(one_device):
-    """Shapes that do not fit tiles and backends without kernels run plain XLA."""
+    """Plain JAX runs with shapes that do not fit tiles, and with "auto" on a CPU."""
     assert (
         kernels_in(jax.make_jaxpr(loss_of("auto")[0])(loss_of("auto")[1]).jaxpr) == []
     )
@@ -218,7 +218,7 @@ def on_platform(monkeypatch):
         chip = SimpleNamespace(**v5e)
         monkeypatch.setattr(target.pltpu, "get_tpu_info", lambda: chip)
         monkeypatch.setattr(target, "platform", lambda: name)
-        if name == "gpu":  # the kernel runs on the CPU
+        if name == "gpu":  # interpreted, because the GPU kernel runs on the CPU
             monkeypatch.setattr(
                 dispatch, "Plan", partial(numerics.Plan, interpret=True)
             )
@@ -229,7 +229,7 @@ def on_platform(monkeypatch):
 
 
 def mesh_of(**axes):
-    """Set a mesh with these axis sizes."""
+    """Return a context manager that sets a mesh with these axis sizes."""
     devices = np.array(jax.devices()[: np.prod([*axes.values()])])
     return jax.set_mesh(Mesh(devices.reshape(*axes.values()), tuple(axes)))
 
@@ -260,7 +260,8 @@ def test_each_backend_runs_its_kernels(platform, dtype, on_platform):
     calls, batch = on_platform(platform), 64
 
     def kernels_of_block(special, choice, tokens=15):
-        sizes = {"grid": (2, 8)} if tokens == 16 else {}  # of complete windows
+        # Complete 2x2 windows fill a grid of 2x8 units.
+        sizes = {"grid": (2, 8)} if tokens == 16 else {}
         graphdef, params, inputs = main_stage_block(
             special, batch, dtype=dtype, **sizes
         )
@@ -317,7 +318,7 @@ def test_block_equals_plain_jax(
     calls = on_platform(platform)
     sizes = {"mlp_ratio": 0.5, "dtype": dtype}
     graphdef, params, inputs = main_stage_block(special, 8, **sizes)
-    x, direction = random_arrays((8, 15, 128), (8, 15, 128))
+    x, cotangent = random_arrays((8, 15, 128), (8, 15, 128))
     names = tuple(named_leaves(params))
 
     def run(x, *params):
@@ -329,7 +330,7 @@ def test_block_equals_plain_jax(
 
     leaves, tree = jax.tree.flatten(params)
     actual, expected = (
-        fast_jit(partial(output_and_gradients, function))([3 * x, *leaves], direction)
+        fast_jit(partial(output_and_gradients, function))([3 * x, *leaves], cotangent)
         for function in (run, plain)
     )
     for name, a, b in zip(("out", "x", *names), actual, expected, strict=True):
@@ -342,7 +343,7 @@ def test_block_equals_plain_jax(
 def test_gradients_of_parameters_are_summed_over_devices():
     """Each of two devices runs the kernels of a block on half of the images."""
     graphdef, params, inputs = main_stage_block("relative bias", 16)
-    x, direction = random_arrays((16, 15, 128), (16, 15, 128))
+    x, cotangent = random_arrays((16, 15, 128), (16, 15, 128))
     leaves, tree = jax.tree.flatten(params)
 
     def run(choice, x, *leaves):
@@ -354,7 +355,7 @@ def test_gradients_of_parameters_are_summed_over_devices():
         assert kernels_in(jaxpr) == [ATTENTION, MLP]
         actual, expected = (
             fast_jit(partial(output_and_gradients, partial(run, choice)))(
-                [x, *leaves], direction
+                [x, *leaves], cotangent
             )
             for choice in ("fused", "plain")
         )
@@ -364,13 +365,13 @@ def test_gradients_of_parameters_are_summed_over_devices():
 
 @pytest.mark.slow
 def test_kernels_on_full_windows_equal_plain_jax(one_device):
-    """Output and gradients are compared, with relative positions and drop path.
+    """Output and gradients are equal, with relative positions and drop path.
 
     Drop path drops all windows of an image together.
     """
     options = dict(grid=(4, 4), relative_position=True, mlp_ratio=0.5)
     graphdef, params, _ = main_stage_block("windows", 8, **options)
-    x, direction = random_arrays((8, 16, 128), (8, 16, 128))
+    x, cotangent = random_arrays((8, 16, 128), (8, 16, 128))
     leaves, tree = jax.tree.flatten(params)
 
     def run(choice, x, *leaves):
@@ -384,7 +385,7 @@ def test_kernels_on_full_windows_equal_plain_jax(one_device):
     jaxpr = jax.make_jaxpr(partial(run, "fused"))(*inputs).jaxpr
     assert kernels_in(jaxpr) == [ATTENTION]
     actual, expected = (
-        fast_jit(partial(output_and_gradients, partial(run, choice)))(inputs, direction)
+        fast_jit(partial(output_and_gradients, partial(run, choice)))(inputs, cotangent)
         for choice in ("fused", "plain")
     )
     for a, b in zip(actual, expected, strict=True):

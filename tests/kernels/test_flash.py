@@ -1,4 +1,4 @@
-"""Tests of the TPU kernel for attention of many tokens, interpreted on the CPU."""
+"""Tests of the TPU kernel for attention over many tokens, interpreted on the CPU."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -31,9 +31,9 @@ KERNEL = "flash_attention"
 def inputs_of(images, tokens, heads, head, dtype=jnp.float32):
     """Return (q, k, v, bias) and a cotangent of the output."""
     shape = images, tokens, heads, head
-    *qkv, bias, direction = random_arrays(*3 * [shape], (heads, tokens, tokens), shape)
+    *qkv, bias, cotangent = random_arrays(*3 * [shape], (heads, tokens, tokens), shape)
     qkv = [(4 * x).astype(dtype) for x in qkv]
-    return [*qkv, 4 * bias], direction.astype(dtype)
+    return [*qkv, 4 * bias], cotangent.astype(dtype)
 
 
 def plain(q, k, v, bias):
@@ -59,14 +59,14 @@ def attend(q, k, v, bias, choice="fused", mask=None):
     ("tokens", "heads", "head", "rows"),
     [(256, 2, 64, 128), (300, 2, 128, 384), (140, 4, 32, 128), (270, 4, 64, 128)],
 )
-def test_equals_plain_jax(tokens, heads, head, rows):
-    """Compare output and gradients of q, k, v and bias, with and without padding.
+def test_kernel_equals_plain_jax(tokens, heads, head, rows):
+    """Output and gradients of q, k, v and bias are equal, with and without padding.
 
-    The widths of 128 and 256 are tiles of one, two and four heads.
+    A tile of 128 columns contains one, two or four heads.
     """
-    inputs, direction = inputs_of(3, tokens, heads, head)
+    inputs, cotangent = inputs_of(3, tokens, heads, head)
     actual, expected = (
-        fast_jit(partial(output_and_gradients, function))(inputs, direction)
+        fast_jit(partial(output_and_gradients, function))(inputs, cotangent)
         for function in (partial(fused, rows=rows), plain)
     )
     for a, b in zip(actual, expected, strict=True):
@@ -75,11 +75,11 @@ def test_equals_plain_jax(tokens, heads, head, rows):
 
 def test_bfloat16_is_as_exact_as_plain_jax():
     """The errors relative to float32 exceed those of plain JAX by at most a tenth."""
-    inputs, direction = inputs_of(2, 300, 2, 64, jnp.bfloat16)
-    exact = [x.astype(jnp.float32) for x in inputs]
-    truth = output_and_gradients(plain, exact, direction.astype(jnp.float32))
+    inputs, cotangent = inputs_of(2, 300, 2, 64, jnp.bfloat16)
+    float32_inputs = [x.astype(jnp.float32) for x in inputs]
+    truth = output_and_gradients(plain, float32_inputs, cotangent.astype(jnp.float32))
     errors, plain_errors = (
-        relative_errors(function, inputs, direction, truth, fast_jit)
+        relative_errors(function, inputs, cotangent, truth, fast_jit)
         for function in (fused, plain)
     )
     for error, plain_error in zip(errors, plain_errors, strict=True):
@@ -88,18 +88,18 @@ def test_bfloat16_is_as_exact_as_plain_jax():
 
 def test_gradient_of_the_bias_is_summed_over_devices():
     """Each of two devices runs the kernel on half of the images."""
-    inputs, direction = inputs_of(4, 256, 2, 64)
+    inputs, cotangent = inputs_of(4, 256, 2, 64)
     with jax.set_mesh(Mesh(np.array(jax.devices()[:2]), ("data",))):
         jaxpr = jax.make_jaxpr(attend)(*inputs).jaxpr
         assert kernels_in(jaxpr) == [KERNEL]
-        actual = fast_jit(partial(output_and_gradients, attend))(inputs, direction)
-    expected = output_and_gradients(plain, inputs, direction)
+        actual = fast_jit(partial(output_and_gradients, attend))(inputs, cotangent)
+    expected = output_and_gradients(plain, inputs, cotangent)
     for a, b in zip(actual, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_only_supported_arguments_run_the_kernel():
-    """Fewer tokens, masks, odd widths, and biases per image are left to XLA."""
+    """With few tokens, a mask, an odd width or a bias per image, no kernel runs."""
 
     def kernels(images=2, tokens=256, heads=2, head=64, per_image=False, **options):
         (q, k, v, bias), _ = inputs_of(images, tokens, heads, head)
@@ -118,7 +118,7 @@ def test_only_supported_arguments_run_the_kernel():
 
 
 def test_bias_must_fit_in_vmem(monkeypatch):
-    """1,600 tokens fit into the 128 MiB of a v5e, but not into 64 MiB; 1,024 do."""
+    """The bias of 1,600 tokens fits in 128 MiB, as in a v5e, and not in 64 MiB."""
     monkeypatch.setattr(target, "platform", lambda: "tpu")
 
     def kernels(tokens, mebibytes):

@@ -1,8 +1,8 @@
 """Tests that fused kernels equal plain JAX.
 
 The kernels are the MLP and attention branches on TPUs and LayerNorm on GPUs, all
-interpreted on the CPU. Attention through cuDNN, GELU, LayerNorm, and the choice of
-block sizes and saved residuals are tested too.
+interpreted on the CPU. Other tests check cuDNN attention, GELU, LayerNorm, and the
+choice of block sizes and saved residuals.
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ from hivit_jax.xla.chips import GPU_OPTIONS, devices_of
 
 
 def saved_size(function, inputs):
-    """Count the elements of the saved residuals, inputs included."""
+    """Return the number of elements of the saved residuals, including inputs."""
     return sum(x.size for x in jax.tree.leaves(jax.vjp(function, *inputs)[1]))
 
 
@@ -52,12 +52,12 @@ LAYERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_equal_jax_and_save_less(name):
-    """Our GELU and LayerNorm give JAX's values and gradients, but save less."""
+def test_layers_equal_jax_and_save_fewer_residuals(name):
+    """Values and gradients of GELU and LayerNorm equal those of plain JAX."""
     layer, jax_layer, shapes = LAYERS[name]
-    *inputs, direction = (4 * x for x in random_arrays(*shapes, shapes[0]))
-    expected = jax.jit(partial(output_and_gradients, jax_layer))(inputs, direction)
-    actual = jax.jit(partial(output_and_gradients, layer))(inputs, direction)
+    *inputs, cotangent = (4 * x for x in random_arrays(*shapes, shapes[0]))
+    expected = jax.jit(partial(output_and_gradients, jax_layer))(inputs, cotangent)
+    actual = jax.jit(partial(output_and_gradients, layer))(inputs, cotangent)
     for a, b in zip(actual, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
     assert (
@@ -92,7 +92,7 @@ def test_plain_attention_equals_jax(arguments):
 
     The mask leaves one image without keys.
     """
-    q, k, v, direction = random_arrays(*[(2, 9, 4, 32)] * 4)
+    q, k, v, cotangent = random_arrays(*[(2, 9, 4, 32)] * 4)
     bias = random_arrays((1, 4, 9, 9))[0] if "bias" in arguments else None
     mask = jnp.arange(9) % 3 * jnp.array([[1], [0]]) > 0
     mask = mask[:, None, None] if "mask" in arguments else None
@@ -107,7 +107,7 @@ def test_plain_attention_equals_jax(arguments):
 
     inputs = 9 * q, k, v, bias
     expected, actual = (
-        output_and_gradients(function, inputs, direction) for function in (plain, ours)
+        output_and_gradients(function, inputs, cotangent) for function in (plain, ours)
     )
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
@@ -124,9 +124,9 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, with_bias, monkeypat
         calls.append((implementation, qkv[0].shape[1]))
         return library(*qkv, **others)
 
-    *qkv, direction = random_arrays(*[(2, tokens, 4, 32)] * 4, dtype=jnp.bfloat16)
+    *qkv, cotangent = random_arrays(*[(2, tokens, 4, 32)] * 4, dtype=jnp.bfloat16)
     inputs = qkv + random_arrays((1, 4, tokens, tokens)) * with_bias
-    expected = output_and_gradients(library, inputs, direction)
+    expected = output_and_gradients(library, inputs, cotangent)
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     monkeypatch.setattr(target, "platform", lambda: "gpu")
 
@@ -135,12 +135,12 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, with_bias, monkeypat
             q, k, v, bias=bias, mask=None, choice=choice
         )
 
-    actual = output_and_gradients(partial(attend, choice="auto"), inputs, direction)
+    actual = output_and_gradients(partial(attend, choice="auto"), inputs, cotangent)
     assert calls == [("cudnn", 10)]
     for a, b in zip(actual, expected, strict=True):
         a, b = np.float32(a), np.float32(b)
         assert_allclose(a, b, rtol=0, atol=0.01 * np.abs(b).max())
-    output_and_gradients(partial(attend, choice="plain"), inputs, direction)
+    output_and_gradients(partial(attend, choice="plain"), inputs, cotangent)
     assert calls[1:] == [(None, tokens)]
 
 
@@ -162,12 +162,12 @@ DROP_AND_KEEP = [(False, False), (False, True), (True, True)]
 def test_fused_equals_plain(name, drop, keep):
     """Output and all gradients of each kernel agree in float32 over several blocks."""
     case = CASES[name]
-    inputs, direction = random_inputs(case)
+    inputs, cotangent = random_inputs(case)
     scale = drop_some_images(case.images) if drop else None
     plain = partial(case.plain, branch_scale=scale)
     fused = partial(case.fused, branch_scale=scale, keep=keep, interpret=True)
-    expected = jax.jit(partial(output_and_gradients, plain))(inputs, direction)
-    actual = fast_jit(partial(output_and_gradients, fused))(inputs, direction)
+    expected = jax.jit(partial(output_and_gradients, plain))(inputs, cotangent)
+    actual = fast_jit(partial(output_and_gradients, fused))(inputs, cotangent)
     for a, b in zip(actual, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
@@ -211,17 +211,17 @@ def test_tpu_compiler_accepts_mlp_and_attention(case, keep):
 
 
 def compiled_text(case, device, keep, options=None):
-    """Compile a kernel and its gradients in bfloat16 for a device; return the text."""
+    """Compile a kernel and its gradients in bfloat16 for a device; return the HLO."""
     mesh = Mesh(np.array([device]), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
-    inputs, direction = random_inputs(case)
-    inputs, direction = jax.tree.map(
+    inputs, cotangent = random_inputs(case)
+    inputs, cotangent = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-        (in_bfloat16(inputs), direction),
+        (in_bfloat16(inputs), cotangent),
     )
     fused = partial(case.fused, keep=keep, interpret=False)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(partial(output_and_gradients, fused)).lower(inputs, direction)
+        lowered = jax.jit(partial(output_and_gradients, fused)).lower(inputs, cotangent)
     return lowered.compile(options).as_text()
 
 
@@ -242,8 +242,8 @@ def test_blocks_contain_whole_tiles_or_whole_images():
     assert target.block_rows(4 * 49, 392, 512, 2000) is None
 
 
-def test_residuals_are_saved_if_that_is_faster():
-    """The hidden layer of an MLP is saved if moving it is faster than recomputing it.
+def test_residuals_are_saved_if_moving_is_faster_than_recomputing():
+    """The residual is the hidden layer of an MLP.
 
     `balance` is the ratio of peak FLOP/s to peak HBM bandwidth in byte/s: 166 for a
     v5p, 240 for a v5e. Kernels assume half of the bandwidth. The widths are those of

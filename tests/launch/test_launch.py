@@ -36,19 +36,15 @@ AWKWARD = ["--config.data.dir=it's $HOME", 'a "b" \\', "*", "$(false)", "\ttab",
 
 # Pieces of command lines, for the scripted answers of tests/helpers/stand_in.py
 TRAIN = "-m hivit_jax.main"
-
-
 QUEUE = "queued-resources describe"
-
-
 TPU = "tpu-vm describe"
 
-
+# Commands of tpu_vm.sh that accept no training flags
 WITHOUT_TRAINING = ["create", "setup", "status", "delete"]
 
 
 class Stage:
-    """Directory with stand-ins for commands, and the log of their calls."""
+    """Directory with stand-ins for commands and a log of calls."""
 
     def __init__(self, directory: Path):
         self.calls_file = directory / "calls"
@@ -129,7 +125,7 @@ def tpu_vm(command, *flags):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse(script):
+def test_scripts_are_executable_and_parse(script):
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
@@ -138,7 +134,7 @@ def test_scripts_parse(script):
 
 @pytest.mark.parametrize("name", ["slurm.sh", "fake_pod.sh"])
 def test_help_prints_the_comment_at_the_top(name):
-    """The options for sbatch are not printed."""
+    """The output does not contain the options for sbatch."""
     command = [LAUNCH / name, "--help"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert f"  launch/{name} " in text
@@ -231,13 +227,9 @@ def test_run_exits_with_the_code_of_training(stage, code):
     assert stage.run(*tpu_vm("run", "--", *TRAINING), play=play)[0] == code
 
 
-# Steps of `Stage.steps`: `setup`; a TPU is recreated; `resume` with a TPU that is ready
+# Expected `Stage.steps` of setup, of a recreated TPU, and of a resume on a ready TPU
 INSTALL = ["scp", "ssh"]
-
-
 RECREATE = ["delete", "create", "describe", *INSTALL]
-
-
 RESUME = ["describe", *INSTALL, "ssh", "train"]
 
 
@@ -245,8 +237,8 @@ def run_keep(stage, exit_codes, tpu_states=("READY",)):
     """Run `keep`; return (steps, exit code).
 
     Args:
-      exit_codes: one for each training command; the last one repeats.
-      tpu_states: one for each query, "" for a missing TPU; the last one repeats.
+      exit_codes: one for each training command; the last code repeats.
+      tpu_states: one for each query, "" for a missing TPU; the last state repeats.
     """
     play = {
         TRAIN: [["", code] for code in exit_codes],
@@ -325,7 +317,7 @@ def test_dry_run_prints_commands_to_paste(stage, command):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "fragment"),
     [
         ([], "launch/tpu_vm.sh COMMAND"),
         (["start"], "launch/tpu_vm.sh COMMAND"),
@@ -337,10 +329,10 @@ def test_dry_run_prints_commands_to_paste(stage, command):
         (["setup", "--source=/nowhere"], "--source=/nowhere"),
     ],
 )
-def test_invalid_arguments_exit_with_code_2(stage, arguments, named):
+def test_invalid_arguments_exit_with_code_2(stage, arguments, fragment):
     code, _, error = stage.run(LAUNCH / "tpu_vm.sh", *arguments)
     assert code == 2
-    assert named in error
+    assert fragment in error
     assert stage.calls() == []
 
 
@@ -353,7 +345,7 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}
 
 
 @pytest.mark.parametrize("code", [0, 2, 75, 134, 137])
-def test_interrupted_job_is_requeued(stage, code):
+def test_only_interrupted_jobs_are_requeued(stage, code):
     script = [LAUNCH / "slurm.sh", *TRAINING, *AWKWARD]
     assert stage.run(*script, play={"srun": [["", code]]}, **JOB)[0] == code
     step = [*SRUN, "--cpus-per-task=4", "python", "-m", "hivit_jax.main"]
@@ -371,14 +363,14 @@ def test_dry_run_of_a_job_prints_commands_to_paste(stage):
     assert stage.calls() == [step, ["scontrol", "requeue", "JOB"]]
 
 
-def test_slurm_script_outside_of_a_job_is_an_error(stage):
+def test_slurm_script_outside_a_job_is_an_error(stage):
     code, _, error = stage.run(LAUNCH / "slurm.sh", *TRAINING)
     assert (code, stage.calls()) == (2, [])
     assert "sbatch" in error
 
 
 def test_job_options_precede_the_first_command():
-    """SLURM ignores later options. Each GPU has one process."""
+    """SLURM ignores options after the first command. Each GPU has one process."""
     text = (LAUNCH / "slurm.sh").read_text()
     comments = re.match(r"(#.*\n)*", text)[0]
     assert comments.count("\n#SBATCH ") == text.count("#SBATCH ")
@@ -412,7 +404,7 @@ def test_fake_pod_starts_processes_and_prefixes_their_lines(stage):
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGHUP])
-def test_fake_pod_forwards_sigterm(stage, signal_number):
+def test_fake_pod_ends_its_processes_after_a_signal(stage, signal_number):
     """The pod sends SIGTERM to its processes after SIGTERM and after SIGHUP."""
     play = {TRAIN: [["waiting", "signal"]]}
     # Without this, the pod would ignore SIGHUP if the tests run under nohup.
@@ -463,8 +455,8 @@ def test_fake_pod_prints_its_usage_for_invalid_arguments(stage, arguments):
 def reaction_to(jobset, code):
     """Return "end" or "restart", the reaction of a jobset to a container's exit code.
 
-    Follows Kubernetes' podFailurePolicy and JobSet's failurePolicy. The first matching
-    rule of each applies.
+    Evaluates Kubernetes' podFailurePolicy, then JobSet's failurePolicy. In each policy,
+    the first matching rule applies.
     """
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
@@ -503,7 +495,7 @@ def test_jobset_restarts_unless_the_user_made_an_error(code, expected):
 
 
 def test_jobset_uses_all_chips_of_the_slice():
-    """Its pods end with training and have time to save. Its arguments are valid."""
+    """The pods end with training and have time to save. The arguments are valid."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
     assert jobset["kind"] == "JobSet"
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] >= 100

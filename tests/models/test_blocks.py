@@ -1,4 +1,4 @@
-"""Tests that scan_blocks and remat change no value and keep compilation short."""
+"""Tests of scan_blocks and remat: equal values, and few compiled blocks."""
 
 import re
 from functools import cache
@@ -98,7 +98,7 @@ def count_lines(**options):
     ("platform", "options"), [("tpu", dict(scan_blocks=True)), ("cpu", {})]
 )
 def test_equal_blocks_are_compiled_once(monkeypatch, platform, options):
-    # Lines of the program that seven more blocks of the main stage add.
+    # Each difference is the number of lines that seven more main blocks add.
     monkeypatch.setattr(target, "platform", lambda: "tpu")
     lines_without_sharing = count_lines(depths=(1, 1, 9)) - count_lines()
     monkeypatch.setattr(target, "platform", lambda: platform)

@@ -1,24 +1,16 @@
-"""Finetuning of HiViT-B after masked pretraining, ImageNet-1k, 100 epochs.
-
-    python -m hivit_jax.main --config configs/finetune_base.py --workdir runs/ft_base
-
-Values: the official self_supervised code, for 8 GPUs with 64 images each, twice a step.
-It reports 84.6 % top-1 from 1600 epochs of pretraining; not reproduced here. Cost: 128
-M images, 94.9 GFLOP each. `init_from` may be the official file of pretrained weights;
-for another size of images, `:384`, tables of positions are resized.
-"""
+"""Old recipe: finetuning of HiViT-B on ImageNet-1k, 100 epochs."""
 
 from ml_collections import ConfigDict
 
 
 def get_config(size: str = "224") -> ConfigDict:
-    """The recipe; `size`: side of the images, ``configs/finetune_base.py:384``."""
+    """Return the full recipe for images of `size` x `size` pixels."""
     config = ConfigDict()
     config.task = "classify"
     config.seed = 0
     config.batch_size = 1024
     config.total_epochs = 100.0
-    config.total_steps = 0  # more than 0 wins over total_epochs
+    config.total_steps = 0  # a value above 0 overrides total_epochs
     config.label_smoothing = 0.1
     config.mixup = 0.8
     config.cutmix = 1.0
@@ -35,26 +27,26 @@ def get_config(size: str = "224") -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "imagenet2012"
     config.data.crop_scale = (0.08, 1.0)
-    config.data.crop_pct = 0.875  # evaluation: 256, of which 224
+    config.data.crop_pct = 0.875  # evaluation resizes to 256 pixels and crops 224
     config.data.randaugment = True  # rand-m9-mstd0.5-inc1
     config.data.flip = True
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
 
     config.optimizer = ConfigDict()
-    config.optimizer.base_learning_rate = 5e-4  # x batch_size / 256
+    config.optimizer.base_learning_rate = 5e-4  # multiplied by batch_size / 256
     config.optimizer.min_learning_rate = 1e-6
     config.optimizer.warmup_epochs = 5.0
     config.optimizer.betas = (0.9, 0.999)
     config.optimizer.weight_decay = 0.05
     config.optimizer.layer_decay = 0.85
     config.optimizer.clip_norm = 0.0  # 0: no clipping
-    config.optimizer.ema_decay = 0.0  # 0: no average
+    config.optimizer.ema_decay = 0.0  # 0: no averaging
     config.optimizer.accumulate_steps = 1
 
     config.mesh = ConfigDict(dict(replica=1, data=-1, fsdp=1, tensor=1))
     config.log_every = 50
-    config.eval_every = 1251  # steps; 1 epoch
+    config.eval_every = 1251  # 1 epoch
     config.checkpoint_every = 1251
     config.keep_checkpoints = 3
     config.init_from = "runs/mae_base"

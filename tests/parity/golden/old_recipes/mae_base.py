@@ -1,23 +1,16 @@
-"""Masked autoencoder pretraining of HiViT-B on ImageNet-1k, 1600 epochs.
-
-    python -m hivit_jax.main --config configs/mae_base.py --workdir runs/mae_base
-
-Values: the official self_supervised code, there fp16 and 2 x 2048 images a step. It
-reports 84.6 % top-1 after 100 epochs of finetuning; not reproduced here. Cost: 2.05 G
-images, 47.5 GFLOP each.
-"""
+"""Old recipe: masked pretraining of HiViT-B on ImageNet-1k, 1600 epochs."""
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The recipe."""
+    """Return the full recipe."""
     config = ConfigDict()
     config.task = "mae"
     config.seed = 0
     config.batch_size = 4096
     config.total_epochs = 1600
-    config.total_steps = 0  # more than 0 wins over total_epochs
+    config.total_steps = 0  # a value above 0 overrides total_epochs
 
     config.model = ConfigDict()
     config.model.name = "mae_hivit_base"
@@ -29,25 +22,25 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "imagenet2012"
     config.data.crop_scale = (0.2, 1.0)
-    config.data.crop_pct = 0.875  # evaluation: 256, of which 224
+    config.data.crop_pct = 0.875  # evaluation resizes to 256 pixels and crops 224
     config.data.flip = True
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
 
     config.optimizer = ConfigDict()
-    config.optimizer.base_learning_rate = 1e-4  # x batch_size / 256
+    config.optimizer.base_learning_rate = 1e-4  # multiplied by batch_size / 256
     config.optimizer.min_learning_rate = 0.0
     config.optimizer.warmup_epochs = 40.0
     config.optimizer.betas = (0.9, 0.95)
     config.optimizer.weight_decay = 0.05
     config.optimizer.layer_decay = 1.0
     config.optimizer.clip_norm = 0.0  # 0: no clipping
-    config.optimizer.ema_decay = 0.0  # 0: no average
+    config.optimizer.ema_decay = 0.0  # 0: no averaging
     config.optimizer.accumulate_steps = 1
 
     config.mesh = ConfigDict(dict(replica=1, data=-1, fsdp=1, tensor=1))
     config.log_every = 50
-    config.eval_every = 6255  # steps; 20 epochs
+    config.eval_every = 6255  # 20 epochs
     config.checkpoint_every = 1251
     config.keep_checkpoints = 3
     config.init_from = ""

@@ -11,16 +11,16 @@ def waves(count: int) -> np.ndarray:
 
 def outputs(model) -> dict[str, np.ndarray]:
     """Return {name: output} of a model for images of 16 x 16 pixels and 16 units."""
-    found = jax.device_get(jax.jit(lambda: _outputs(model))())
-    return found | {"parameters": np.asarray(model.parameter_count())}
+    results = jax.device_get(jax.jit(lambda: _outputs(model))())
+    return results | {"parameters": np.asarray(model.parameter_count())}
 
 
 def _outputs(model) -> dict[str, jax.Array]:
     images = waves(4 * 256).reshape(4, 16, 16, 1)
-    found = {f"features{i}": x for i, x in enumerate(model.features(images))}
+    results = {f"features{i}": x for i, x in enumerate(model.features(images))}
     if hasattr(model, "head"):
-        found |= {"logits": model(images), "pooled": model.pooled(images)}
+        results |= {"logits": model(images), "pooled": model.pooled(images)}
     else:
         out = model(images, noise=waves(64).reshape(4, 16), mask_ratio=0.625)
-        found |= {"loss": out.loss, "pred": out.pred, "mask": out.mask}
-    return found
+        results |= {"loss": out.loss, "pred": out.pred, "mask": out.mask}
+    return results

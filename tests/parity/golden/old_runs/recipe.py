@@ -1,4 +1,4 @@
-"""Full recipes of hivit_jax before 0.1, of very small models on scikit-learn's digits.
+"""Full recipes of hivit_jax before 0.1 for very small models on scikit-learn's digits.
 
 Variants: ``mae``, ``classify`` and ``linear_probe``, the values of ``config.task``.
 """
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(task: str) -> ConfigDict:
-    """Return the recipe of a task, with the keys that every recipe had to contain."""
+    """Return the recipe of a task, with all keys that recipes had to contain."""
     pretraining = task == "mae"
     config = ConfigDict()
     config.task = task

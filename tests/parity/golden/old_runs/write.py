@@ -4,7 +4,7 @@ The docstring of test_old_runs.py contains the commands. TASK is mae, classify o
 linear_probe:
 
 TASK.tar.xz   ``run``: workdir of a run that was interrupted at step 4 of 8;
-              ``saved``: that model, written by `save_pretrained`.
+              ``saved``: the model of the run, written by `save_pretrained`.
 TASK.jsonl    metrics.jsonl of the run after it was resumed and finished.
 TASK.txt      output of ``--mode eval`` for step 4.
 TASK.npz      `outputs` of the model at step 4.
@@ -26,14 +26,14 @@ from hivit_jax.errors import Interrupted
 from hivit_jax.main import main
 
 HERE = Path(__file__).resolve().parent
-TASKS = ("mae", "classify", "linear_probe")  # the others are initialized from the first
+TASKS = ("mae", "classify", "linear_probe")  # the run of mae initializes the others
 STEP = 4
 
 
 def command(task: str) -> list[str]:
     """Return the flags for the recipe of a task."""
-    start = [] if task == "mae" else ["--config.init_from=mae/run"]
-    return [f"--config={HERE / 'recipe.py'}:{task}", *start]
+    flags = [] if task == "mae" else ["--config.init_from=mae/run"]
+    return [f"--config={HERE / 'recipe.py'}:{task}", *flags]
 
 
 def write(task: str) -> None:
