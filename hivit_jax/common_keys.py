@@ -91,16 +91,16 @@ KEYS = {
         ),
         "eval_group": Key(
             "",
-            "regular expression; images whose paths match the same text in the first "
-            "group of the expression stay in the same split",
+            "regular expression with a group; images whose paths have the same text in "
+            "the first group stay in the same split",
         ),
         "exclude": Key(
             "", "text file that lists the images to leave out, one path per line"
         ),
         "multi_label": Key(
             False,
-            "an image has any number of labels: separated by `;` in a CSV file, a tar "
-            "or a zip archive, or a sequence of labels in TFDS",
+            "an image may have any number of labels; CSV files and archives separate "
+            "labels by `;`, and TFDS stores a sequence",
         ),
         "class_level": Key(
             "top",
@@ -163,7 +163,8 @@ KEYS = {
         ),
         "value_range": Key(
             (),
-            "values of black and white in images with more than 8 bits; (): (0, 65535)",
+            "values of black and white in images with more than 8 bits; (): the whole "
+            "range of unsigned integers of up to 16 bits",
             item=float,
         ),
         "interpolation": Key("bicubic", "resize filter", choices=tuple(FILTER_RADIUS)),

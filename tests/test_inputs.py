@@ -448,7 +448,10 @@ def test_run_warns_of_small_classes_and_unmatched_exclusions(tmp_path, monkeypat
         f"data.exclude={tmp_path}/list.txt: 2 entries match no image, the first is "
         "'z/0.png'; expected paths as check_data --list writes them"
     )
-    assert second == "the evaluation has no image of 6 classes: b, c, d, e, f, ..."
+    assert (
+        second
+        == "the evaluation has no image of 6 classes: b, c, d, e, f, ... and 1 more"
+    )
     splits = inputs.used_splits(cfg)
     assert notes.dataset_warnings(cfg.data, splits, True) == [first, second]
     assert notes.dataset_warnings(cfg.data, splits, False) == [first]

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs
-from hivit_jax.data.notes import exclusion_warnings
+from hivit_jax.data.notes import unmatched_exclusions
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.unreadable import check_unreadable
@@ -145,7 +145,7 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
             "data.multi_label=True: the modes knn and probe expect one label per image"
         )
     inputs.check_labels(config, open_source(config.data, "train"))
-    for warning in exclusion_warnings(config.data, inputs.used_splits(config)):
+    for warning in unmatched_exclusions(config.data, inputs.used_splits(config)):
         log(f"warning: {warning}")
     pretrained = load.read_for(config.model, config.init_from)
     model = nnx.eval_shape(task.build_model)

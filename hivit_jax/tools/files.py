@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hivit_jax import config as configs
 from hivit_jax import inputs, tasks
-from hivit_jax.data.decoding import UnsuitableImage
+from hivit_jax.data.decoding import UnsuitableImageError
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources import registry
 from hivit_jax.data.sources.base import DatasetInfo, Source
@@ -176,7 +176,7 @@ class _TolerantTransform(Transform):
         """See `Transform.__call__`."""
         try:
             self._transform(sample, draws, out)
-        except UnsuitableImage as error:
+        except UnsuitableImageError as error:
             raise ValueError(error.after_training) from error
         except DataError as error:
             raise ValueError(first_line(error)) from error

@@ -14,7 +14,7 @@ from flax import nnx
 
 from hivit_jax import platforms
 from hivit_jax.augment.resample import MAXIMUM
-from hivit_jax.data.decoding import UnsuitableImage
+from hivit_jax.data.decoding import UnsuitableImageError
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.errors import ConfigError, DataError, Parser, run_command
 from hivit_jax.models.masked import MaskedModel
@@ -160,7 +160,7 @@ def read(
     try:
         options = dict(value_range=value_range, dtype=dtype)
         return evaluation_image(path.read_bytes(), shape, **options)
-    except UnsuitableImage as error:
+    except UnsuitableImageError as error:
         raise DataError(f"cannot read {path}: {error.after_training}") from error
     except Exception as error:  # damaged files cause exceptions of many types
         raise DataError(f"cannot read {path}: {error}") from error
