@@ -16,7 +16,7 @@ from hivit_jax import platforms
 from hivit_jax.augment.resample import MAXIMUM
 from hivit_jax.data.decoding import UnsuitableImageError
 from hivit_jax.data.transforms import evaluation_image
-from hivit_jax.errors import ConfigError, DataError, Parser, run_command
+from hivit_jax.errors import ConfigError, DataError, Parser, first_line, run_command
 from hivit_jax.models.masked import MaskedModel
 from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
@@ -35,7 +35,8 @@ python -m hivit_jax.tools.reconstruct --checkpoint PATH IMAGE|DIRECTORY ...
               save_pretrained, .pth or .safetensors file, or hf://ORGANIZATION/NAME
 IMAGE|DIRECTORY
               images; directories are searched recursively. Of a directory with more
-              than 16 images, 16 evenly spaced images are drawn
+              than 16 images, 16 evenly spaced images are drawn. Images that cannot
+              be read are skipped
 --mask_ratio  fraction of units to mask; default: the training config's, or 0.75 if
               there is no training config
 --statistics  source of the mean and standard deviation that convert predictions of
@@ -122,8 +123,9 @@ def run(argv: Sequence[str] | None) -> None:
     data = pretrained.recipe.get("data", {})
     value_range, dtype = data.get("value_range", ()), data.get("dtype", "uint8")
     scale = data.get("scale") or MAXIMUM[dtype]
-    paths = files.drawn_images(args.images)
-    pixels = np.stack([read(path, shape, value_range, dtype) for path in paths])
+    pixels = files.read_drawn(
+        args.images, lambda path: read(path, shape, value_range, dtype)
+    )
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     images = (np.float32(pixels) / scale - mean) / std
     predicted, mask = reconstruct(
@@ -163,7 +165,7 @@ def read(
     except UnsuitableImageError as error:
         raise DataError(f"cannot read {path}: {error.after_training}") from error
     except Exception as error:  # damaged files cause exceptions of many types
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

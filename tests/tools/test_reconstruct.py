@@ -49,9 +49,12 @@ def test_command_draws_a_row_of_panels_per_image(saved, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     for path in images:
         (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "photos" / "aa.png").write_text("no image")  # is skipped
     assert command.main([*flags[:4], str(tmp_path / "photos")]) == 0
     assert out.read_bytes() == expected
-    printed = capsys.readouterr().out
+    printed, err = capsys.readouterr()
+    assert err.startswith(f"cannot read {tmp_path / 'photos' / 'aa.png'}: ")
+    assert err.endswith("; skipped\n")
     assert "75.0% of each image masked" in printed
     text = "brightness and contrast of each true unit, unknown to the model"
     assert text in printed
@@ -157,8 +160,8 @@ def test_visible_statistics_predict_the_mean_of_the_visible_units(tmp_path):
     ("model", "name", "code", "message"),
     [
         ("hivit_base", "a.png", 2, "is a hivit_base, which has no decoder"),
-        ("mae_hivit_base", "nowhere.png", 4, "cannot read"),
-        ("mae_hivit_base", "text.png", 4, "cannot read"),
+        ("mae_hivit_base", "nowhere.png", 2, "no such file or directory"),
+        ("mae_hivit_base", "text.png", 4, "text.png: no image can be read"),
         ("nothing", "a.png", 5, "no checkpoint in"),
     ],
 )
