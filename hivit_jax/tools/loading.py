@@ -7,7 +7,7 @@ from hivit_jax.checkpoints.read import find_checkpoints
 from hivit_jax.paths import open_path
 from hivit_jax.reporting import metrics
 from hivit_jax.reporting.console import log
-from hivit_jax.tools.run_facts import best_metric, finite_evaluations
+from hivit_jax.tools.run_facts import best_metric
 from hivit_jax.weights import load
 from hivit_jax.weights.adapt import Pretrained
 
@@ -40,7 +40,7 @@ def checkpoint_rank(pretrained: Pretrained) -> str:
     steps = [int(path.name) for path in find_checkpoints(checkpoint.parent)]
     ranks = {"newest": max(steps)}
     best = best_metric(pretrained.recipe)
-    lines = finite_evaluations(metrics.evaluations(workdir), best)
+    lines = metrics.finite_evaluations(metrics.evaluations(workdir), best)
     if lines := [line for line in lines if line["step"] in steps]:
         ranks["best"] = metrics.best_evaluation(lines, best)["step"]
     own = " and ".join(name for name, k in ranks.items() if k == step)

@@ -119,7 +119,8 @@ def test_unreadable_images_are_skipped(tmp_path, capsys):
     assert command.main(flags) == 0
     assert (tmp_path / "attention.png").read_bytes() == expected
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"cannot read {broken}: ") and line.endswith("; skipped")
+    assert line.startswith(f"cannot read {broken}: ")
+    assert line.endswith("; skipped")
 
 
 def test_images_of_a_directory_are_drawn(tmp_path, capsys, monkeypatch):
