@@ -1,26 +1,26 @@
 """The checkpoint that a run keeps in addition to its newest ones."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from orbax.checkpoint import checkpoint_managers
 
-from hivit_jax.reporting.metrics import Best, score
+from hivit_jax.reporting.metrics import Best, best_evaluation, finite_evaluations
 
 
-class _FirstBest(checkpoint_managers.BestN):
-    """BestN that keeps the first of equally good checkpoints instead of the last."""
+class KeepBest(checkpoint_managers.PreservationPolicy):
+    """Policy that keeps the first checkpoint with the best evaluation.
+
+    Args:
+      best: name of a metric, and "max" or "min". Checkpoints without a finite value of
+        this metric are never the best.
+    """
+
+    def __init__(self, best: Best):
+        self._best = best
 
     def should_preserve(self, checkpoints: Sequence[Any], **context) -> list[bool]:
-        flags = super().should_preserve(checkpoints[::-1], **context)
-        return [*flags][::-1]
-
-
-def keep_best(best: Best) -> _FirstBest:
-    """Return the policy that keeps the first checkpoint with the best evaluation."""
-    return _FirstBest(
-        get_metric_fn=partial(score, best=best),
-        n=1,
-        keep_checkpoints_without_metrics=False,
-    )
+        saved = [checkpoint.metrics or {} for checkpoint in checkpoints]
+        evaluated = finite_evaluations(saved, self._best)
+        best = best_evaluation(evaluated, self._best) if evaluated else None
+        return [metrics is best for metrics in saved]

@@ -4,7 +4,8 @@
 *model_state*, if the model has any; *ema*, if averaging is on; *optimizer*, with the
 optimizer state and the step; *config*; *dataset*, with the size and class names; and
 *digests* of every array, because Orbax restores flipped bits without an error. Each
-item can be restored alone. Orbax gives only complete checkpoints their final name, so
+item can be restored alone. *metrics* contains the evaluation of the step, so that a
+resumed run still keeps the best checkpoint. Orbax gives only complete checkpoints their final name, so
 that incomplete checkpoints are never restored. In buckets, complete checkpoints contain
 `read.COMMIT_FILE` instead.
 
@@ -26,7 +27,7 @@ from etils.epath import Path
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
-from hivit_jax.checkpoints.best import keep_best
+from hivit_jax.checkpoints.best import KeepBest
 from hivit_jax.checkpoints.digests import digests
 from hivit_jax.checkpoints.names import match_names
 from hivit_jax.checkpoints.read import (
@@ -77,8 +78,9 @@ class Checkpoints:
         newest = checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [newest, keep_best(best)]
+                [newest, KeepBest(best)]
             ),
+            best_fn=bool,  # any function, so that Orbax saves the metrics
             cleanup_tmp_directories=True,
         )
         self.directory = absolute(workdir) / "checkpoints"
@@ -119,7 +121,9 @@ class Checkpoints:
         json_items |= {"dataset": self._dataset} if self._dataset else {}
         items |= {name: ocp.args.JsonSave(x) for name, x in json_items.items()}
         with self._write_errors():
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=results)
+            self._manager.save(
+                step, args=ocp.args.Composite(**items), metrics=results or {}
+            )
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:

@@ -30,6 +30,7 @@ from hivit_jax.errors import ConfigError, Parser, run_command
 from hivit_jax.models import Model
 from hivit_jax.progress import counted
 from hivit_jax.reporting import figures
+from hivit_jax.tasks.warnings import one_class_warnings
 from hivit_jax.tools.dataset_content import contact_sheet, content_report
 from hivit_jax.tools.dataset_split import IMAGES_PER_JOB, UNREADABLE, Split
 from hivit_jax.tools.dataset_verdict import Verdict, nested_classes
@@ -143,6 +144,7 @@ def check_dataset(
         split.write_unreadable(*lists)
         verdict.add(split, faults)
     verdict.notes += nested_classes(splits[0])
+    verdict.notes += one_class_warnings(config, len(splits[0].source.classes))
     if splits[0].usable().any():
         speed = images_per_cpu_second(splits[0], task.transform(train=True))
         print(f"\n{speed_report(task, model, speed)}")
