@@ -5,9 +5,9 @@
 optimizer state and the step; *config*; *dataset*, with the size and class names; and
 *digests* of every array, because Orbax restores flipped bits without an error. Each
 item can be restored alone. *metrics* contains the evaluation of the step, so that a
-resumed run still keeps the best checkpoint. Orbax gives only complete checkpoints their final name, so
-that incomplete checkpoints are never restored. In buckets, complete checkpoints contain
-`read.COMMIT_FILE` instead.
+resumed run still keeps the best checkpoint. Orbax gives only complete checkpoints their
+final name, so that incomplete checkpoints are never restored. In buckets, complete
+checkpoints contain `read.COMMIT_FILE` instead.
 
 Versions before 0.1 saved the model state inside *params*, and optimizer moments of the
 model state inside *optimizer*. `restore` finds this model state by array name and drops

@@ -111,7 +111,7 @@ def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
             f"class_weights={weights!r} with data.balance={balance:g}: both give rare "
             "classes more weight"
         )
-    found += one_class_warnings(config, num_classes)
+    found += one_class_warnings(config)
     splits = config.data.train_split, config.data.eval_split
     if splits[0] and splits[0] == splits[1]:
         found.append(
@@ -121,9 +121,9 @@ def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
     return found
 
 
-def one_class_warnings(config: Any, num_classes: int) -> list[str]:
-    """Return a warning if a classifier without multiple labels has one class."""
-    if num_classes != 1 or "num_classes" not in config.model or config.data.multi_label:
+def one_class_warnings(config: Any) -> list[str]:
+    """Return a warning if a classifier has one class, and one label per image."""
+    if config.model.get("num_classes") != 1 or config.data.multi_label:
         return []
     return ["model.num_classes=1: with one class the loss is always 0"]
 

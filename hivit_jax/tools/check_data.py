@@ -144,7 +144,7 @@ def check_dataset(
         split.write_unreadable(*lists)
         verdict.add(split, faults)
     verdict.notes += nested_classes(splits[0])
-    verdict.notes += one_class_warnings(config, len(splits[0].source.classes))
+    verdict.notes += one_class_warnings(task.config)
     if splits[0].usable().any():
         speed = images_per_cpu_second(splits[0], task.transform(train=True))
         print(f"\n{speed_report(task, model, speed)}")
