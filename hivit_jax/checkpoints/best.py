@@ -3,24 +3,31 @@
 from collections.abc import Sequence
 from typing import Any
 
+from etils.epath import Path
 from orbax.checkpoint import checkpoint_managers
 
-from hivit_jax.reporting.metrics import Best, best_evaluation, finite_evaluations
+from hivit_jax.reporting import metrics
+from hivit_jax.reporting.metrics import Best
 
 
 class KeepBest(checkpoint_managers.PreservationPolicy):
     """Policy that keeps the first checkpoint with the best evaluation.
 
+    The evaluations of earlier starts are read from metrics.jsonl, so that a resumed run
+    still keeps its best checkpoint.
+
     Args:
+      workdir: the run's directory.
       best: name of a metric, and "max" or "min". Checkpoints without a finite value of
         this metric are never the best.
     """
 
-    def __init__(self, best: Best):
+    def __init__(self, workdir: Path, best: Best):
         self._best = best
+        self._recorded = {line["step"]: line for line in metrics.evaluations(workdir)}
 
     def should_preserve(self, checkpoints: Sequence[Any], **context) -> list[bool]:
-        saved = [checkpoint.metrics or {} for checkpoint in checkpoints]
-        evaluated = finite_evaluations(saved, self._best)
-        best = best_evaluation(evaluated, self._best) if evaluated else None
-        return [metrics is best for metrics in saved]
+        results = [x.metrics or self._recorded.get(x.step, {}) for x in checkpoints]
+        finite = metrics.finite_evaluations(results, self._best)
+        best = metrics.best_evaluation(finite, self._best) if finite else None
+        return [each is best for each in results]

@@ -4,10 +4,9 @@
 *model_state*, if the model has any; *ema*, if averaging is on; *optimizer*, with the
 optimizer state and the step; *config*; *dataset*, with the size and class names; and
 *digests* of every array, because Orbax restores flipped bits without an error. Each
-item can be restored alone. *metrics* contains the evaluation of the step, so that a
-resumed run still keeps the best checkpoint. Orbax gives only complete checkpoints their
-final name, so that incomplete checkpoints are never restored. In buckets, complete
-checkpoints contain `read.COMMIT_FILE` instead.
+item can be restored alone. Orbax gives only complete checkpoints their final name, so
+that incomplete checkpoints are never restored. In buckets, complete checkpoints contain
+`read.COMMIT_FILE` instead.
 
 Versions before 0.1 saved the model state inside *params*, and optimizer moments of the
 model state inside *optimizer*. `restore` finds this model state by array name and drops
@@ -75,15 +74,14 @@ class Checkpoints:
         dataset: Mapping[str, Any] | None = None,
     ):
         self._dataset = dataset
+        self.directory = absolute(workdir) / "checkpoints"
         newest = checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [newest, KeepBest(best)]
+                [newest, KeepBest(self.directory.parent, best)]
             ),
-            best_fn=bool,  # any function, so that Orbax saves the metrics
             cleanup_tmp_directories=True,
         )
-        self.directory = absolute(workdir) / "checkpoints"
         unfinished = [*self.directory.glob("*.orbax-checkpoint-tmp*")]
         if is_bucket(self.directory):
             found = (path for path in self.directory.glob("*") if path.name.isdigit())
@@ -121,9 +119,7 @@ class Checkpoints:
         json_items |= {"dataset": self._dataset} if self._dataset else {}
         items |= {name: ocp.args.JsonSave(x) for name, x in json_items.items()}
         with self._write_errors():
-            self._manager.save(
-                step, args=ocp.args.Composite(**items), metrics=results or {}
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=results)
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:

@@ -35,7 +35,7 @@ from hivit_jax.tools.dataset_content import contact_sheet, content_report
 from hivit_jax.tools.dataset_split import IMAGES_PER_JOB, UNREADABLE, Split
 from hivit_jax.tools.dataset_verdict import Verdict, nested_classes
 from hivit_jax.tools.outputs import output_path
-from hivit_jax.xla.chips import CHIPS
+from hivit_jax.xla.chips import CHIPS, utilization_notes
 
 MAX_LISTED = 20  # lines per fault in the printed report
 TIMING_SECONDS = 3.0  # CPU-seconds to spend on measuring the loader's speed
@@ -106,7 +106,7 @@ def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) 
         needed = part * chip.flops / flops
         title = f"one {name} at {part:.0%}, {basis}"
         lines.append(_row(title, f"{needed:,.0f}", f"{needed / speed:,.1f}"))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {note}" for note in utilization_notes())])
 
 
 def check_dataset(

@@ -37,6 +37,11 @@ MEASURED_H100 = Utilization(
 )
 
 
+# Memory traffic limits the step on an H100. The H200 has the same peak FLOP/s and 1.43
+# times the bandwidth. The bound of `--mode compile` already includes the bandwidth.
+DERIVED_H200 = Utilization(MEASURED_H100.peak * 4800 / 3350, MEASURED_H100.bound)
+
+
 class Chip(NamedTuple):
     """Memory and peak rates of a chip.
 
@@ -88,7 +93,14 @@ CHIPS = {
         NVIDIA.format("H100"),
         utilization=MEASURED_H100,
     ),
-    "h200": Chip(141 * 10**9, 989e12, 4800e9, 450e9, NVIDIA.format("H200")),
+    "h200": Chip(
+        141 * 10**9,
+        989e12,
+        4800e9,
+        450e9,
+        NVIDIA.format("H200"),
+        utilization=DERIVED_H200,
+    ),
     "b200": Chip(180 * 10**9, 2250e12, 8000e9, 900e9, B200),
 }
 # Pattern of a device's name in JAX (`device_kind`) and PyTorch -> key of `CHIPS`. The
@@ -150,6 +162,19 @@ def chip_of(device_kind: str) -> Chip | None:
         if re.fullmatch(pattern, device_kind):
             return CHIPS[name]
     return None
+
+
+def utilization_notes() -> list[str]:
+    """Return lines that explain the words "measured" and "assumed" in a table."""
+    notes = [
+        f"measured on {name}: {chip.utilization.measurement}"
+        for name, chip in CHIPS.items()
+        if chip.utilization.measurement
+    ]
+    return [
+        *notes,
+        "assumed: no measurement; a chip with little bandwidth per FLOP/s reaches less",
+    ]
 
 
 def peak_flops(device_kind: str) -> float | None:

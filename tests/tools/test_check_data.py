@@ -184,6 +184,7 @@ def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
         "v5e": (0.4, 197, "at 40%, assumed"),
         "v5p": (0.4, 459, "at 40%, assumed"),
     }
+    assert "\n  measured on h100: HiViT-B, pretraining on one H100" in out
     for name, (part, peak, basis) in expected.items():
         assert " ".join(rows[name][:-2]) == basis
         per_chip, cores = (float(cell.replace(",", "")) for cell in rows[name][-2:])

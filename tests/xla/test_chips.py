@@ -95,6 +95,15 @@ def test_utilization_of_an_h100_is_the_one_in_the_benchmark():
     assert {utilization.basis for utilization in others} == {"assumed"}
 
 
+def test_h200_is_faster_than_an_h100_by_its_bandwidth():
+    """The derived part of the peak is in docs/cost.md."""
+    h100, h200 = (chips.CHIPS[name] for name in ("h100", "h200"))
+    speedup = h200.utilization.peak * h200.flops / (h100.utilization.peak * h100.flops)
+    assert speedup == pytest.approx(h200.bandwidth / h100.bandwidth)
+    parts = f"| `h200` | {h200.utilization.peak:.0%} | {h200.utilization.bound:.0%} |"
+    assert parts.replace("%", " %") in (ROOT / "docs" / "cost.md").read_text()
+
+
 def test_table_of_chips_in_the_docs_is_complete():
     """docs/cost.md lists the peaks of all chips, and which of them have a compiler."""
     text = (ROOT / "docs" / "cost.md").read_text()
