@@ -138,7 +138,7 @@ def train(
 
     # --- Steps ------------------------------------------------------------------------
     throughput, results, pending = metrics.Throughput(), None, []
-    first_step, unreadable = step, UnreadableImages()
+    first_step, unreadable = step, UnreadableImages(config.data)
     try:
         stop = stop_requested(step)
         if missing and not stop:

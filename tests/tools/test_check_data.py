@@ -435,6 +435,23 @@ def test_settings_without_a_readable_image_contain_no_statistics(check, tmp_path
     assert "data.std" not in out
 
 
+def test_wrong_paths_in_a_csv_file_have_their_own_remedy(check, healthy, tmp_path):
+    """Leaving out most of the images would not help."""
+    names = [photo(healthy, k) for k in range(6)]
+    names += [f"{NAMES[k]}/{k}.jpg" for k in range(7)]
+    (tmp_path / "all.csv").write_text("\n".join(["path", *map(str, names)]))
+    keys = dict(data__name="csv", data__eval_split="none")
+    code, _, err = check(tmp_path / "all.csv", **keys)
+    assert code == 4
+    first = tmp_path / NAMES[0] / "0.jpg"
+    assert f"Most of the listed files do not exist, such as {first}; correct" in err
+    assert "relative paths start at the directory of the file" in err
+    assert "data.exclude" not in err
+    (tmp_path / "all.csv").write_text("\n".join(["path", *map(str, names[:-1])]))
+    _, _, err = check(tmp_path / "all.csv", **keys)
+    assert "leave the unreadable images out with data.exclude" in err
+
+
 def test_images_without_labels_pass_the_check(check, healthy):
     keys = dict(data__eval_split="none", data__class_level="none")
     code, out, _ = check(healthy, **keys)
