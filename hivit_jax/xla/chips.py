@@ -123,6 +123,8 @@ DEVICE_KINDS = {
 # compilers need the hardware or were not tested without it.
 PLUGINS = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), "libtpu")
 PLUGINS |= dict.fromkeys(("h100", "h200"), "jax-cuda13-plugin")
+# Number of sides of a slice's shape.
+SIDES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, h100:8, h200:8"
 # Without these values, the TPU compiler queries the machine that it runs on, which need
 # not be a TPU host.
@@ -183,6 +185,30 @@ def peak_flops(device_kind: str) -> float | None:
     return chip and chip.flops / chip.devices
 
 
+def suggested_topology(text: str) -> str:
+    """Return the topology that a name such as "v5e-64" or "v5litepod-64" stands for.
+
+    Returns "" for other names. The numbers in names of Google Cloud are chips, but for v4
+    and v5p, they are cores, two per chip.
+    """
+    match = re.fullmatch(r"(\w+)([-:])(\d+)(x[\dx]+)?", text.lower())
+    if not match:
+        return ""
+    name, separator, count, shape = match.groups()
+    name, chips = name.replace("v5litepod", "v5e"), int(count)
+    if shape or PLUGINS.get(name, "libtpu") != "libtpu":
+        return f"{name}:{count}{shape or ''}" if name in PLUGINS else ""
+    if name not in SIDES:
+        return ""
+    if SIDES[name] == 3 and separator == "-":
+        chips //= 2
+    doublings, sides = chips.bit_length() - 1, SIDES[name]
+    if chips != 2**doublings or doublings < sides:
+        return ""
+    exponents = [(doublings + side) // sides for side in range(sides)]
+    return f"{name}:{'x'.join(str(2**each) for each in exponents)} ({chips} chips)"
+
+
 def devices_of(topology: str) -> Sequence[jax.Device]:
     """Return the devices of a topology such as "v5e:16x16" or "h100:8" to compile for.
 
@@ -194,8 +220,10 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     name, _, shape = topology.partition(":")
     if name not in PLUGINS:
         problem = "no compiler for" if name in CHIPS else "unknown"
+        hint = suggested_topology(topology)
         raise ConfigError(
-            f"{problem} topology {topology!r}; expected CHIP:SHAPE with CHIP one of "
+            f"{problem} topology {topology!r}; "
+            f"{f'did you mean {hint}? ' if hint else ''}expected CHIP:SHAPE with CHIP one of "
             f"{', '.join(PLUGINS)}; examples: {EXAMPLES}\n"
             "--mode describe prints the hours of training at the peak rate of "
             f"{', '.join(CHIPS)}"
@@ -226,8 +254,8 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(**options).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason, hint = str(error).splitlines()[0], suggested_topology(topology)
         raise ConfigError(
             f"topology={topology!r} is not valid: {reason}\n"
-            f"expected a shape that exists for {name}; examples: {EXAMPLES}"
+            f"{f'did you mean {hint}? ' if hint else ''}expected a shape that exists for {name}; examples: {EXAMPLES}"
         ) from error

@@ -447,8 +447,8 @@ def test_wrong_paths_in_a_csv_file_have_their_own_remedy(check, healthy, tmp_pat
     assert f"Most of the listed files do not exist, such as {first}; correct" in err
     assert "relative paths start at the directory of the file" in err
     assert "data.exclude" not in err
-    (tmp_path / "all.csv").write_text("\n".join(["path", *map(str, names[:-1])]))
-    _, _, err = check(tmp_path / "all.csv", **keys)
+    (tmp_path / "half.csv").write_text("\n".join(["path", *map(str, names[:-1])]))
+    _, _, err = check(tmp_path / "half.csv", **keys)
     assert "leave the unreadable images out with data.exclude" in err
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from hivit_jax.errors import ConfigError
 from hivit_jax.reporting import metrics
 from hivit_jax.xla import chips
 
@@ -72,6 +73,32 @@ def test_metrics_of_unknown_cost_have_no_utilization():
 def test_metrics_of_a_cpu_contain_only_throughput():
     found = metrics.device_metrics(400.0, jax.devices()[:4], 1e9)
     assert found == {"images_per_second": 400, "images_per_second_per_chip": 100}
+
+
+@pytest.mark.parametrize(
+    ("text", "topology"),
+    [
+        ("v5e-64", "v5e:8x8 (64 chips)"),
+        ("v5litepod-64", "v5e:8x8 (64 chips)"),
+        ("v6e-8", "v6e:2x4 (8 chips)"),
+        ("v5e:256", "v5e:16x16 (256 chips)"),
+        ("v5p-128", "v5p:4x4x4 (64 chips)"),  # 128 cores
+        ("v4-64", "v4:2x4x4 (32 chips)"),
+        ("v5e-4x4", "v5e:4x4"),
+        ("h100-8", "h100:8"),
+        ("v5e-60", ""),
+        ("tpu7x-64", ""),
+        ("a100-8", ""),
+        ("v5e", ""),
+    ],
+)
+def test_error_suggests_the_shape_of_a_slice(text, topology):
+    """Names of Google Cloud contain the number of chips or cores, not the shape."""
+    assert chips.suggested_topology(text) == topology
+    if "-" in text:
+        with pytest.raises(ConfigError) as error:
+            chips.devices_of(text)
+        assert (f"did you mean {topology}?" in str(error.value)) == bool(topology)
 
 
 ROOT = Path(__file__).parents[2]
