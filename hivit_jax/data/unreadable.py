@@ -75,10 +75,8 @@ class UnreadableImages:
 
     def _announce_end(self) -> None:
         """Print a line once if this process has read too many unreadable images."""
-        count, total = (
-            len(self.indices | self._failed),
-            num_examples(self._data, "train"),
-        )
+        count = len(self.indices | self._failed)
+        total = num_examples(self._data, "train")
         if not self._announced and count / total > self._data.max_unreadable:
             self._announced = True
             text = (

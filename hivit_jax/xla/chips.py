@@ -188,7 +188,7 @@ def peak_flops(device_kind: str) -> float | None:
 def suggested_topology(text: str) -> str:
     """Return the topology that a name such as "v5e-64" or "v5litepod-64" stands for.
 
-    Returns "" for other names. The numbers in names of Google Cloud are chips, but for v4
+    Returns "" for other names. The numbers in names of Google Cloud are chips; for v4
     and v5p, they are cores, two per chip.
     """
     match = re.fullmatch(r"(\w+)([-:])(\d+)(x[\dx]+)?", text.lower())
@@ -218,12 +218,13 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
       ConfigError: the chip or shape is unknown, or the compiler is not installed.
     """
     name, _, shape = topology.partition(":")
+    suggestion = suggested_topology(topology)
+    hint = f"did you mean {suggestion}? " if suggestion else ""
     if name not in PLUGINS:
         problem = "no compiler for" if name in CHIPS else "unknown"
-        hint = suggested_topology(topology)
         raise ConfigError(
             f"{problem} topology {topology!r}; "
-            f"{f'did you mean {hint}? ' if hint else ''}expected CHIP:SHAPE with CHIP one of "
+            f"{hint}expected CHIP:SHAPE with CHIP one of "
             f"{', '.join(PLUGINS)}; examples: {EXAMPLES}\n"
             "--mode describe prints the hours of training at the peak rate of "
             f"{', '.join(CHIPS)}"
@@ -254,8 +255,8 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(**options).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        reason, hint = str(error).splitlines()[0], suggested_topology(topology)
+        reason = str(error).splitlines()[0]
         raise ConfigError(
             f"topology={topology!r} is not valid: {reason}\n"
-            f"{f'did you mean {hint}? ' if hint else ''}expected a shape that exists for {name}; examples: {EXAMPLES}"
+            f"{hint}expected a shape that exists for {name}; examples: {EXAMPLES}"
         ) from error
