@@ -18,7 +18,7 @@ from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
 from hivit_jax.tools.loading import read_model
-from hivit_jax.tools.outputs import output_path
+from hivit_jax.tools.outputs import figure_path
 from hivit_jax.tree import split
 from hivit_jax.weights.load import build
 from hivit_jax.xla.compile import announce
@@ -148,9 +148,7 @@ def run(argv: Sequence[str] | None) -> None:
             raise ConfigError(f"--unit={args.unit}; expected ROW,COLUMN")
         unit = tuple(map(int, args.unit.split(",")))
     platforms.start()
-    out = output_path("--out", args.out, [args.checkpoint, *args.images])
-    if out.is_dir():
-        raise ConfigError(f"--out={args.out} is a directory; expected a .png file")
+    out = figure_path("--out", args.out, [args.checkpoint, *args.images])
     model = build(read_model(args.checkpoint))
     read = preprocess(model)
     images = files.read_drawn(args.images, lambda path: read(path)[0])

@@ -34,7 +34,7 @@ from hivit_jax.tasks.warnings import one_class_warnings
 from hivit_jax.tools.dataset_content import contact_sheet, content_report
 from hivit_jax.tools.dataset_split import IMAGES_PER_JOB, UNREADABLE, Split
 from hivit_jax.tools.dataset_verdict import Verdict, nested_classes
-from hivit_jax.tools.outputs import output_path
+from hivit_jax.tools.outputs import figure_path, output_path
 from hivit_jax.xla.chips import CHIPS, utilization_notes
 
 MAX_LISTED = 20  # lines per fault in the printed report
@@ -221,7 +221,7 @@ def run(argv: Sequence[str] | None) -> None:
                 files.append(stack.enter_context(path.open("wb")))
             except OSError as error:
                 raise ConfigError(f"--{name}={path}: {error.strerror}") from error
-        sheet = flags.sheet and output_path("--sheet", flags.sheet, [])
+        sheet = flags.sheet and figure_path("--sheet", flags.sheet, [])
         check_dataset(config, flags.sample, files, flags.group, sheet)
 
 

@@ -22,7 +22,7 @@ from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
 from hivit_jax.tools.loading import read_model
-from hivit_jax.tools.outputs import output_path
+from hivit_jax.tools.outputs import figure_path
 from hivit_jax.tree import split
 from hivit_jax.weights.load import build
 from hivit_jax.xla.compile import announce
@@ -43,15 +43,6 @@ IMAGE|DIRECTORY
               normalized pixels back to pixels. unit: each true unit, which the model
               does not see; visible: the average over the visible units
 """
-
-
-def statistics_text(model: MaskedModel, statistics: str) -> str:
-    """Return a figure title that states the source of brightness and contrast."""
-    if not model.config.norm_pix_loss:
-        return "pixels as predicted"
-    if statistics == "unit":
-        return "brightness and contrast of each true unit, unknown to the model"
-    return "average brightness and contrast of the visible units"
 
 
 def reconstruct(
@@ -106,9 +97,7 @@ def run(argv: Sequence[str] | None) -> None:
     add("--statistics", choices=("unit", "visible"), default="unit")
     args = parser.parse_args(argv)
     platforms.start()
-    out = output_path("--out", args.out, [args.checkpoint, *args.images])
-    if out.is_dir():
-        raise ConfigError(f"--out={args.out} is a directory; expected a .png file")
+    out = figure_path("--out", args.out, [args.checkpoint, *args.images])
     pretrained = read_model(args.checkpoint)
     model = build(pretrained)
     if not isinstance(model, MaskedModel):
@@ -136,7 +125,7 @@ def run(argv: Sequence[str] | None) -> None:
         statistics=args.statistics,
     )
     panels = figures.reconstruction_panels(images, predicted, mask, mean, std)
-    title = statistics_text(model, args.statistics)
+    title = figures.statistics_text(model.config.norm_pix_loss, args.statistics)
     try:
         figures.write_png(out, figures.reconstructions(panels, title))
     except OSError as error:

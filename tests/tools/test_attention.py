@@ -91,6 +91,7 @@ def test_attention_command_writes_the_figure(name, tmp_path, capsys):
         ("--block=2", "has 2 blocks with attention"),
         (f"--out={images[0]}", "is an input of this command"),
         (f"--out={tmp_path}", "is a directory"),
+        ("--out=at.txt", "--out=at.txt: expected a name that ends in .png"),
     ):
         assert command.main([*map(str, flags), option]) == 2
         assert fragment in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import io
 
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
 import reference
@@ -12,7 +13,9 @@ from PIL import Image
 
 import hivit_jax
 from examples import features as example
+from hivit_jax import inputs
 from hivit_jax.models.positions import patchify
+from hivit_jax.reporting import figures
 from hivit_jax.tools import reconstruct as command
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
@@ -196,6 +199,9 @@ def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
         assert command.main([*map(str, flags)]) == 2
         assert f"--out={out} is " in capsys.readouterr().err
     assert image.read_bytes() == before
+    flags = ["--checkpoint", directory, "--out", tmp_path / "out.jpg", image]
+    assert command.main([*map(str, flags)]) == 2
+    assert "out.jpg: expected a name that ends in .png" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -221,9 +227,23 @@ def test_predictions_are_scaled_by_statistics_of_units():
         assert_allclose(with_visible[i], expected, atol=1e-4)
 
 
-def test_model_of_raw_pixels_needs_no_statistics():
-    model = mini("mae_hivit_base", norm_pix_loss=False)
-    assert command.statistics_text(model, "unit") == "pixels as predicted"
+@pytest.mark.parametrize(
+    ("normalized", "note"),
+    [
+        (True, "brightness and contrast of each true unit, unknown to the model"),
+        (False, "pixels as predicted"),
+    ],
+)
+def test_titles_name_the_source_of_brightness(normalized, note, monkeypatch):
+    """The figures of a run have the note of the command's figures."""
+    titles = []
+    monkeypatch.setattr(
+        figures, "reconstructions", lambda _, title: titles.append(title)
+    )
+    task = inputs.task_of_recipe(mini_runs.mae(model__norm_pix_loss=normalized))
+    images = np.zeros((1, 64, 64, 3), np.float32)
+    task.figures({"images": images, "predicted": images, "masked": images[..., :1]})
+    assert titles == [f"held-out images; {note}"]
 
 
 @pytest.mark.slow
