@@ -21,13 +21,10 @@ KEYS = {
     ),
     "log_every": Key(50, "steps between log lines", 1),
     "eval_every": Key(1251, "steps between evaluations; 1251: an ImageNet epoch", 1),
-    "checkpoint_every": Key(1251, "steps between checkpoints", 1),
+    "checkpoint_every": Key(1251, "steps between checkpoints; a new best is saved", 1),
     "keep_checkpoints": Key(3, "newest checkpoints to keep in addition to the best", 1),
     "early_stopping": Key(
-        0,
-        "end the run after this many evaluations without a new best, and save each "
-        "new best; 0: never",
-        0,
+        0, "end the run after this many evaluations without a new best; 0: never", 0
     ),
     "compilation_cache": Key(
         "", "directory for compiled programs; empty: `compiled` in the workdir"

@@ -524,7 +524,7 @@ def batch_of(*examples):
 
 def test_unreadable_images_are_counted_once(monkeypatch):
     """Each image whose last read failed counts once, over all epochs and processes."""
-    unreadable = UnreadableImages()
+    unreadable = UnreadableImages(digits_config().data)
     batches = [
         batch_of((0, 1), (1, 0)),
         batch_of((2, 1), (0, 1)),
@@ -544,6 +544,19 @@ def test_unreadable_images_are_counted_once(monkeypatch):
     )
     assert unreadable.gather() == 3
     assert unreadable.indices == {2, 5, 7}
+
+
+def test_too_many_unreadable_images_announce_the_end(capsys):
+    """The line is printed once, before the next log line ends the run."""
+    unreadable = UnreadableImages(digits_config(data__max_unreadable=0.001).data)
+    list(unreadable.watch([batch_of((0, 1), (1, 0)), batch_of((0, 1))]))
+    assert capsys.readouterr().err == ""
+    list(unreadable.watch([batch_of((2, 1)), batch_of((3, 1))]))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "2 unreadable images, more than data.max_unreadable=0.001 allows: the run ends "
+        "at one of its next log lines"
+    )
 
 
 def test_too_large_fraction_of_unreadable_images_is_an_error():

@@ -202,18 +202,22 @@ class Classification(Task):
 
     def stream_predictions(
         self, batches: Iterator[Mapping[str, np.ndarray]], out: Path, source: Source
-    ) -> None:
+    ) -> Path:
         """Write a table of the most probable classes; see `predictions.write`.
 
         With several labels per image, see `predictions.write_multi_label`.
         """
-        data, classes = self.config.data, self.data.classes
+        data, classes, out = (
+            self.config.data,
+            self.data.classes,
+            predictions.table_path(out),
+        )
         model = configure(**model_arguments(self.config))[1]
         names = [*classes, *map(str, range(len(classes), model.num_classes))]
         if data.multi_label:
             labeled = source.labeled and len(source.classes) > 0
             predictions.write_multi_label(batches, out, names, labeled)
-            return
+            return out
 
         def read(index):
             options = model.image_shape, data.crop_pct, data.value_range, data.dtype
@@ -221,6 +225,7 @@ class Classification(Task):
             return np.clip(pixels / pixel_scale(data), 0, 1)
 
         predictions.write(batches, out, names, read)
+        return out
 
 
 def multi_label_metrics(

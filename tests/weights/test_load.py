@@ -270,9 +270,17 @@ def test_pretraining_continues_from_an_official_file(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (dict(embed_dim=32), "different model: encoder/absolute_pos_embed has"),
+        (
+            dict(embed_dim=32, image_size=96, depths=(1, 1, 3)),
+            "different model: encoder/absolute_pos_embed has .*\n.* its flags are "
+            "--config.model.image_size=64 '--config.model.depths=\\(1,1,2\\)' "
+            "--config.model.embed_dim=64$",
+        ),
         (dict(name="hivit_small"), "different model"),
-        (dict(depths=(1, 1, 3)), r"the first is encoder/stages/2/2/.*\. Refusing"),
+        (
+            dict(depths=(1, 1, 3)),
+            r"the first is encoder/stages/2/2/.*\. Refusing(.|\n)*depths=\(1,1,2\)'$",
+        ),
         (dict(name="mae_hivit_base"), "missing, the first is decoder_"),
         (dict(nmu_heads=2), "unknown override .*did you mean 'num_heads'"),
     ],

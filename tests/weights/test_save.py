@@ -103,6 +103,20 @@ def test_card_contains_the_divisor_of_pixels(scale, divisor):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "unit"), [({}, " G"), ({"image_size": 32, "depths": (1, 1, 2)}, " M")]
+)
+def test_card_states_multiply_adds_in_a_suitable_unit(overrides, unit):
+    """A small model does not have 0.00 G of multiply-adds."""
+    model = abstract_model("hivit_base", num_classes=2)
+    if overrides:
+        model = abstract_model("hivit_tiny", num_classes=2, **overrides)
+    (text,) = re.findall("multiply-adds per image: (.*)", model_card(model, {}, {}))
+    number, factor = float(text.removesuffix(unit)), 1e9 if unit == " G" else 1e6
+    assert number * factor == pytest.approx(model.macs(layer_norm_cost=0), rel=0.01)
+    assert number > 1
+
+
+@pytest.mark.parametrize(
     ("urls", "line"),
     [
         ([], "- code: hivit_jax {}\n"),
