@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,12 +17,16 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models import configure, variant
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.reporting.classes import MIN_TOP5
 from hivit_jax.reporting.multi_label import mean_average_precision
 from hivit_jax.rng import Keys
 from hivit_jax.tasks import predictions
 from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
 from hivit_jax.tasks.defaults import model_arguments, pixel_scale
+from hivit_jax.tasks.metrics import (
+    classification_metrics,
+    multi_label_metrics,
+    topk_correct,
+)
 
 
 class Classification(Task):
@@ -228,21 +231,6 @@ class Classification(Task):
         return out
 
 
-def multi_label_metrics(
-    logits: jax.Array, targets: jax.Array, weights: np.ndarray | None = None
-) -> PerSample:
-    """Return {"loss": [B]}, the binary cross entropy averaged over all classes.
-
-    Args:
-      logits: [B, classes].
-      targets: probabilities, [B, classes].
-      weights: factors of the classes, [classes]; None: 1.
-    """
-    loss = optax.sigmoid_binary_cross_entropy(logits, targets)
-    loss = loss if weights is None else loss * weights
-    return {"loss": loss.mean(-1)}
-
-
 def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray | None:
     """Return the loss weights that the key `class_weights` sets, float32 [classes].
 
@@ -281,25 +269,3 @@ def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray 
             "one per class, finite, at least 0, not all 0 and separated by commas"
         )
     return values.astype(np.float32)
-
-
-def classification_metrics(logits: jax.Array, labels: jax.Array) -> PerSample:
-    """Return the cross entropy and `topk_correct` of logits [B, classes]."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return {"loss": loss, **topk_correct(logits, labels)}
-
-
-def topk_correct(logits: jax.Array, labels: jax.Array) -> PerSample:
-    """Return {"top1", "top5": [B]}: 1.0 if the true class has one of the top k logits.
-
-    Among classes with equal logits, the one with the lowest index ranks first. With
-    fewer than `MIN_TOP5` classes, "top5" is missing, because it would always be 1.
-
-    Args:
-      logits, labels: [B, classes] and [B].
-    """
-    true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    lower_index = jnp.arange(logits.shape[-1])[None] < labels[:, None]
-    rank = ((logits > true) | ((logits == true) & lower_index)).sum(-1)
-    ks = [1, *[5] * (logits.shape[-1] >= MIN_TOP5)]
-    return {f"top{k}": (rank < k).astype(jnp.float32) for k in ks}

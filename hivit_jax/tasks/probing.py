@@ -21,7 +21,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.progress import Progress, counted
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
-from hivit_jax.tasks.classification import topk_correct
+from hivit_jax.tasks.metrics import topk_correct
 from hivit_jax.tree import split_state
 from hivit_jax.weights import adapt, load
 from hivit_jax.xla.compile import announce
