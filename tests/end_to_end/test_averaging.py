@@ -314,7 +314,7 @@ def commands(workdir, tmp_path):
         "inspect": lambda: convert.main(["--inspect", str(workdir)]),
         "export": lambda: export.main(["--checkpoint", str(workdir), *out]),
         "reconstruct": lambda: reconstruct.main(
-            ["--checkpoint", str(workdir), str(tmp_path / "x.png"), *out]
+            ["--checkpoint", str(workdir), str(tmp_path / "x.png")]
         ),
     }
 
