@@ -174,7 +174,8 @@ def train(
                 if scalars["unreadable"]:  # count images, not attempts to read them
                     scalars["unreadable"] = unreadable.gather()
                 log(console.step_line(step, total_steps, scalars))
-                check_unreadable(scalars["unreadable"], config.data, "train")
+                total = task.data.counts["train"]
+                check_unreadable(scalars["unreadable"], total, config.data, "train")
                 with throughput.pause():
                     # Precedes the checkpoint, so that no resumed run skips this.
                     if due["eval"]:

@@ -1,6 +1,7 @@
 """Tests of the input pipeline, from config keys to batches."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -480,7 +481,8 @@ def test_evaluations_warn_of_unmatched_exclusions(tmp_path, monkeypatch, capsys)
     (tmp_path / "list.txt").write_text("z.png\na/train.png\n")
     keys = dict(data__exclude=tmp_path / "list.txt", model__num_classes=0)
     cfg = folder_config(tmp_path / "own", **keys)
-    monkeypatch.setattr(evaluate.load, "read_for", lambda *_: None)
+    pretrained = SimpleNamespace(info={})
+    monkeypatch.setattr(evaluate.load, "read_for", lambda *_: pretrained)
     monkeypatch.setattr(evaluate, "make_mesh", start)
     with pytest.raises(Started):
         evaluate.evaluate_checkpoint(cfg, tmp_path)
@@ -549,10 +551,10 @@ def test_unreadable_images_are_counted_once(monkeypatch):
 def test_too_large_fraction_of_unreadable_images_is_an_error():
     """data.max_unreadable is a fraction of the images of the split."""
     data = digits_config(data__max_unreadable=0.001).data
-    check_unreadable(1, data, "train")  # 0.07% of 1,437 images
+    check_unreadable(1, 1437, data, "train")  # 0.07%
     with pytest.raises(
         DataError, match=r"2 images of digits .* 0.14% of the 1,437 .* 0.10%"
     ):
-        check_unreadable(2, data, "train")
+        check_unreadable(2, 1437, data, "train")
     with pytest.raises(DataError, match="check_data"):
-        check_unreadable(1, data, "test")
+        check_unreadable(1, 360, data, "test")

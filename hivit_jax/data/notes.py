@@ -80,11 +80,23 @@ def uncovered_classes(
       train, test: number of images per class in each split.
     """
     found = [n for n, k, m in zip(names, train, test, strict=True) if k and not m]
-    if not found:
+    return _without_images("evaluation", found)
+
+
+def classes_without_images(source: Source, split: str = "evaluation") -> list[str]:
+    """Return a line about the classes of a split that have no images."""
+    counts = _class_counts(source)
+    return _without_images(
+        split, [n for n, k in zip(source.classes, counts, strict=False) if not k]
+    )
+
+
+def _without_images(split: str, names: Sequence[str]) -> list[str]:
+    if not names:
         return []
     return [
-        f"the evaluation has no image of {counted(len(found), 'class', 'classes')}: "
-        f"{listed(found, MAX_CLASSES)}"
+        f"the {split} has no image of {counted(len(names), 'class', 'classes')}: "
+        f"{listed(names, MAX_CLASSES)}"
     ]
 
 

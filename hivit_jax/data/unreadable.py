@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hivit_jax.data.loader import Batch
-from hivit_jax.data.sources.registry import num_examples
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.errors import DataError
 from hivit_jax.progress import counted
@@ -47,14 +46,14 @@ class UnreadableImages:
         return len(self.indices)
 
 
-def check_unreadable(count: int, data: Any, split: str) -> None:
+def check_unreadable(count: int, total: int, data: Any, split: str) -> None:
     """Raise DataError if more images are unreadable than `data.max_unreadable` allows.
 
     Args:
       count: number of distinct unreadable images of the split.
+      total: number of images of the split.
       data: `config.data`.
     """
-    total = num_examples(data, split)
     if count / total > data.max_unreadable:
         raise DataError(
             f"{counted(count, 'image')} of {data.name} could not be read, "

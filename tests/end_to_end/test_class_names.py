@@ -11,9 +11,11 @@ from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.errors import ConfigError
+from hivit_jax.main import main
 from hivit_jax.tasks import create
 from hivit_jax.tools import convert
 from hivit_jax.train import train
+from tests.end_to_end import test_own_images as own_images
 
 DIGITS = tuple("0123456789")
 
@@ -56,3 +58,71 @@ def test_num_classes_0_becomes_the_number_of_classes():
     assert config.model.num_classes == 0
     with pytest.raises(ConfigError, match=r"num_classes=0: .* of digits is unknown"):
         create(config, DatasetInfo({"train": 5}))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the workdir of a classifier of blue, green and red images."""
+    root = tmp_path_factory.mktemp("colors")
+    with mini_runs.minimal_output():
+        write_folders(root / "data" / "train", own_images.SPLITS["train"])
+        write_folders(root / "data" / "val", own_images.SPLITS["val"])
+        dataset = dict(data__name="folder", data__dir=root / "data")
+        own_images.train(root / "run", **dataset)
+    return root / "run"
+
+
+def write_folders(root, pairs, rename=lambda name: name):
+    """Write pairs of (encoded image, class name) as ROOT/CLASS/INDEX.png."""
+    for k, (image, name) in enumerate(pairs):
+        path = root / rename(name) / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("minimal_output")
+@pytest.mark.parametrize("reader", ["threads", "tf.data"])
+def test_evaluation_matches_classes_by_name(trained, tmp_path, capsys, reader):
+    """The evaluated directory has no training split and no image of green."""
+    if reader == "tf.data":
+        pytest.importorskip("tensorflow")
+    pairs = [pair for pair in own_images.examples(9, 70) if pair[1] != "green"]
+    write_folders(tmp_path, pairs)
+    command = [f"--workdir={trained}", "--mode=eval"]
+    flags = [f"--config.data.dir={tmp_path}", f"--config.data.reader={reader}"]
+    assert main([*command, *flags, "--config.data.eval_split=."]) == 0
+    out = capsys.readouterr().out
+    assert "warning: the evaluation has no image of 1 class: green" in out
+    assert "top1 100.00 %" in out
+    assert "(6 images)" in out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("minimal_output")
+def test_evaluation_of_unknown_classes_is_an_error(trained, tmp_path, capsys):
+    pairs = own_images.SPLITS["val"]
+    write_folders(tmp_path, pairs, lambda name: name.replace("green", "lime"))
+    command = [f"--workdir={trained}", "--mode=eval", f"--config.data.dir={tmp_path}"]
+    assert main([*command, "--config.data.eval_split=."]) == 2
+    mini_runs.check_message(
+        capsys.readouterr().err,
+        ["the model has no class 'lime'", "3 classes blue, green, red"],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("minimal_output")
+def test_predictions_of_a_smaller_test_split_have_correct_labels(trained, tmp_path):
+    """The data directory loses its class blue in both splits after the training."""
+    data = trained.parent / "data"
+    moved = [data / split / "blue" for split in ("train", "val")]
+    for path in moved:
+        path.rename(tmp_path / path.parent.name)
+    try:
+        rows = own_images.predict_rows(trained, tmp_path / "out.csv")
+    finally:
+        for path in moved:
+            (tmp_path / path.parent.name).rename(path)
+    assert [row["predicted"] for row in rows] == ["green"] * 3 + ["red"] * 3
+    assert [row["label"] for row in rows] == [row["predicted"] for row in rows]
