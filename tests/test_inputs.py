@@ -551,10 +551,10 @@ def test_unreadable_images_are_counted_once(monkeypatch):
 def test_too_large_fraction_of_unreadable_images_is_an_error():
     """data.max_unreadable is a fraction of the images of the split."""
     data = digits_config(data__max_unreadable=0.001).data
-    check_unreadable(1, 1437, data, "train")  # 0.07%
+    check_unreadable(1, 1437, data)  # 0.07%
     with pytest.raises(
         DataError, match=r"2 images of digits .* 0.14% of the 1,437 .* 0.10%"
     ):
-        check_unreadable(2, 1437, data, "train")
+        check_unreadable(2, 1437, data)
     with pytest.raises(DataError, match="check_data"):
         check_unreadable(1, 360, data, "test")

@@ -11,7 +11,7 @@ from hivit_jax import recipes
 from hivit_jax.checkpoints import lock, read
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import MODES, main
-from hivit_jax.train import report_resumption
+from hivit_jax.train import report_resumption, train
 
 MINI = mini_runs.arguments()  # flags of a valid recipe
 
@@ -176,7 +176,6 @@ def test_locked_workdir_refuses_a_second_training_run(finished, capsys):
 
 @pytest.mark.slow
 def test_resumed_run_prints_changes_of_config_and_dataset(finished, capsys):
-    """A changed batch size is an error."""
     step = finished / "checkpoints" / "1"
     saved = read.load_dataset_info(step)
     assert saved.keys() == {"counts", "classes", "encoded", "class_counts"}
@@ -200,8 +199,21 @@ def test_resumed_run_prints_changes_of_config_and_dataset(finished, capsys):
         f"dataset changed: train: {counts['train']} -> 7 examples",
         f"dataset changed: label 0: {saved['classes'][0]} -> other",
     ]
+
+
+@pytest.mark.slow
+def test_other_batch_size_or_task_is_refused_before_the_checkpoint_is_read(finished):
+    """The model of another task has other arrays, whose shapes are not mentioned."""
     with pytest.raises(ConfigError, match="batch_size=8; .* with batch_size=16"):
-        changes(changed, batch_size=8)
+        train(mini_runs.mae(total_steps=2, batch_size=8), finished)
+    with pytest.raises(ConfigError) as error:
+        train(mini_runs.classifier(total_steps=2), finished)
+    first, second = str(error.value).splitlines()
+    assert first == (
+        f"task=classify: {finished} contains a run of task=mae; choose another "
+        "--workdir"
+    )
+    assert f"--config.init_from={finished}" in second
 
 
 @pytest.mark.processes

@@ -46,7 +46,7 @@ class UnreadableImages:
         return len(self.indices)
 
 
-def check_unreadable(count: int, total: int, data: Any, split: str) -> None:
+def check_unreadable(count: int, total: int, data: Any, split: str = "train") -> None:
     """Raise DataError if more images are unreadable than `data.max_unreadable` allows.
 
     Args:

@@ -9,6 +9,7 @@ from datasets import digits_config
 import hivit_jax
 from hivit_jax import config as configs
 from hivit_jax import inputs
+from hivit_jax.data.sources import registry
 from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
@@ -117,6 +118,7 @@ def test_predictions_of_a_smaller_test_split_have_correct_labels(trained, tmp_pa
     """The data directory loses its class blue in both splits after the training."""
     data = trained.parent / "data"
     moved = [data / split / "blue" for split in ("train", "val")]
+    registry._open.cache_clear()
     for path in moved:
         path.rename(tmp_path / path.parent.name)
     try:
@@ -124,5 +126,31 @@ def test_predictions_of_a_smaller_test_split_have_correct_labels(trained, tmp_pa
     finally:
         for path in moved:
             (tmp_path / path.parent.name).rename(path)
+        registry._open.cache_clear()
     assert [row["predicted"] for row in rows] == ["green"] * 3 + ["red"] * 3
     assert [row["label"] for row in rows] == [row["predicted"] for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("minimal_output")
+def test_run_does_not_resume_with_a_renamed_class(trained, capsys):
+    """A changed number of images is logged; a class of another name is an error."""
+    data, command = trained.parent / "data", [f"--workdir={trained}"]
+    image = next((data / "train" / "red").iterdir())
+    content = image.read_bytes()
+    image.unlink()
+    for split in ("train", "val"):
+        (data / split / "green").rename(data / split / "lime")
+    registry._open.cache_clear()
+    try:
+        assert main([*command, "--config.total_steps=17"]) == 2
+        error = capsys.readouterr().err
+        for split in ("train", "val"):
+            (data / split / "lime").rename(data / split / "green")
+        registry._open.cache_clear()
+        assert main(command) == 0
+    finally:
+        image.write_bytes(content)
+        registry._open.cache_clear()
+    mini_runs.check_message(error, [str(trained), "label 1 is 'green'; found 'lime'"])
+    assert "dataset changed: train: 24 -> 23 examples" in capsys.readouterr().out
