@@ -19,6 +19,7 @@ from hivit_jax.common_keys import KEYS, SCHEDULES_OF_KEY
 from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.keys import TYPE_NAMES, Key, field_keys, show
 from hivit_jax.models.config import RunOptions
+from hivit_jax.record import with_absolute_paths
 
 # Config keys of versions before 0.1 that are command line flags now. Recipes may still
 # contain them without effect.
@@ -148,6 +149,12 @@ def changed_keys(config: ConfigDict) -> dict[str, Any]:
     keys = task_keys(tasks.find(config.task), config.model.name)
     items = _flatten(config.to_dict())
     return {name: value for name, value in items if value != keys[name].default}
+
+
+def record_text(config: ConfigDict) -> str:
+    """Return the config that a run records, as JSON text with absolute paths."""
+    values = json.loads(config.to_json_best_effort())
+    return json.dumps(with_absolute_paths(values), indent=2) + "\n"
 
 
 def to_json(config: ConfigDict) -> str:

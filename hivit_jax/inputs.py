@@ -24,7 +24,7 @@ from hivit_jax.data.sources.splits import NO_EVALUATION
 from hivit_jax.data.tf_data import Plan
 from hivit_jax.data.transforms import Transform
 from hivit_jax.data.unreadable import CHECK_HINT
-from hivit_jax.errors import ConfigError, DataError, MissingPackage
+from hivit_jax.errors import UNAVAILABLE, ConfigError, DataError
 from hivit_jax.keys import INT_MAX
 
 NUM_CHECKED = 8  # examples of each split that are read before the first step
@@ -85,7 +85,7 @@ def task_of_recipe(config: Any) -> tasks.Task:
     """
     try:
         return make_task(config, "train")
-    except (DataError, MissingPackage):
+    except UNAVAILABLE:
         info = published_info(config.data)
         if info is None:
             raise

@@ -14,7 +14,7 @@ from flax import nnx
 from hivit_jax import evaluate, inputs, record, resources, tasks
 from hivit_jax.checkpoints import manager, read
 from hivit_jax.checkpoints.lock import exclusive
-from hivit_jax.config import complete_saved, due_after, step_options, to_json
+from hivit_jax.config import complete_saved, due_after, record_text, step_options
 from hivit_jax.data.prefetch import defer_error, prefetch_to_device, raise_error
 from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.distributed.processes import check_same_on_all_processes
@@ -184,9 +184,9 @@ def train(
                         due["checkpoint"] |= stalled or improved or bool(stop)
                     if due["checkpoint"]:
                         evaluated = results or None if due["eval"] else None
-                        checkpoints.save(state, to_json(config), evaluated)
+                        checkpoints.save(state, record_text(config), evaluated)
         if not finished:
-            checkpoints.save(state, to_json(config))
+            checkpoints.save(state, record_text(config))
             raise interrupted(stop, step, total_steps, workdir)
         results = run_evaluation() if results is None else results
         best = task.best if results else None
@@ -196,7 +196,7 @@ def train(
         # All processes must save together, but only one of them sees a local error.
         local = isinstance(error, (LocalDataError, ResourceError))
         if step > first_step and (jax.process_count() == 1 or not local):
-            checkpoints.save(state, to_json(config))
+            checkpoints.save(state, record_text(config))
         raise
     finally:
         checkpoints.close()
@@ -214,7 +214,7 @@ def interrupted(reason: str, step: int, total_steps: int, workdir: Path) -> Inte
 
 def start_record(config: Any, workdir: Path, step: int) -> metrics.Writer:
     """Record a start of the run, and return the writer of its metrics."""
-    record.add_start(workdir, to_json(config))
+    record.add_start(workdir, record_text(config))
     settings = record.flatten(config.to_dict())
     return metrics.Writer(workdir, step, settings, config.wandb_project)
 
@@ -282,7 +282,8 @@ def report_resumption(config: Any, dataset: dict[str, Any], checkpoint: Path) ->
     except (CheckpointError, ConfigError) as error:
         log(f"note: changes since {checkpoint} are unknown: {error}")
         return
-    for line in record.differences(saved.to_dict(), config.to_dict()):
+    old, new = (record.with_absolute_paths(c.to_dict()) for c in (saved, config))
+    for line in record.differences(old, new):
         log(f"changed: {line}")
     for line in record.dataset_changes(before, dataset) if before else []:
         log(f"dataset changed: {line}")

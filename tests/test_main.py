@@ -9,6 +9,7 @@ from mini_runs import check_message
 
 from hivit_jax import recipes
 from hivit_jax.checkpoints import lock, read
+from hivit_jax.data.sources.folder import check_workdir
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import MODES, main
 from hivit_jax.train import report_resumption, train
@@ -63,6 +64,38 @@ def test_unwritable_workdir_is_an_error(capsys, tmp_path):
     for workdir in (tmp_path / "file" / "sub", tmp_path / "file"):
         assert main([*MINI, f"--workdir={workdir}"]) == 2
         check_message(capsys.readouterr().err, [f"workdir {workdir}", "written"])
+
+
+@pytest.mark.parametrize(
+    ("workdir", "overrides"),
+    [
+        ("", {"eval_split": "none"}),  # data.dir itself contains the classes
+        ("runs/1", {"eval_fraction": 0.1}),
+        ("train", {}),
+        ("val/run", {}),
+        ("x/run", {"train_split": "x[:80%]", "eval_split": "x[80%:]"}),
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "describe"])
+def test_workdir_among_the_images_is_refused(
+    workdir, overrides, mode, tmp_path, capsys
+):
+    """Otherwise, the next run would list the run's directories as classes."""
+    overrides = {f"data__{key}": value for key, value in overrides.items()}
+    dataset = dict(data__name="folder", data__train_examples=0, data__dir=tmp_path)
+    flags = mini_runs.arguments(**dataset | overrides)
+    assert main([*flags, f"--workdir={tmp_path}/{workdir}", f"--mode={mode}"]) == 2
+    error = capsys.readouterr().err
+    check_message(error, ["--workdir=", str(tmp_path), "choose a --workdir outside"])
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_workdir_beside_or_above_the_images_is_accepted(tmp_path):
+    for directory, workdir in (("data", "run"), ("data", "data/run"), ("run/a", "run")):
+        keys = dict(name="folder", dir=f"{tmp_path}/{directory}", train_split="")
+        check_workdir(
+            f"{tmp_path}/{workdir}", keys | dict(eval_split="", eval_fraction=0)
+        )
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hivit_jax.data.rasters import read_values
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.sources.file_index import OUTSIDE
 from hivit_jax.data.sources.registry import open_source
-from hivit_jax.errors import DataError, MissingPackage
+from hivit_jax.errors import UNAVAILABLE
 from hivit_jax.progress import counted, listed
 
 MAX_CLASSES = 5  # class names that a note lists
@@ -48,7 +48,7 @@ def _open(data: Any, splits: Sequence[str]) -> list[Source]:
     """
     try:
         return [open_source(data, split) for split in splits]
-    except (DataError, MissingPackage):
+    except UNAVAILABLE:
         return []
 
 

@@ -1,5 +1,6 @@
 """Open the source that `data.name` selects."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -11,8 +12,7 @@ from hivit_jax.data import storage
 from hivit_jax.data.sources.archives import WebDataset, Zip
 from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.digits import NUM_TEST, NUM_TRAIN, Digits
-from hivit_jax.data.sources.file_index import is_directory
-from hivit_jax.data.sources.folder import Folder
+from hivit_jax.data.sources.folder import FOLDER_SPLITS, Folder, folder_splits
 from hivit_jax.data.sources.relabel import match_classes
 from hivit_jax.data.sources.splits import (
     NO_EVALUATION,
@@ -23,7 +23,7 @@ from hivit_jax.data.sources.splits import (
 from hivit_jax.data.sources.synthetic import Synthetic
 from hivit_jax.data.sources.tables import Table, table_path
 from hivit_jax.data.sources.tfds import Tfds
-from hivit_jax.errors import ConfigError, DataError, import_class
+from hivit_jax.errors import ConfigError, DataError, MissingDirectory, import_class
 from hivit_jax.paths import expand
 
 # Datasets whose images `Selection` can select by path.
@@ -31,7 +31,7 @@ SELECTABLE = ("folder", "csv", "webdataset", "zip")
 # data.name -> default names of the training and evaluation split; "": any other name.
 DEFAULT_SPLITS = {
     "": ("train", "validation"),
-    "folder": ("train", "val"),
+    "folder": FOLDER_SPLITS,
     "webdataset": ("train", "val"),
     "zip": ("train", "val"),
     "csv": ("train.csv", "val.csv"),
@@ -123,7 +123,7 @@ def _open(
     # because the version starts with a digit.
     if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):
         return import_class("data.name", name)(split, directory)
-    _check_files(name, train_examples)
+    _check_directory(name, directory)
     splits = train_split, eval_split
     if name == "folder":
         if cache_dir and storage.is_remote(directory):
@@ -139,13 +139,14 @@ def _open(
         options = *splits, selection, multi_label, classes_known
         source = _open_table(directory, split, *options)
     else:
-        train_default, eval_default = DEFAULT_SPLITS[""]
-        split_name = (
-            train_split or train_default
-            if split == "train"
-            else eval_split or eval_default
-        )
+        index = ("train", "test").index(split)
+        split_name = splits[index] or DEFAULT_SPLITS[""][index]
         source = Tfds(name, directory, split_name, cache_dir, multi_label)
+    if train_examples:
+        raise ConfigError(
+            f"data.train_examples={train_examples} with data.name={name!r}; expected "
+            "0; only digits and synthetic support train_examples"
+        )
     return source
 
 
@@ -166,12 +167,19 @@ def _check_selection(
             )
 
 
-def _check_files(name: str, train_examples: int) -> None:
-    """Raise ConfigError for keys that do not suit a dataset of files."""
-    if train_examples:
-        raise ConfigError(
-            f"data.train_examples={train_examples} with data.name={name!r}; expected "
-            "0; only digits and synthetic support train_examples"
+def _check_directory(name: str, directory: str) -> None:
+    """Raise MissingDirectory if `data.dir` is required or does not exist."""
+    if name in SELECTABLE and not directory:
+        raise MissingDirectory(
+            f"data.name={name!r} requires data.dir=DIR; data.dir=. is the current "
+            "directory"
+        )
+    is_local = directory and not storage.is_remote(directory)
+    if is_local and not os.path.exists(directory):
+        start = "" if os.path.isabs(directory) else f", relative to {os.getcwd()}"
+        raise MissingDirectory(
+            f"data.dir={directory!r} does not exist{start}; set "
+            "--config.data.dir=PATH to the dataset"
         )
 
 
@@ -183,17 +191,9 @@ def _open_folder(
     selection: Selection,
     class_level: str,
 ) -> Source:
-    """Open a split of class folders or unlabeled images.
-
-    If evaluation images are held out or there is no evaluation, the default training
-    split is `directory` itself, unless `directory` contains a directory "train".
-    """
-    train_default, eval_default = DEFAULT_SPLITS["folder"]
-    if selection.eval_fraction or eval_split == NO_EVALUATION:
-        eval_split = ""
-        if not is_directory(f"{directory}/{train_default}"):
-            train_default = "."
-    splits = train_split or train_default, eval_split or eval_default
+    """Open a split of class folders or unlabeled images."""
+    has_evaluation = eval_split != NO_EVALUATION and not selection.eval_fraction
+    splits = folder_splits(directory, train_split, eval_split, has_evaluation)
     chosen, train, percent = _parse_splits(split, *splits, selection)
     source = Folder(directory, chosen, train, class_level)
     return select(source, selection, split == "test", percent)
