@@ -462,6 +462,37 @@ def test_run_warns_of_small_classes_and_unmatched_exclusions(tmp_path, monkeypat
     assert notes.dataset_warnings(cfg.data, splits, True) == []
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("1 2 3", "class: 0; labels start at 0: subtract 1 from labels that start"),
+        ("0 2", "class: 1"),
+        ("1 3", "classes: 0, 2"),
+        ("0 1 2", None),
+        ("a b", None),
+    ],
+)
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_run_warns_of_classes_without_training_images(
+    labels, expected, multi_label, tmp_path
+):
+    """Labels in a CSV file that start at 1 leave the first output of a model unused."""
+    lines = [f"{k}.png,{label}" for k, label in enumerate(labels.split())]
+    (tmp_path / "own.csv").write_text("\n".join(["path,label", *lines]))
+    keys = dict(data__name="csv", data__eval_split="none", model__num_classes=0)
+    keys |= dict(data__multi_label=multi_label)
+    data = folder_config(tmp_path / "own.csv", **keys).data
+    found = notes.dataset_warnings(data, ("train",), True)
+    if expected is None:
+        assert found == []
+    else:
+        [line] = found
+        assert line.startswith("the training has no image of ")
+        assert expected in line
+        assert ("subtract" in line) == ("subtract" in expected)
+    assert notes.dataset_warnings(data, ("train",), False) == []
+
+
 def test_evaluations_warn_of_unmatched_exclusions(tmp_path, monkeypatch, capsys):
     """`--mode eval` and the probes print the warning once, at the start."""
 

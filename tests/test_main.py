@@ -126,8 +126,10 @@ def test_checkpoint_of_another_model_is_refused(finished, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_missing_checkpoint_exits_with_code_5(finished, tmp_path, capsys):
+    """The error about a missing step lists the steps of the run."""
     empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
     empty.mkdir()
+    step = finished / "checkpoints" / "80"
     for flags, path in (
         ([f"--workdir={empty}", "--mode=eval"], empty),
         ([f"--workdir={nowhere}", "--mode=eval"], nowhere),
@@ -135,12 +137,15 @@ def test_missing_checkpoint_exits_with_code_5(finished, tmp_path, capsys):
             [f"--workdir={finished}", f"--checkpoint={nowhere}", "--mode=eval"],
             nowhere,
         ),
+        ([f"--workdir={finished}", f"--checkpoint={step}", "--mode=eval"], step),
         ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={nowhere}"], nowhere),
         ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={empty}"], empty),
     ):
         assert main([*MINI, *flags]) == 5
         error = capsys.readouterr().err
-        check_message(error, ["no checkpoint", str(path)])
+        problem = f"no checkpoint in {path}"
+        check_message(error, [problem if path == empty else f"{path} does not exist"])
+        assert ("expected one of the steps 1\n" in error) == (path == step)
         hint = "--config.init_from= to start from random parameters"
         expects_hint = flags[-1] == f"--config.init_from={nowhere}"
         assert (hint in error) == expects_hint
