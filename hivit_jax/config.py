@@ -7,6 +7,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
 from hivit_jax import models, recipes, tasks
-from hivit_jax.aliases import unknown_key
+from hivit_jax.aliases import probable_keys, unknown_key
 from hivit_jax.common_keys import KEYS, SCHEDULES_OF_KEY
 from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.keys import TYPE_NAMES, Key, field_keys, show
@@ -76,7 +77,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       ConfigError: the file does not exist, a key is unknown, or a value is invalid.
     """
-    flags = dict(map(_parse_override, overrides))
+    flags = _parse_overrides(overrides)
     return _resolve(recipes.read(str(path)), flags, f"--config={path}")
 
 
@@ -193,15 +194,32 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, value
 
 
-def _parse_override(override: str) -> tuple[str, str]:
-    """Split ``--config.KEY=VALUE`` into (KEY, VALUE)."""
-    key, equals, text = override.removeprefix("--config.").partition("=")
-    if not override.startswith("--config.") or not equals:
-        raise ConfigError(
-            f"invalid flag {override!r}; expected --config.KEY=VALUE, --workdir=DIR "
-            "or --mode=MODE"
-        )
-    return key, text
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, str]:
+    """Return {KEY: VALUE} of flags ``--config.KEY=VALUE``."""
+    flags = {}
+    for override, following in zip_longest(overrides, overrides[1:], fillvalue="--"):
+        name, equals, text = override.partition("=")
+        if not name.startswith("--config.") or not equals:
+            text = text if equals or following.startswith("--") else following
+            raise _invalid_flag(override, text)
+        flags[name.removeprefix("--config.")] = text
+    return flags
+
+
+def _invalid_flag(flag: str, value: str) -> ConfigError:
+    """Return the error for a flag without ``--config.`` or without ``=``.
+
+    Args:
+      value: text after ``=``, or the next argument of the command line; "": none.
+    """
+    name = flag.partition("=")[0]
+    known = {key for task in tasks.TASKS.values() for key in task_keys(task)}
+    key = name.removeprefix("--").removeprefix("config.").replace("-", "_")
+    keys = probable_keys(key, sorted(known)) if name.startswith("--") else []
+    hint = "expected --config.KEY=VALUE, --workdir=DIR or --mode=MODE"
+    if value and keys:
+        hint = f"write --config.{keys[0]}={value}"
+    return ConfigError(f"invalid flag {flag!r}; {hint}")
 
 
 def _convert(

@@ -67,7 +67,11 @@ MODE_OF_FLAG = {"checkpoint": "eval", "topology": "compile", "search_batch": "co
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the command line into (flags, overrides of the recipe)."""
-    listing = [f"  {name:<16} {line}" for name, line in recipes.names().items()]
+    listing, variants = [], recipes.variants()
+    for name, line in recipes.names().items():
+        listing.append(f"  {name:<16} {line}")
+        if name in variants:
+            listing.append(f"  {'':<16} variants: {variants[name]}")
     parser = Parser(
         usage=USAGE,
         epilog="\n".join(["recipes:", *listing]),

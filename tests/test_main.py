@@ -47,6 +47,17 @@ def test_classification_refuses_a_masked_autoencoder(tmp_path, capsys):
         ([*MINI, "--workdir=x", "--modee=eval"], ["'--modee=eval'", "--config.KEY"]),
         ([*MINI, "--workdir=x", "batch_size=16"], ["'batch_size=16'", "--config.KEY"]),
         ([*MINI, "--workdir=x", "--config.batch_size"], ["--config.KEY=VALUE"]),
+        (
+            [*MINI, "--workdir=x", "--config.data.dir", "photos"],
+            ["invalid flag '--config.data.dir'; write --config.data.dir=photos"],
+        ),
+        (
+            [*MINI, "--workdir=x", "--data.dir=photos"],
+            ["invalid flag '--data.dir=photos'; write --config.data.dir=photos"],
+        ),
+        ([*MINI, "--workdir=x", "--epochs=10"], ["write --config.total_epochs=10"]),
+        ([*MINI, "--workdir=x", "--batch-size", "8"], ["write --config.batch_size=8"]),
+        (["--config=mae_base:huge", "--workdir=x"], ["mae_base has no variants"]),
     ],
 )
 def test_bad_flag_of_the_main_command_exits_with_code_2(
@@ -282,3 +293,6 @@ def test_help_lists_modes_examples_exit_codes_and_recipes(capsys):
     assert re.search(rf"^  mae_base +{line}$", out, re.M)
     for name, line in recipes.names().items():
         assert re.search(rf"^  {name} +{re.escape(line)}$", out, re.M)
+    variants = r"\n +variants: tiny, small, base \(default\), large$"
+    assert re.search(rf"^  finetune .*{variants}", out, re.M)
+    assert len(re.findall(r"^ +variants: ", out, re.M)) == len(recipes.variants())
