@@ -91,7 +91,7 @@ def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     known, normalized = list(known), name.lower().replace("-", "_")
     if normalized in _OPTIMIZER.split() and any("optimizer." in k for k in known):
         hint = _NO_CHOICE
-    elif candidates := _probable_keys(normalized, known):
+    elif candidates := probable_keys(normalized, known):
         hint = f"did you mean {' or '.join(map(repr, candidates))}?"
     elif flag := _FLAG_OF.get(normalized):
         hint = f"did you mean the flag {flag}?"
@@ -106,7 +106,7 @@ def _split(key: str) -> tuple[str, str]:
     return section, leaf
 
 
-def _probable_keys(name: str, known: Sequence[str]) -> list[str]:
+def probable_keys(name: str, known: Sequence[str]) -> list[str]:
     """Return the valid keys that the user probably meant; may be []."""
     section, leaf = _split(name)
     same_section = [key for key in known if _split(key)[0] == section]

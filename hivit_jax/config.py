@@ -7,6 +7,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
 from hivit_jax import models, recipes, tasks
-from hivit_jax.aliases import unknown_key
+from hivit_jax.aliases import probable_keys, unknown_key
 from hivit_jax.common_keys import KEYS, SCHEDULES_OF_KEY
 from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.keys import TYPE_NAMES, Key, field_keys, show
 from hivit_jax.models.config import RunOptions
+from hivit_jax.record import with_absolute_paths
 
 # Config keys of versions before 0.1 that are command line flags now. Recipes may still
 # contain them without effect.
@@ -75,7 +77,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       ConfigError: the file does not exist, a key is unknown, or a value is invalid.
     """
-    flags = dict(map(_parse_override, overrides))
+    flags = _parse_overrides(overrides)
     return _resolve(recipes.read(str(path)), flags, f"--config={path}")
 
 
@@ -150,6 +152,12 @@ def changed_keys(config: ConfigDict) -> dict[str, Any]:
     return {name: value for name, value in items if value != keys[name].default}
 
 
+def record_text(config: ConfigDict) -> str:
+    """Return the config that a run records, as JSON text with absolute paths."""
+    values = json.loads(config.to_json_best_effort())
+    return json.dumps(with_absolute_paths(values), indent=2) + "\n"
+
+
 def to_json(config: ConfigDict) -> str:
     """Return the config as indented JSON text."""
     return json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
@@ -186,15 +194,32 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, value
 
 
-def _parse_override(override: str) -> tuple[str, str]:
-    """Split ``--config.KEY=VALUE`` into (KEY, VALUE)."""
-    key, equals, text = override.removeprefix("--config.").partition("=")
-    if not override.startswith("--config.") or not equals:
-        raise ConfigError(
-            f"invalid flag {override!r}; expected --config.KEY=VALUE, --workdir=DIR "
-            "or --mode=MODE"
-        )
-    return key, text
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, str]:
+    """Return {KEY: VALUE} of flags ``--config.KEY=VALUE``."""
+    flags = {}
+    for override, following in zip_longest(overrides, overrides[1:], fillvalue="--"):
+        name, equals, text = override.partition("=")
+        if not name.startswith("--config.") or not equals:
+            text = text if equals or following.startswith("--") else following
+            raise _invalid_flag(override, text)
+        flags[name.removeprefix("--config.")] = text
+    return flags
+
+
+def _invalid_flag(flag: str, value: str) -> ConfigError:
+    """Return the error for a flag without ``--config.`` or without ``=``.
+
+    Args:
+      value: text after ``=``, or the next argument of the command line; "": none.
+    """
+    name = flag.partition("=")[0]
+    known = {key for task in tasks.TASKS.values() for key in task_keys(task)}
+    key = name.removeprefix("--").removeprefix("config.").replace("-", "_")
+    keys = probable_keys(key, sorted(known)) if name.startswith("--") else []
+    hint = "expected --config.KEY=VALUE, --workdir=DIR or --mode=MODE"
+    if value and keys:
+        hint = f"write --config.{keys[0]}={value}"
+    return ConfigError(f"invalid flag {flag!r}; {hint}")
 
 
 def _convert(

@@ -33,6 +33,10 @@ class MissingPackage(ConfigError):
     """A package that a config or command needs is not installed."""
 
 
+class MissingDirectory(ConfigError):
+    """`data.dir` is not set, or does not exist."""
+
+
 class ResourceError(ConfigError):
     """Memory or disk space is exhausted."""
 
@@ -51,6 +55,10 @@ class DataError(HivitError):
 
 class LocalDataError(DataError):
     """A data error that may occur on only some of a run's processes."""
+
+
+# Errors of a dataset that is not on this machine.
+UNAVAILABLE = (DataError, MissingPackage, MissingDirectory)
 
 
 class CheckpointError(HivitError):

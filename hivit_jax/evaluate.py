@@ -12,8 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs, rng, tasks
 from hivit_jax.config import due_after
-from hivit_jax.data.notes import unmatched_exclusions
+from hivit_jax.data.notes import classes_without_images, unmatched_exclusions
 from hivit_jax.data.prefetch import prefetch_to_device
+from hivit_jax.data.sources.base import Source
+from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.distributed.sharding import (
@@ -70,6 +72,7 @@ def evaluate(
     variables: Variables,
     mesh: Mesh,
     heartbeat: Callable[[], None] = lambda: None,
+    source: Source | None = None,
 ) -> dict[str, float | int]:
     """Evaluate the test split.
 
@@ -78,6 +81,7 @@ def evaluate(
 
     Args:
       heartbeat: called after every batch.
+      source: the test split; None: the config's.
 
     Returns:
       The metrics of `Task.summarize`; eval/count, the number of evaluated examples; and
@@ -91,7 +95,9 @@ def evaluate(
         return {}
     totals, counts, records, first = None, np.zeros(2), [], 0
     progress = Progress("eval", task.data.counts["test"], write=console.log)
-    for batch in prefetch_to_device(inputs.eval_batches(config), mesh):
+    source = open_source(config.data, "test") if source is None else source
+    batches = inputs.source_batches(config, task, source)
+    for batch in prefetch_to_device(batches, mesh):
         *device_sums, rows = eval_step(
             variables, batch, replicate(mesh, np.uint32(first))
         )
@@ -110,7 +116,7 @@ def evaluate(
             f"evaluated {counted(count, 'image')} and could not read {unreadable}; "
             f"expected {expected} in total, the size of the test split"
         )
-    check_unreadable(unreadable, config.data, "test")
+    check_unreadable(unreadable, expected, config.data, "test")
     records = _merge_records(gather_objects(records))
     values = {}
     if jax.process_index() == 0:
@@ -163,21 +169,30 @@ def evaluate_checkpoint(
 ) -> dict[str, float | int]:
     """Evaluate the newest checkpoint of a workdir and log the result.
 
+    If the task needs labels, the classes of the dataset are matched by name to those of
+    the checkpoint, and the training split is not opened.
+
     Args:
       checkpoint: model to evaluate instead; any path that `weights.load.read` accepts.
 
     Raises:
       CheckpointError: there is no checkpoint.
-      ConfigError: the checkpoint contains another model.
+      ConfigError: the checkpoint contains another model, or a model of other classes.
     """
     pretrained = load.read_for(config.model, checkpoint or workdir)
-    task = inputs.make_task(config, "test")
-    for warning in unmatched_exclusions(config.data, inputs.used_splits(config)):
+    needs_labels = tasks.find(config.task).needs_labels
+    classes = pretrained.info.get("class_names", ()) if needs_labels else ()
+    source = open_source(config.data, "test", classes)
+    task = inputs.task_of({"test": source}, config)
+    warnings = unmatched_exclusions(config.data, inputs.used_splits(config))
+    if classes:
+        warnings += classes_without_images(source)
+    for warning in warnings:
         console.log(f"warning: {warning}")
     mesh = make_mesh(config.mesh, config.batch_size)
     graphdef, variables = restore(pretrained, task, mesh)
     eval_step = make_eval_step(config, task, graphdef, mesh)
-    values = evaluate(config, task, eval_step, variables, mesh, heartbeat)
+    values = evaluate(config, task, eval_step, variables, mesh, heartbeat, source)
     console.log(console.eval_line(pretrained.label, values))
     return values
 

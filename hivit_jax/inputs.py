@@ -1,6 +1,6 @@
 """Create the task and the batches that a config describes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,12 @@ from hivit_jax.data.loader import (
 from hivit_jax.data.notes import dataset_warnings, split_notes
 from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.registry import open_source, published_info
+from hivit_jax.data.sources.relabel import check_labels
 from hivit_jax.data.sources.splits import NO_EVALUATION
 from hivit_jax.data.tf_data import Plan
 from hivit_jax.data.transforms import Transform
 from hivit_jax.data.unreadable import unreadable_hint
-from hivit_jax.errors import ConfigError, DataError, MissingPackage
+from hivit_jax.errors import UNAVAILABLE, ConfigError, DataError
 from hivit_jax.keys import INT_MAX
 
 NUM_CHECKED = 8  # examples of each split that are read before the first step
@@ -39,8 +40,12 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
       HivitError: the config is invalid or the dataset cannot be read.
     """
     splits = splits or used_splits(config)
-    sources = {split: open_source(config.data, split) for split in splits}
-    source = sources[splits[0]]
+    return task_of({split: open_source(config.data, split) for split in splits}, config)
+
+
+def task_of(sources: Mapping[str, Source], config: Any) -> tasks.Task:
+    """Create the task of a config for opened splits; see `make_task`."""
+    first, source = next(iter(sources.items()))
     for split, opened in sources.items():
         if not len(opened):
             raise DataError(
@@ -50,11 +55,11 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
         if [*opened.classes] != [*source.classes]:
             raise DataError(
                 f"{config.data.name}: expected the same classes in both splits, found "
-                f"{len(source.classes)} in {splits[0]} and {len(opened.classes)} in "
+                f"{len(source.classes)} in {first} and {len(opened.classes)} in "
                 f"{split}, with different names or order"
             )
     if tasks.find(config.task).needs_labels:
-        check_labels(config, source)
+        check_labels(config.data, source)
     classes = source.classes
     if not source.encoded:  # a synthetic dataset has as many classes as the model
         classes = map(str, range(config.model.get("num_classes") or 1))
@@ -72,18 +77,6 @@ def used_splits(config: Any) -> tuple[str, ...]:
     return ("train", "test") if has_evaluation else ("train",)
 
 
-def check_labels(config: Any, source: Source) -> None:
-    """Raise ConfigError if the images of a source have no labels."""
-    if not source.labeled:
-        data = config.data
-        raise ConfigError(
-            f"data.name={data.name!r}, data.dir={data.dir!r}: the images have no "
-            "labels; expected a directory per class, or one label per image, for "
-            "classification\n"
-            "Pretraining uses images without labels; see docs/own_images.md"
-        )
-
-
 def task_of_recipe(config: Any) -> tasks.Task:
     """Create the task of a config from the training split only; see `make_task`.
 
@@ -92,7 +85,7 @@ def task_of_recipe(config: Any) -> tasks.Task:
     """
     try:
         return make_task(config, "train")
-    except (DataError, MissingPackage):
+    except UNAVAILABLE:
         info = published_info(config.data)
         if info is None:
             raise

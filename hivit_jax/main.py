@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
+from ml_collections import ConfigDict
 
 from hivit_jax import config as configs
 from hivit_jax import platforms, recipes, record
+from hivit_jax.data.sources.folder import check_workdir
 from hivit_jax.distributed import processes
 from hivit_jax.distributed.signals import catch_signals
 from hivit_jax.distributed.watchdog import Watchdog
@@ -65,7 +67,11 @@ MODE_OF_FLAG = {"checkpoint": "eval", "topology": "compile", "search_batch": "co
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the command line into (flags, overrides of the recipe)."""
-    listing = [f"  {name:<16} {line}" for name, line in recipes.names().items()]
+    listing, variants = [], recipes.variants()
+    for name, line in recipes.names().items():
+        listing.append(f"  {name:<16} {line}")
+        if name in variants:
+            listing.append(f"  {'':<16} variants: {variants[name]}")
     parser = Parser(
         usage=USAGE,
         epilog="\n".join(["recipes:", *listing]),
@@ -114,6 +120,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, overrides
 
 
+def load_config(flags: argparse.Namespace, overrides: Sequence[str]) -> ConfigDict:
+    """Load the config that the flags select.
+
+    Raises:
+      ConfigError: see `config.load`, or the workdir is among the images.
+    """
+    config = configs.load(flags.config, overrides)
+    if flags.workdir and flags.mode in ("train", "describe", "compile"):
+        check_workdir(flags.workdir, config.data)
+    return config
+
+
 def run(argv: Sequence[str], setup_process: bool) -> None:
     """Run one mode.
 
@@ -125,7 +143,7 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
     flags, overrides = parse(argv)
     if setup_process and flags.mode in ("describe", "compile"):
         platforms.use_cpu()
-    config = configs.load(flags.config, overrides)
+    config = load_config(flags, overrides)
     if flags.mode == "describe":
         from hivit_jax.tools.compile_ahead import earlier_summary
         from hivit_jax.tools.describe import describe, draw_figures, recipe_diff

@@ -2,7 +2,9 @@
 
 import ast
 import importlib.util
+import inspect
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,21 @@ DIRECTORY = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 
 def names() -> dict[str, str]:
     """Return {name: first line of the docstring} of the installed recipes."""
+    return {name: text.split("\n")[0] for name, text in _docstrings().items()}
+
+
+def variants() -> dict[str, str]:
+    """Return {name: text that lists the variants} of the recipes that have variants."""
+    found = {
+        n: re.search(r"^Variants: ([^.]*)", t, re.M) for n, t in _docstrings().items()
+    }
+    return {name: " ".join(match[1].split()) for name, match in found.items() if match}
+
+
+def _docstrings() -> dict[str, str]:
+    """Return {name: docstring} of the installed recipes, without executing them."""
     trees = {p.stem: ast.parse(p.read_text()) for p in sorted(DIRECTORY.glob("*.py"))}
-    return {n: (ast.get_docstring(t) or "").split("\n")[0] for n, t in trees.items()}
+    return {name: ast.get_docstring(tree) or "" for name, tree in trees.items()}
 
 
 def read(path: str) -> Mapping[str, Any]:
@@ -64,6 +79,10 @@ def _execute(path: str) -> Any:
         raise ConfigError(f"--config={path}: expected a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if variant and not inspect.signature(module.get_config).parameters:
+        raise ConfigError(
+            f"--config={path}: {name} has no variants; expected --config={name}"
+        )
     recipe = module.get_config(*filter(None, [variant]))
     return recipe.to_dict() if isinstance(recipe, ConfigDict) else recipe
 

@@ -5,13 +5,15 @@ metrics adds a file such as ``config-20260101T120000Z.json``.
 """
 
 import calendar
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from etils.epath import Path
 
+from hivit_jax.data.sources.relabel import is_numbered
 from hivit_jax.errors import ConfigError
 from hivit_jax.paths import open_path
 from hivit_jax.tree import leaf_name
@@ -19,6 +21,28 @@ from hivit_jax.tree import leaf_name
 FIRST_NAME = "config.json"
 LATER_NAME = "config-%Y%m%dT%H%M%SZ.json"  # in UTC
 MAX_LABELS_LISTED = 3
+# Config keys that may contain local paths.
+PATHS = "init_from", "compilation_cache", "data.dir", "data.cache", "data.exclude"
+
+
+def with_absolute_paths(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Return a config that is valid in every directory of this machine.
+
+    Relative paths of existing files and directories become absolute. All other values,
+    such as addresses and paths that start with ``~``, stay unchanged.
+
+    Args:
+      values: the config, or a section of it, as nested dicts.
+      section: name of the section and a dot; "": the whole config.
+    """
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            value = with_absolute_paths(value, f"{section}{name}.")
+        elif section + name in PATHS and os.path.exists(value):
+            value = os.path.abspath(value)
+        found[name] = value
+    return found
 
 
 def config_files(workdir: str | Path) -> list[Path]:
@@ -99,6 +123,38 @@ def dataset_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
     if len(changed) > MAX_LABELS_LISTED:
         lines.append(f"{len(changed)} labels in total have another class name")
     return lines
+
+
+def check_task(old: str, new: str, workdir: Any) -> None:
+    """Raise ConfigError if a workdir contains a run of another task."""
+    if old != new:
+        raise ConfigError(
+            f"task={new}: {workdir} contains a run of task={old}; choose another "
+            f"--workdir\n--config.init_from={workdir} starts from the weights of that "
+            "run"
+        )
+
+
+def check_classes(old: Sequence[str], new: Sequence[str], workdir: Any) -> None:
+    """Raise ConfigError if a run would resume with another class of a label.
+
+    Classes may be added or missing at the end, which changes no label. Numbers instead
+    of names fit any names.
+
+    Args:
+      old, new: class names in the order of the labels.
+    """
+    if is_numbered(old) or is_numbered(new):
+        return
+    for label, (before, now) in enumerate(zip(old, new, strict=False)):
+        if before != now:
+            raise ConfigError(
+                f"{workdir}: expected the classes of the training so far, in which "
+                f"label {label} is {before!r}; found {now!r}\n"
+                "Restore the names of the classes in the dataset, or train with the "
+                f"new classes in another --workdir,\nfor example from the weights of "
+                f"this run: --config.init_from={workdir}"
+            )
 
 
 def check_batch_size(old: int, new: int, accumulate_steps: int, workdir: Any) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 from etils.epath import Path
 from flax import nnx
 
-from hivit_jax import evaluate, inputs, record, resources
+from hivit_jax import evaluate, inputs, record, resources, tasks
 from hivit_jax.checkpoints import manager, read
 from hivit_jax.checkpoints.lock import exclusive
-from hivit_jax.config import complete_saved, due_after, step_options, to_json
+from hivit_jax.config import complete_saved, due_after, record_text, step_options
 from hivit_jax.data.prefetch import defer_error, prefetch_to_device, raise_error
 from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.distributed.processes import check_same_on_all_processes
@@ -32,7 +32,6 @@ from hivit_jax.paths import open_path
 from hivit_jax.progress import counted
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
-from hivit_jax.tasks import Task
 from hivit_jax.training.early_stopping import check_progress
 from hivit_jax.training.schedule import make_schedule, skip_steps
 from hivit_jax.training.step import State, Training, prepare
@@ -94,6 +93,7 @@ def train(
     check_same_on_all_processes(
         {"config": config, "dataset's size": images_per_epoch, "checkpoints": steps}
     )
+    check_resumption(config, dataset, checkpoints)
     if restored := checkpoints.restore_newest(training.state):
         step, state = restored
         report_resumption(config, dataset, checkpoints.directory / str(step))
@@ -137,8 +137,9 @@ def train(
         return values
 
     # --- Steps ------------------------------------------------------------------------
-    throughput, results, pending = metrics.Throughput(), None, []
-    first_step, unreadable = step, UnreadableImages(config.data)
+    throughput, first_step, results, pending = metrics.Throughput(), step, None, []
+    num_images = task.data.counts["train"]
+    unreadable = UnreadableImages(config.data, num_images)
     try:
         stop = stop_requested(step)
         if missing and not stop:
@@ -163,7 +164,7 @@ def train(
             heartbeat()
             due = due_after(config, step, total_steps)
             if any(due.values()) or stop:
-                scalars = fetch_metrics(pending, state)
+                scalars = metrics.fetch(pending, state)
                 speed, scalars["input_bound"] = throughput.read()
                 scalars |= metrics.device_metrics(speed, devices, flops)
                 scalars["epoch"] = step / steps_per_epoch
@@ -174,7 +175,7 @@ def train(
                 if scalars["unreadable"]:  # count images, not attempts to read them
                     scalars["unreadable"] = unreadable.gather()
                 log(console.step_line(step, total_steps, scalars))
-                check_unreadable(scalars["unreadable"], config.data, "train")
+                check_unreadable(scalars["unreadable"], num_images, config.data)
                 with throughput.pause():
                     # Precedes the checkpoint, so that no resumed run skips this.
                     if due["eval"] and (results := run_evaluation()):
@@ -183,9 +184,9 @@ def train(
                         due["checkpoint"] |= stalled or improved or bool(stop)
                     if due["checkpoint"]:
                         evaluated = results or None if due["eval"] else None
-                        checkpoints.save(state, to_json(config), evaluated)
+                        checkpoints.save(state, record_text(config), evaluated)
         if not finished:
-            checkpoints.save(state, to_json(config))
+            checkpoints.save(state, record_text(config))
             raise interrupted(stop, step, total_steps, workdir)
         results = run_evaluation() if results is None else results
         best = task.best if results else None
@@ -195,7 +196,7 @@ def train(
         # All processes must save together, but only one of them sees a local error.
         local = isinstance(error, (LocalDataError, ResourceError))
         if step > first_step and (jax.process_count() == 1 or not local):
-            checkpoints.save(state, to_json(config))
+            checkpoints.save(state, record_text(config))
         raise
     finally:
         checkpoints.close()
@@ -213,12 +214,12 @@ def interrupted(reason: str, step: int, total_steps: int, workdir: Path) -> Inte
 
 def start_record(config: Any, workdir: Path, step: int) -> metrics.Writer:
     """Record a start of the run, and return the writer of its metrics."""
-    record.add_start(workdir, to_json(config))
+    record.add_start(workdir, record_text(config))
     settings = record.flatten(config.to_dict())
     return metrics.Writer(workdir, step, settings, config.wandb_project)
 
 
-def initial_state(config: Any, task: Task, training: Training) -> State:
+def initial_state(config: Any, task: tasks.Task, training: Training) -> State:
     """Return the state of a new run, initialized from `init_from` if set."""
     pretrained = None
     if config.init_from:
@@ -239,14 +240,40 @@ def initial_state(config: Any, task: Task, training: Training) -> State:
     return state
 
 
+def check_resumption(
+    config: Any, dataset: dict[str, Any], checkpoints: manager.Checkpoints
+) -> None:
+    """Raise ConfigError for checkpoints of another task, batch size or classes.
+
+    Args:
+      dataset: fields of the `DatasetInfo`.
+    """
+    workdir = checkpoints.directory.parent
+    for step in sorted(checkpoints.steps(), reverse=True):
+        checkpoint = checkpoints.directory / str(step)
+        try:
+            saved = read.load_config(checkpoint)
+            before = read.load_dataset_info(checkpoint)
+        except CheckpointError:
+            continue  # a damaged checkpoint, which is reported when it is restored
+        if {saved["task"], config.task} <= tasks.TASKS.keys():
+            # A user's own task may have been renamed.
+            record.check_task(saved["task"], config.task, workdir)
+        if step == 0:  # before the first step, any batch size and classes fit
+            return
+        if before and tasks.find(config.task).needs_labels:
+            record.check_classes(before["classes"], dataset["classes"], workdir)
+        accumulate_steps = config.optimizer.accumulate_steps
+        sizes = saved["batch_size"], config.batch_size
+        record.check_batch_size(*sizes, accumulate_steps, workdir)
+        return
+
+
 def report_resumption(config: Any, dataset: dict[str, Any], checkpoint: Path) -> None:
     """Log the checkpoint that a run resumes from, and changes of config and dataset.
 
     Args:
       dataset: fields of the `DatasetInfo`.
-
-    Raises:
-      ConfigError: the batch size changed.
     """
     log(f"resuming at step {int(checkpoint.name):,} from {checkpoint}")
     try:
@@ -255,39 +282,8 @@ def report_resumption(config: Any, dataset: dict[str, Any], checkpoint: Path) ->
     except (CheckpointError, ConfigError) as error:
         log(f"note: changes since {checkpoint} are unknown: {error}")
         return
-    if checkpoint.name != "0":  # before the first step, any batch size fits
-        record.check_batch_size(
-            saved.batch_size,
-            config.batch_size,
-            config.optimizer.accumulate_steps,
-            checkpoint.parent.parent,
-        )
-    for line in record.differences(saved.to_dict(), config.to_dict()):
+    old, new = (record.with_absolute_paths(c.to_dict()) for c in (saved, config))
+    for line in record.differences(old, new):
         log(f"changed: {line}")
     for line in record.dataset_changes(before, dataset) if before else []:
         log(f"dataset changed: {line}")
-
-
-def fetch_metrics(pending: list, state: State) -> dict[str, float]:
-    """Fetch and clear the pending metrics, a list of (step, metrics on the devices).
-
-    Returns:
-      The metrics of the newest step as floats; "unreadable" is summed over all steps.
-
-    Raises:
-      DivergedError: the loss, gradient or updated state of a step is not finite.
-    """
-    fetched = jax.device_get(pending)
-    pending.clear()
-    for step, values in fetched:
-        if not values.pop("finite"):
-            good_step = jax.device_get(state["step"])
-            raise DivergedError(
-                f"step {step}: loss {values['loss']}, gradient norm "
-                f"{values['gradient_norm']}, learning rate {values['learning_rate']}; "
-                "expected finite numbers, also in the updated parameters, statistics "
-                "and optimizer state.\n"
-                f"The last good state, of step {good_step}, is saved."
-            )
-    newest = {name: float(value) for name, value in fetched[-1][1].items()}
-    return newest | {"unreadable": int(sum(v["unreadable"] for _, v in fetched))}

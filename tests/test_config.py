@@ -1,6 +1,7 @@
 """Tests of configs: keys, values, overrides, errors and docs/config.md."""
 
 import copy
+import json
 import pickle
 import re
 
@@ -142,7 +143,7 @@ def test_recipe_argument_selects_a_variant(capsys):
     assert main(["--config=supervised:huge", *arguments]) == 2
     check_message(capsys.readouterr().err, ["supervised:huge", "'huge'"])
     assert main(["--config=mae_base:384", *arguments]) == 2
-    check_message(capsys.readouterr().err, ["mae_base:384", "get_config()"])
+    check_message(capsys.readouterr().err, ["mae_base:384", "has no variants"])
 
 
 def test_values_of_a_recipe_are_checked(tmp_path, capsys):
@@ -227,3 +228,25 @@ def test_copied_configs_equal_the_original():
     for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert copied == config
         assert configs.to_json(copied) == configs.to_json(config)
+
+
+def test_recorded_paths_are_absolute(tmp_path, monkeypatch):
+    """Addresses, paths below the home directory and missing files stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "mae", "list.txt"):
+        (tmp_path / name).touch()
+    keys = dict(data__dir="photos", init_from="mae", data__exclude="list.txt")
+    config = mini_runs.mae(**keys, data__cache="~/cache", compilation_cache="none")
+    recorded = json.loads(configs.record_text(config))
+    assert recorded["data"]["dir"] == f"{tmp_path}/photos"
+    assert recorded["data"]["exclude"] == f"{tmp_path}/list.txt"
+    assert recorded["init_from"] == f"{tmp_path}/mae"
+    assert recorded["data"]["cache"] == "~/cache"
+    assert recorded["compilation_cache"] == "none"
+    assert config.data.dir == "photos"
+    monkeypatch.chdir("/")
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    loaded = configs.load(str(tmp_path / "config.json"))
+    assert json.loads(configs.record_text(loaded)) == recorded
+    bucket = mini_runs.mae(data__dir="gs://b/x")
+    assert configs.record_text(bucket) == configs.to_json(bucket)

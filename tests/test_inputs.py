@@ -1,6 +1,7 @@
 """Tests of the input pipeline, from config keys to batches."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -461,6 +462,37 @@ def test_run_warns_of_small_classes_and_unmatched_exclusions(tmp_path, monkeypat
     assert notes.dataset_warnings(cfg.data, splits, True) == []
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("1 2 3", "class: 0; labels start at 0: subtract 1 from labels that start"),
+        ("0 2", "class: 1"),
+        ("1 3", "classes: 0, 2"),
+        ("0 1 2", None),
+        ("a b", None),
+    ],
+)
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_run_warns_of_classes_without_training_images(
+    labels, expected, multi_label, tmp_path
+):
+    """Labels in a CSV file that start at 1 leave the first output of a model unused."""
+    lines = [f"{k}.png,{label}" for k, label in enumerate(labels.split())]
+    (tmp_path / "own.csv").write_text("\n".join(["path,label", *lines]))
+    keys = dict(data__name="csv", data__eval_split="none", model__num_classes=0)
+    keys |= dict(data__multi_label=multi_label)
+    data = folder_config(tmp_path / "own.csv", **keys).data
+    found = notes.dataset_warnings(data, ("train",), True)
+    if expected is None:
+        assert found == []
+    else:
+        [line] = found
+        assert line.startswith("the training has no image of ")
+        assert expected in line
+        assert ("subtract" in line) == ("subtract" in expected)
+    assert notes.dataset_warnings(data, ("train",), False) == []
+
+
 def test_evaluations_warn_of_unmatched_exclusions(tmp_path, monkeypatch, capsys):
     """`--mode eval` and the probes print the warning once, at the start."""
 
@@ -480,7 +512,8 @@ def test_evaluations_warn_of_unmatched_exclusions(tmp_path, monkeypatch, capsys)
     (tmp_path / "list.txt").write_text("z.png\na/train.png\n")
     keys = dict(data__exclude=tmp_path / "list.txt", model__num_classes=0)
     cfg = folder_config(tmp_path / "own", **keys)
-    monkeypatch.setattr(evaluate.load, "read_for", lambda *_: None)
+    pretrained = SimpleNamespace(info={})
+    monkeypatch.setattr(evaluate.load, "read_for", lambda *_: pretrained)
     monkeypatch.setattr(evaluate, "make_mesh", start)
     with pytest.raises(Started):
         evaluate.evaluate_checkpoint(cfg, tmp_path)
@@ -524,7 +557,7 @@ def batch_of(*examples):
 
 def test_unreadable_images_are_counted_once(monkeypatch):
     """Each image whose last read failed counts once, over all epochs and processes."""
-    unreadable = UnreadableImages(digits_config().data)
+    unreadable = UnreadableImages(digits_config().data, 1437)
     batches = [
         batch_of((0, 1), (1, 0)),
         batch_of((2, 1), (0, 1)),
@@ -548,7 +581,7 @@ def test_unreadable_images_are_counted_once(monkeypatch):
 
 def test_too_many_unreadable_images_announce_the_end(capsys):
     """The line is printed once, before the next log line ends the run."""
-    unreadable = UnreadableImages(digits_config(data__max_unreadable=0.001).data)
+    unreadable = UnreadableImages(digits_config(data__max_unreadable=0.001).data, 1437)
     list(unreadable.watch([batch_of((0, 1), (1, 0)), batch_of((0, 1))]))
     assert capsys.readouterr().err == ""
     list(unreadable.watch([batch_of((2, 1)), batch_of((3, 1))]))
@@ -562,10 +595,10 @@ def test_too_many_unreadable_images_announce_the_end(capsys):
 def test_too_large_fraction_of_unreadable_images_is_an_error():
     """data.max_unreadable is a fraction of the images of the split."""
     data = digits_config(data__max_unreadable=0.001).data
-    check_unreadable(1, data, "train")  # 0.07% of 1,437 images
+    check_unreadable(1, 1437, data)  # 0.07%
     with pytest.raises(
         DataError, match=r"2 images of digits .* 0.14% of the 1,437 .* 0.10%"
     ):
-        check_unreadable(2, data, "train")
+        check_unreadable(2, 1437, data)
     with pytest.raises(DataError, match="check_data"):
-        check_unreadable(1, data, "test")
+        check_unreadable(1, 360, data, "test")

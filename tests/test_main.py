@@ -9,9 +9,10 @@ from mini_runs import check_message
 
 from hivit_jax import recipes
 from hivit_jax.checkpoints import lock, read
+from hivit_jax.data.sources.folder import check_workdir
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import MODES, main
-from hivit_jax.train import report_resumption
+from hivit_jax.train import report_resumption, train
 
 MINI = mini_runs.arguments()  # flags of a valid recipe
 
@@ -46,6 +47,17 @@ def test_classification_refuses_a_masked_autoencoder(tmp_path, capsys):
         ([*MINI, "--workdir=x", "--modee=eval"], ["'--modee=eval'", "--config.KEY"]),
         ([*MINI, "--workdir=x", "batch_size=16"], ["'batch_size=16'", "--config.KEY"]),
         ([*MINI, "--workdir=x", "--config.batch_size"], ["--config.KEY=VALUE"]),
+        (
+            [*MINI, "--workdir=x", "--config.data.dir", "photos"],
+            ["invalid flag '--config.data.dir'; write --config.data.dir=photos"],
+        ),
+        (
+            [*MINI, "--workdir=x", "--data.dir=photos"],
+            ["invalid flag '--data.dir=photos'; write --config.data.dir=photos"],
+        ),
+        ([*MINI, "--workdir=x", "--epochs=10"], ["write --config.total_epochs=10"]),
+        ([*MINI, "--workdir=x", "--batch-size", "8"], ["write --config.batch_size=8"]),
+        (["--config=mae_base:huge", "--workdir=x"], ["mae_base has no variants"]),
     ],
 )
 def test_bad_flag_of_the_main_command_exits_with_code_2(
@@ -63,6 +75,38 @@ def test_unwritable_workdir_is_an_error(capsys, tmp_path):
     for workdir in (tmp_path / "file" / "sub", tmp_path / "file"):
         assert main([*MINI, f"--workdir={workdir}"]) == 2
         check_message(capsys.readouterr().err, [f"workdir {workdir}", "written"])
+
+
+@pytest.mark.parametrize(
+    ("workdir", "overrides"),
+    [
+        ("", {"eval_split": "none"}),  # data.dir itself contains the classes
+        ("runs/1", {"eval_fraction": 0.1}),
+        ("train", {}),
+        ("val/run", {}),
+        ("x/run", {"train_split": "x[:80%]", "eval_split": "x[80%:]"}),
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "describe"])
+def test_workdir_among_the_images_is_refused(
+    workdir, overrides, mode, tmp_path, capsys
+):
+    """Otherwise, the next run would list the run's directories as classes."""
+    overrides = {f"data__{key}": value for key, value in overrides.items()}
+    dataset = dict(data__name="folder", data__train_examples=0, data__dir=tmp_path)
+    flags = mini_runs.arguments(**dataset | overrides)
+    assert main([*flags, f"--workdir={tmp_path}/{workdir}", f"--mode={mode}"]) == 2
+    error = capsys.readouterr().err
+    check_message(error, ["--workdir=", str(tmp_path), "choose a --workdir outside"])
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_workdir_beside_or_above_the_images_is_accepted(tmp_path):
+    for directory, workdir in (("data", "run"), ("data", "data/run"), ("run/a", "run")):
+        keys = dict(name="folder", dir=f"{tmp_path}/{directory}", train_split="")
+        check_workdir(
+            f"{tmp_path}/{workdir}", keys | dict(eval_split="", eval_fraction=0)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +137,10 @@ def test_checkpoint_of_another_model_is_refused(finished, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_missing_checkpoint_exits_with_code_5(finished, tmp_path, capsys):
+    """The error about a missing step lists the steps of the run."""
     empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
     empty.mkdir()
+    step = finished / "checkpoints" / "80"
     for flags, path in (
         ([f"--workdir={empty}", "--mode=eval"], empty),
         ([f"--workdir={nowhere}", "--mode=eval"], nowhere),
@@ -102,12 +148,15 @@ def test_missing_checkpoint_exits_with_code_5(finished, tmp_path, capsys):
             [f"--workdir={finished}", f"--checkpoint={nowhere}", "--mode=eval"],
             nowhere,
         ),
+        ([f"--workdir={finished}", f"--checkpoint={step}", "--mode=eval"], step),
         ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={nowhere}"], nowhere),
         ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={empty}"], empty),
     ):
         assert main([*MINI, *flags]) == 5
         error = capsys.readouterr().err
-        check_message(error, ["no checkpoint", str(path)])
+        problem = f"no checkpoint in {path}"
+        check_message(error, [problem if path == empty else f"{path} does not exist"])
+        assert ("expected one of the steps 1\n" in error) == (path == step)
         hint = "--config.init_from= to start from random parameters"
         expects_hint = flags[-1] == f"--config.init_from={nowhere}"
         assert (hint in error) == expects_hint
@@ -176,7 +225,6 @@ def test_locked_workdir_refuses_a_second_training_run(finished, capsys):
 
 @pytest.mark.slow
 def test_resumed_run_prints_changes_of_config_and_dataset(finished, capsys):
-    """A changed batch size is an error."""
     step = finished / "checkpoints" / "1"
     saved = read.load_dataset_info(step)
     assert saved.keys() == {"counts", "classes", "encoded", "class_counts"}
@@ -200,8 +248,21 @@ def test_resumed_run_prints_changes_of_config_and_dataset(finished, capsys):
         f"dataset changed: train: {counts['train']} -> 7 examples",
         f"dataset changed: label 0: {saved['classes'][0]} -> other",
     ]
+
+
+@pytest.mark.slow
+def test_other_batch_size_or_task_is_refused_before_the_checkpoint_is_read(finished):
+    """The model of another task has other arrays, whose shapes are not mentioned."""
     with pytest.raises(ConfigError, match="batch_size=8; .* with batch_size=16"):
-        changes(changed, batch_size=8)
+        train(mini_runs.mae(total_steps=2, batch_size=8), finished)
+    with pytest.raises(ConfigError) as error:
+        train(mini_runs.classifier(total_steps=2), finished)
+    first, second = str(error.value).splitlines()
+    assert first == (
+        f"task=classify: {finished} contains a run of task=mae; choose another "
+        "--workdir"
+    )
+    assert f"--config.init_from={finished}" in second
 
 
 @pytest.mark.processes
@@ -232,3 +293,6 @@ def test_help_lists_modes_examples_exit_codes_and_recipes(capsys):
     assert re.search(rf"^  mae_base +{line}$", out, re.M)
     for name, line in recipes.names().items():
         assert re.search(rf"^  {name} +{re.escape(line)}$", out, re.M)
+    variants = r"\n +variants: tiny, small, base \(default\), large$"
+    assert re.search(rf"^  finetune .*{variants}", out, re.M)
+    assert len(re.findall(r"^ +variants: ", out, re.M)) == len(recipes.variants())

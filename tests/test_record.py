@@ -81,6 +81,32 @@ def test_dataset_changes_lists_sizes_and_class_names():
 
 
 @pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (["cat", "emu", "fox"], "label 1 is 'dog'; found 'emu'"),  # renamed
+        (["ape", "cat", "dog", "fox"], "label 0 is 'cat'; found 'ape'"),  # added
+        (["cat", "fox"], "label 1 is 'dog'; found 'fox'"),  # removed
+        (["dog", "cat", "fox"], "label 0 is 'cat'; found 'dog'"),  # reordered
+        (["cat", "dog", "fox"], ""),
+        (["cat", "dog", "fox", "yak"], ""),  # no label changes
+        (["cat", "dog"], ""),
+        (["0", "1", "2"], ""),  # numbers instead of names
+        ([], ""),
+    ],
+)
+def test_changed_class_of_a_label_is_an_error(new, message):
+    old = ["cat", "dog", "fox"]
+    if not message:
+        record.check_classes(old, new, "DIR")
+        record.check_classes(new, old, "DIR")
+        return
+    with pytest.raises(ConfigError, match=message) as error:
+        record.check_classes(old, new, "DIR")
+    assert "another --workdir" in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
     ("old", "new", "accumulate_steps", "advice"),
     [
         (8, 4, 1, "accumulate_steps=2 splits it into microbatches of 4"),

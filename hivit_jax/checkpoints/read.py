@@ -17,9 +17,11 @@ from etils.epath import Path
 from hivit_jax.checkpoints.digests import digests, nonfinite_names
 from hivit_jax.errors import CheckpointError, first_line
 from hivit_jax.paths import absolute, is_bucket
+from hivit_jax.progress import listed
 from hivit_jax.tree import named_leaves
 
 COMMIT_FILE = "commit_success.txt"
+MAX_STEPS = 8  # steps that an error lists
 
 logging.set_verbosity(logging.FATAL)  # because Orbax logs an error before raising it
 
@@ -44,13 +46,23 @@ def find_checkpoints(path: str | Path) -> list[Path]:
             "bucket, found none\nIf the directory is a complete copy of a local "
             "checkpoint, add an empty file of this name"
         )
-    found = [p for p in path.glob("*") if p.name.isdigit() and is_complete(p)]
+    found = _complete_steps(path)
     if not found:
-        raise CheckpointError(
-            f"no checkpoint in {path}; expected a workdir or the directory of one "
-            "checkpoint"
-        )
-    return sorted(found, key=lambda p: -int(p.name))
+        problem = f"no checkpoint in {path}"
+        if not is_bucket(path) and not path.exists():
+            problem = f"{path} does not exist"
+        expected = "a workdir or the directory of one checkpoint"
+        if path.name.isdigit() and (steps := _complete_steps(path.parent)):
+            names = [step.name for step in reversed(steps)]
+            expected = f"one of the steps {listed(names, MAX_STEPS)}"
+        raise CheckpointError(f"{problem}; expected {expected}")
+    return found
+
+
+def _complete_steps(directory: Path) -> list[Path]:
+    """Return the complete checkpoints in a directory, newest first."""
+    steps = [p for p in directory.glob("*") if p.name.isdigit() and is_complete(p)]
+    return sorted(steps, key=lambda p: -int(p.name))
 
 
 def is_complete(step_path: Path) -> bool:

@@ -10,14 +10,15 @@ from hivit_jax.data.rasters import read_values
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.sources.file_index import OUTSIDE
 from hivit_jax.data.sources.registry import open_source
-from hivit_jax.errors import DataError, MissingPackage
+from hivit_jax.data.sources.relabel import is_numbered
+from hivit_jax.errors import UNAVAILABLE
 from hivit_jax.progress import counted, listed
 
 MAX_CLASSES = 5  # class names that a note lists
 
 
 def dataset_warnings(data: Any, splits: Sequence[str], needs_labels: bool) -> list[str]:
-    """Return lines about unmatched exclusions and classes without evaluation images.
+    """Return lines about unmatched exclusions and classes without images.
 
     Args:
       data, splits: see `unmatched_exclusions`.
@@ -25,6 +26,8 @@ def dataset_warnings(data: Any, splits: Sequence[str], needs_labels: bool) -> li
     """
     found = unmatched_exclusions(data, splits)
     sources = _open(data, splits) if needs_labels else []
+    if sources:
+        found += _classes_without_training_images(sources[0])
     counts = [*map(_class_counts, sources)]
     if len(counts) == 2 and all(map(len, counts)):
         found += uncovered_classes(sources[0].classes, *counts)
@@ -48,7 +51,7 @@ def _open(data: Any, splits: Sequence[str]) -> list[Source]:
     """
     try:
         return [open_source(data, split) for split in splits]
-    except (DataError, MissingPackage):
+    except UNAVAILABLE:
         return []
 
 
@@ -80,11 +83,35 @@ def uncovered_classes(
       train, test: number of images per class in each split.
     """
     found = [n for n, k, m in zip(names, train, test, strict=True) if k and not m]
-    if not found:
+    return _without_images("evaluation", found)
+
+
+def classes_without_images(source: Source, split: str = "evaluation") -> list[str]:
+    """Return a line about the classes of a split that have no images."""
+    counts = _class_counts(source)
+    return _without_images(
+        split, [n for n, k in zip(source.classes, counts, strict=False) if not k]
+    )
+
+
+def _classes_without_training_images(source: Source) -> list[str]:
+    """Return a line about classes of the training split that have no images.
+
+    Labels that start at 1 are a frequent cause.
+    """
+    lines = classes_without_images(source, "training")
+    is_empty = [not count for count in _class_counts(source)]
+    if is_numbered(source.classes) and is_empty[:1] == [True] and sum(is_empty) == 1:
+        lines[0] += "; labels start at 0: subtract 1 from labels that start at 1"
+    return lines
+
+
+def _without_images(split: str, names: Sequence[str]) -> list[str]:
+    if not names:
         return []
     return [
-        f"the evaluation has no image of {counted(len(found), 'class', 'classes')}: "
-        f"{listed(found, MAX_CLASSES)}"
+        f"the {split} has no image of {counted(len(names), 'class', 'classes')}: "
+        f"{listed(names, MAX_CLASSES)}"
     ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hivit_jax.data.loader import Batch
 from hivit_jax.data.sources.base import Source
-from hivit_jax.data.sources.registry import num_examples, open_source
+from hivit_jax.data.sources.registry import open_source
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.errors import DataError
 from hivit_jax.progress import counted
@@ -53,10 +53,11 @@ class UnreadableImages:
 
     Args:
       data: `config.data`.
+      total: number of training images.
     """
 
-    def __init__(self, data: Any):
-        self._data, self._announced = data, False
+    def __init__(self, data: Any, total: int):
+        self._data, self._total, self._announced = data, total, False
         self.indices: set[int] = set()  # on all processes, after `gather`
         self._failed: set[int] = set()  # on this process, since the last `gather`
         self._recovered: set[int] = set()
@@ -76,8 +77,7 @@ class UnreadableImages:
     def _announce_end(self) -> None:
         """Print a line once if this process has read too many unreadable images."""
         count = len(self.indices | self._failed)
-        total = num_examples(self._data, "train")
-        if not self._announced and count / total > self._data.max_unreadable:
+        if not self._announced and count / self._total > self._data.max_unreadable:
             self._announced = True
             text = (
                 f"{counted(count, 'unreadable image')}, more than data.max_unreadable="
@@ -97,19 +97,21 @@ class UnreadableImages:
         return len(self.indices)
 
 
-def check_unreadable(count: int, data: Any, split: str) -> None:
+def check_unreadable(count: int, total: int, data: Any, split: str = "train") -> None:
     """Raise DataError if more images are unreadable than `data.max_unreadable` allows.
 
     Args:
       count: number of distinct unreadable images of the split.
+      total: number of images of the split.
       data: `config.data`.
     """
-    source = open_source(data, split)
-    total = len(source)
     if count / total > data.max_unreadable:
+        hint = CHECK_HINT
+        if split == "train":
+            hint = unreadable_hint(data, open_source(data, split))
         raise DataError(
             f"{counted(count, 'image')} of {data.name} could not be read, "
             f"{count / total:.2%} of the {total:,} in the {split} split; "
             f"data.max_unreadable allows {data.max_unreadable:.2%}.\n"
-            f"{unreadable_hint(data, source)}"
+            f"{hint}"
         )

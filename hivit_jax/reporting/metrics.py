@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hivit_jax.errors import ConfigError, first_line
+from hivit_jax.errors import ConfigError, DivergedError, first_line
 from hivit_jax.paths import is_bucket
 from hivit_jax.reporting import boards
 from hivit_jax.xla.chips import chip_of
@@ -194,6 +194,31 @@ def device_metrics(
     if "peak_bytes_in_use" in stats:
         found["device_memory"] = stats["peak_bytes_in_use"]
     return found
+
+
+def fetch(pending: list, state: Mapping[str, Any]) -> dict[str, float]:
+    """Fetch and clear the pending metrics, a list of (step, metrics on the devices).
+
+    Returns:
+      The metrics of the newest step as floats; "unreadable" is summed over all steps.
+
+    Raises:
+      DivergedError: the loss, gradient or updated state of a step is not finite.
+    """
+    fetched = jax.device_get(pending)
+    pending.clear()
+    for step, values in fetched:
+        if not values.pop("finite"):
+            good_step = jax.device_get(state["step"])
+            raise DivergedError(
+                f"step {step}: loss {values['loss']}, gradient norm "
+                f"{values['gradient_norm']}, learning rate {values['learning_rate']}; "
+                "expected finite numbers, also in the updated parameters, statistics "
+                "and optimizer state.\n"
+                f"The last good state, of step {good_step}, is saved."
+            )
+    newest = {name: float(value) for name, value in fetched[-1][1].items()}
+    return newest | {"unreadable": int(sum(v["unreadable"] for _, v in fetched))}
 
 
 def evaluations(workdir: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from hivit_jax import inputs
 from hivit_jax.data.notes import unmatched_exclusions
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources.registry import open_source
+from hivit_jax.data.sources.relabel import check_labels
 from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.sharding import BATCH, make_mesh, on_mesh, state_shardings
 from hivit_jax.errors import ConfigError
@@ -125,7 +126,7 @@ def encode_split(
         heartbeat()
     columns = map(np.concatenate, zip(*parts, strict=True))
     features, labels, weight, unreadable = columns
-    check_unreadable(int(unreadable.sum()), config.data, split)
+    check_unreadable(int(unreadable.sum()), size, config.data, split)
     return features[weight > 0], labels[weight > 0]
 
 
@@ -144,7 +145,7 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
         raise ConfigError(
             "data.multi_label=True: the modes knn and probe expect one label per image"
         )
-    inputs.check_labels(config, open_source(config.data, "train"))
+    check_labels(config.data, open_source(config.data, "train"))
     for warning in unmatched_exclusions(config.data, inputs.used_splits(config)):
         log(f"warning: {warning}")
     pretrained = load.read_for(config.model, config.init_from)

@@ -13,7 +13,7 @@ from flax import nnx
 from hivit_jax import config as configs
 from hivit_jax import inputs, rng, tasks
 from hivit_jax.data.notes import dataset_warnings
-from hivit_jax.errors import DataError, MissingPackage
+from hivit_jax.errors import UNAVAILABLE
 from hivit_jax.models import Model
 from hivit_jax.paths import open_path
 from hivit_jax.record import differences
@@ -72,7 +72,7 @@ def draw_figures(config: Any, workdir: str | Path) -> str:
     try:
         task = inputs.make_task(config, "train")
         batch = next(inputs.train_batches(config, 0, 1))
-    except (DataError, MissingPackage) as error:
+    except UNAVAILABLE as error:
         return f"{directory}/schedule.png; no images drawn: {error}"
     keys = rng.step_keys(config.seed, "train", jnp.uint32(0), 16)
     images = task.training_images(batch, keys)

@@ -110,11 +110,14 @@ def open_images(
       HivitError: a path does not exist, a directory contains no image, or the dataset
         cannot be read.
     """
+    classes = pretrained.info.get("class_names", ())
     if not paths:
-        source = registry.open_source(config.data, "test")
+        needs_labels = tasks.find(config.task).needs_labels
+        known = classes if needs_labels else ()
+        source = registry.open_source(config.data, "test", known)
         classes = source.classes
     else:
-        classes = pretrained.info.get("class_names") or _classes_of_dataset(config)
+        classes = classes or _classes_of_dataset(config)
         # With several labels per image, all labels are unknown, because the name of a
         # directory contains only one label.
         source = Paths(paths, () if config.data.multi_label else classes)

@@ -311,8 +311,9 @@ def test_eval_mode_prints_the_last_evaluation(
         # One of 11 images is unreadable.
         assert main([*command, "--config.data.max_unreadable=0.09"]) == 4
         assert "1 image of folder could not be read, 9.09%" in capsys.readouterr().err
-        all_batches = inputs.eval_batches
-        monkeypatch.setattr(inputs, "eval_batches", lambda c: [next(all_batches(c))])
+        all_batches = inputs.source_batches
+        first = lambda *arguments: [next(all_batches(*arguments))]  # noqa: E731
+        monkeypatch.setattr(inputs, "source_batches", first)
         assert main(command) == 4
         expected = "evaluated 7 images and could not read 1; expected 11 in total"
         assert expected in capsys.readouterr().err

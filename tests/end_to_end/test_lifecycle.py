@@ -224,8 +224,14 @@ def test_resumed_run_repeats_failed_evaluations(finished, watch, tmp_path, monke
     mini_runs.assert_identical(resumed, uninterrupted)
 
 
-def test_missing_data_exits_with_code_4(watch, tmp_path, capsys):
+@pytest.mark.parametrize("mode", ["train", "describe", "knn"])
+def test_missing_data_directory_exits_with_code_2(watch, tmp_path, capsys, mode):
     flags = ["--config.data.name=folder", "--config.data.train_examples=0"]
-    paths = [f"--config.data.dir={tmp_path}/none", f"--workdir={tmp_path}/run"]
-    assert main.main([*COMMAND, *flags, *paths]) == 4
-    assert "no directory" in capsys.readouterr().err
+    flags += [f"--workdir={tmp_path}/run", f"--mode={mode}"]
+    for directory, error in (
+        (f"{tmp_path}/none", "none' does not exist; set --config.data.dir=PATH"),
+        ("", "data.name='folder' requires data.dir=DIR"),
+    ):
+        command = [*COMMAND, *flags, f"--config.data.dir={directory}"]
+        assert main.main(command) == 2
+        mini_runs.check_message(capsys.readouterr().err, [error])

@@ -137,5 +137,5 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
 
     missing = ["--config.data.name=folder", f"--config.data.dir={tmp_path / 'none'}"]
     command += [*missing, "--config.data.train_examples=0"]
-    assert main([*command, f"--workdir={tmp_path / 'x'}"]) == 4
-    assert "no directory" in capsys.readouterr().err
+    assert main([*command, f"--workdir={tmp_path / 'x'}"]) == 2
+    assert "none' does not exist" in capsys.readouterr().err

@@ -215,7 +215,7 @@ def test_command_does_not_compare_on_another_platform(workdirs, tmp_path, capsys
         ("hivit_base", "m", ["--what=logits"], 2, "invalid choice: 'logits'"),
         ("hivit_base", "m.onnx", ["--platforms=cpu"], 2, "does not apply to ONNX"),
         ("hivit_base", "absent/m", ["--platforms=tpu"], 2, "No such file or directory"),
-        ("absent", "m", [], 5, "no checkpoint in"),
+        ("absent", "m", [], 5, "does not exist"),
     ],
 )
 def test_invalid_command_writes_nothing(

@@ -165,7 +165,7 @@ def test_visible_statistics_predict_the_mean_of_the_visible_units(tmp_path):
         ("hivit_base", "a.png", 2, "is a hivit_base, which has no decoder"),
         ("mae_hivit_base", "nowhere.png", 2, "no such file or directory"),
         ("mae_hivit_base", "text.png", 4, "text.png: no image can be read"),
-        ("nothing", "a.png", 5, "no checkpoint in"),
+        ("nothing", "a.png", 5, "does not exist"),
     ],
 )
 def test_unsuitable_model_or_image_is_an_error(

@@ -422,7 +422,7 @@ def test_directory_with_an_invalid_config_is_refused(tmp_path, capsys):
         check_refused(
             tmp_path, "config.json cannot be read|invalid model arguments", capsys
         )
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
         read(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="nowhere.pth cannot be read"):
         read(tmp_path / "nowhere.pth")

@@ -60,7 +60,7 @@ class Archives(FileSource):
         multi_label: bool = False,
     ):
         self._multi_label = multi_label
-        self.root = directory = directory.rstrip("/") if directory else "."
+        self.root = directory = directory.rstrip("/")
         files = self._files(directory, split)
         is_cached = cache_dir and storage.is_remote(directory)
         cache = ShardCache(cache_dir) if is_cached else None

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from hivit_jax.data.sources.file_index import (
     subdirectories,
 )
 from hivit_jax.data.sources.layout import found_in
-from hivit_jax.data.sources.splits import FileSource
-from hivit_jax.errors import DataError
+from hivit_jax.data.sources.splits import NO_EVALUATION, FileSource, parse_slice
+from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.paths import expand
 from hivit_jax.progress import Progress
 
 __all__ = ["HIDDEN", "OUTSIDE", "SYSTEM_NAMES", "Folder", "Images", "is_hidden"]
+FOLDER_SPLITS = "train", "val"  # default names
 
 
 class Images(Source):
@@ -182,6 +183,47 @@ class Folder(FileSource):
 
     def relative_paths(self) -> list[str]:
         return [os.fsdecode(file) for file in self._files.tolist()]
+
+
+def folder_splits(
+    directory: str, train_split: str, eval_split: str, has_evaluation: bool
+) -> tuple[str, str]:
+    """Return the training and evaluation split of class folders.
+
+    Args:
+      has_evaluation: False if evaluation images are held out or there are none. The
+        default training split is then `directory` itself, unless `directory` contains a
+        directory "train".
+    """
+    train_default, eval_default = FOLDER_SPLITS
+    if not has_evaluation:
+        eval_split = ""
+        if not is_directory(f"{directory}/{train_default}"):
+            train_default = "."
+    return train_split or train_default, eval_split or eval_default
+
+
+def check_workdir(workdir: str, data: Mapping[str, Any]) -> None:
+    """Raise ConfigError if class folders would contain the files of a run.
+
+    Args:
+      workdir: directory of the run.
+      data: the `data` section of a config.
+    """
+    directory = expand(data["dir"])
+    is_remote = any(map(storage.is_remote, (directory, workdir)))
+    if data["name"] != "folder" or not directory or is_remote:
+        return
+    has_evaluation = data["eval_split"] != NO_EVALUATION and not data["eval_fraction"]
+    keys = data["train_split"], data["eval_split"], has_evaluation
+    workdir = Path(workdir).resolve()
+    for split in folder_splits(directory, *keys):
+        searched = Path(directory, parse_slice(split)[0]).resolve()
+        if searched in (workdir, *workdir.parents):
+            raise ConfigError(
+                f"--workdir={workdir} is in the directory of images {searched}, where "
+                "its subdirectories would count as classes; choose a --workdir outside"
+            )
 
 
 class _Paths:

@@ -15,17 +15,15 @@ def found_in(directory: str, names: Iterable[str] = ()) -> str:
     """Return the content of `data.dir` as text, such as ``data.dir='x' contains a, b``.
 
     Args:
-      directory: `data.dir`; "": the current directory.
+      directory: `data.dir`.
       names: files in a bucket; local directories are listed.
     """
-    text, path = f"data.dir={directory!r}", expand(directory) or "."
+    text, path = f"data.dir={directory!r}", expand(directory)
     if not storage.is_remote(path):
         if not os.path.exists(path):
             return f"{text} does not exist"
         if not os.path.isdir(path):
             return f"{text} is a file"
-        if not directory:
-            text = "data.dir is not set, and the current directory"
         names = os.listdir(path)
     visible = sorted(name for name in names if not is_hidden(name))
     return f"{text} contains {listed(visible, MAX_NAMES)}"

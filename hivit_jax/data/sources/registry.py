@@ -1,7 +1,8 @@
 """Open the source that `data.name` selects."""
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,8 +12,8 @@ from hivit_jax.data import storage
 from hivit_jax.data.sources.archives import WebDataset, Zip
 from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.digits import NUM_TEST, NUM_TRAIN, Digits
-from hivit_jax.data.sources.file_index import is_directory
-from hivit_jax.data.sources.folder import Folder
+from hivit_jax.data.sources.folder import FOLDER_SPLITS, Folder, folder_splits
+from hivit_jax.data.sources.relabel import match_classes
 from hivit_jax.data.sources.splits import (
     NO_EVALUATION,
     Selection,
@@ -22,15 +23,19 @@ from hivit_jax.data.sources.splits import (
 from hivit_jax.data.sources.synthetic import Synthetic
 from hivit_jax.data.sources.tables import Table, table_path
 from hivit_jax.data.sources.tfds import Tfds
-from hivit_jax.errors import ConfigError, DataError, import_class
+from hivit_jax.errors import ConfigError, DataError, MissingDirectory, import_class
 from hivit_jax.paths import expand
 
 # Datasets whose images `Selection` can select by path.
 SELECTABLE = ("folder", "csv", "webdataset", "zip")
 # data.name -> default names of the training and evaluation split; "": any other name.
-DEFAULT_SPLITS = {"": ("train", "validation")} | dict.fromkeys(
-    ("folder", "webdataset", "zip"), ("train", "val")
-)
+DEFAULT_SPLITS = {
+    "": ("train", "validation"),
+    "folder": FOLDER_SPLITS,
+    "webdataset": ("train", "val"),
+    "zip": ("train", "val"),
+    "csv": ("train.csv", "val.csv"),
+}
 ARCHIVES = {"webdataset": WebDataset, "zip": Zip}
 SINGLE_LABEL = ("folder", "digits", "synthetic")
 
@@ -52,30 +57,36 @@ def published_info(data: Mapping[str, Any]) -> DatasetInfo | None:
     return None
 
 
-def num_examples(data: Mapping[str, Any], split: str) -> int:
-    """Return the number of examples of a split ("train" or "test")."""
-    return len(open_source(data, split))
-
-
-def open_source(data: Mapping[str, Any], split: str) -> Source:
+def open_source(
+    data: Mapping[str, Any], split: str, classes: Sequence[str] = ()
+) -> Source:
     """Open a split ("train" or "test") of the dataset that the config selects.
 
     Args:
       data: the `data` section of a config.
+      classes: class names of a trained model, to which the labels shall refer; see
+        `match_classes`. The test split of files or archives can then be opened without
+        the training split. (): the training split determines the classes.
 
     Raises:
-      ConfigError: the name is unknown, or the dataset does not support
-        `train_examples`.
+      ConfigError: the name is unknown, the dataset does not support `train_examples`,
+        or it has other classes than the model.
       DataError: the dataset cannot be read.
     """
     keys = ("train_split", "eval_split", "train_examples", "subset")
-    values = [data[key] for key in keys]
+    values = {key: data[key] for key in keys}
     # Configs of earlier versions and of other programs may lack the following keys.
     names = ("eval_fraction", "eval_group", "exclude")
     selection = Selection(**{key: data[key] for key in names if key in data})
     labels = data.get("class_level", "top"), data.get("multi_label", False)
     directories = expand(data["dir"]), expand(data.get("cache", ""))
-    return _open(split, data["name"], *directories, *values, selection, *labels)
+    known, name = bool(classes) and split == "test", data["name"]
+    if known and not selection.eval_fraction and name in SELECTABLE:
+        # The split's own classes suffice, so that no training split is needed.
+        values["train_split"] = values["eval_split"] or DEFAULT_SPLITS[name][1]
+    options = *values.values(), selection, *labels, known
+    source = _open(split, name, *directories, *options)
+    return match_classes(source, classes, data["dir"]) if known else source
 
 
 @lru_cache(maxsize=8)
@@ -91,6 +102,7 @@ def _open(
     selection: Selection,
     class_level: str,
     multi_label: bool,
+    classes_known: bool,
 ) -> Source:
     if split == "test" and eval_split == NO_EVALUATION:
         raise ConfigError(
@@ -111,6 +123,7 @@ def _open(
     # because the version starts with a digit.
     if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):
         return import_class("data.name", name)(split, directory)
+    _check_directory(name, directory)
     splits = train_split, eval_split
     if name == "folder":
         if cache_dir and storage.is_remote(directory):
@@ -123,14 +136,11 @@ def _open(
         options = *splits, selection, multi_label
         source = _open_archives(name, directory, cache_dir, split, *options)
     elif name == "csv":
-        source = _open_table(directory, split, *splits, selection, multi_label)
+        options = *splits, selection, multi_label, classes_known
+        source = _open_table(directory, split, *options)
     else:
-        train_default, eval_default = DEFAULT_SPLITS[""]
-        split_name = (
-            train_split or train_default
-            if split == "train"
-            else eval_split or eval_default
-        )
+        index = ("train", "test").index(split)
+        split_name = splits[index] or DEFAULT_SPLITS[""][index]
         source = Tfds(name, directory, split_name, cache_dir, multi_label)
     if train_examples:
         raise ConfigError(
@@ -157,6 +167,22 @@ def _check_selection(
             )
 
 
+def _check_directory(name: str, directory: str) -> None:
+    """Raise MissingDirectory if `data.dir` is required or does not exist."""
+    if name in SELECTABLE and not directory:
+        raise MissingDirectory(
+            f"data.name={name!r} requires data.dir=DIR; data.dir=. is the current "
+            "directory"
+        )
+    is_local = directory and not storage.is_remote(directory)
+    if is_local and not os.path.exists(directory):
+        start = "" if os.path.isabs(directory) else f", relative to {os.getcwd()}"
+        raise MissingDirectory(
+            f"data.dir={directory!r} does not exist{start}; set "
+            "--config.data.dir=PATH to the dataset"
+        )
+
+
 def _open_folder(
     directory: str,
     split: str,
@@ -165,17 +191,9 @@ def _open_folder(
     selection: Selection,
     class_level: str,
 ) -> Source:
-    """Open a split of class folders or unlabeled images.
-
-    If evaluation images are held out or there is no evaluation, the default training
-    split is `directory` itself, unless `directory` contains a directory "train".
-    """
-    train_default, eval_default = DEFAULT_SPLITS["folder"]
-    if selection.eval_fraction or eval_split == NO_EVALUATION:
-        eval_split = ""
-        if not is_directory(f"{directory}/{train_default}"):
-            train_default = "."
-    splits = train_split or train_default, eval_split or eval_default
+    """Open a split of class folders or unlabeled images."""
+    has_evaluation = eval_split != NO_EVALUATION and not selection.eval_fraction
+    splits = folder_splits(directory, train_split, eval_split, has_evaluation)
     chosen, train, percent = _parse_splits(split, *splits, selection)
     source = Folder(directory, chosen, train, class_level)
     return select(source, selection, split == "test", percent)
@@ -220,26 +238,30 @@ def _open_table(
     eval_split: str,
     selection: Selection,
     multi_label: bool,
+    classes_known: bool,
 ) -> Source:
     """Open a split of the images that are listed in a CSV file or a list of paths.
 
     If `directory` is a directory, it contains the files `train_split` and `eval_split`.
     If it is a file, the two names are values of the file's column "split". This column
-    takes precedence over `eval_fraction`.
+    takes precedence over `eval_fraction`. With `classes_known`, the test split of a
+    file without this column is the whole file.
     """
     if Path(directory).is_file():
         train_file = file = table_path(directory, "")
         split_name = train_split if split == "train" else eval_split
     else:
-        train_file = file = table_path(directory, train_split or "train.csv")
+        train_default, eval_default = DEFAULT_SPLITS["csv"]
+        train_file = file = table_path(directory, train_split or train_default)
         split_name = ""
         if split == "test" and not selection.eval_fraction:
-            file = table_path(directory, eval_split or "val.csv")
+            file = table_path(directory, eval_split or eval_default)
     source = Table(file, train_file, split, split_name, multi_label)
     if source.has_splits:
         return select(source, replace(selection, eval_fraction=0.0), False)
     is_shared = file == train_file and not selection.eval_fraction
-    if is_shared and (split == "test" or split_name):
+    needs_column = split == "test" and not classes_known
+    if is_shared and (needs_column or split_name):
         raise DataError(
             f"{file} has no column 'split'; set data.eval_fraction=0.1 to hold out "
             "images, or data.eval_split=none to train without evaluation"

@@ -66,10 +66,10 @@ def test_digits_are_encoded_as_png():
     assert sample["label"] == source.labels[5]
 
 
-def test_num_examples_counts_the_selected_digits():
+def test_length_counts_the_selected_digits():
     data = digits_config(data__train_examples=100).data
-    assert registry.num_examples(data, "train") == 100
-    assert registry.num_examples(data, "test") == 360
+    assert len(registry.open_source(data, "train")) == 100
+    assert len(registry.open_source(data, "test")) == 360
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 
 from hivit_jax.data.sources import layout, registry
-from hivit_jax.errors import DataError
+from hivit_jax.errors import DataError, MissingDirectory
 
 pytestmark = pytest.mark.usefixtures("cache_directory")
 KEYS = dict(train_split="", eval_split="", train_examples=0, subset=0)
@@ -17,10 +17,10 @@ LAYOUTS = {
 }
 
 
-def error_of(name, directory, **keys):
+def error_of(name, directory, kind=DataError, **keys):
     """Return the error of opening the training split."""
     registry._open.cache_clear()
-    with pytest.raises(DataError) as error:
+    with pytest.raises(kind) as error:
         registry.open_source(KEYS | dict(name=name, dir=str(directory)) | keys, "train")
     return str(error.value)
 
@@ -28,18 +28,14 @@ def error_of(name, directory, **keys):
 @pytest.mark.parametrize("fraction", [0.0, 0.1])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_errors_name_the_key_and_its_content_and_the_layout(name, fraction, tmp_path):
-    """`data.dir` is a file, does not exist, or contains other files."""
+    """`data.dir` is a file, or contains other files."""
     if name == "mnist" and fraction:
         pytest.skip("not supported by TFDS")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "readme.md").touch()
     (tmp_path / "other" / ".hidden").touch()
     (tmp_path / "x.tar").write_bytes(b"\xff" * 100)
-    cases = {
-        "x.tar": "is a file",
-        "nowhere": "does not exist",
-        "other": "contains readme.md",
-    }
+    cases = {"x.tar": "is a file", "other": "contains readme.md"}
     for directory, found in cases.items():
         message = error_of(name, tmp_path / directory, eval_fraction=fraction)
         assert len(message.splitlines()) <= 3
@@ -55,12 +51,28 @@ def test_errors_name_the_key_and_its_content_and_the_layout(name, fraction, tmp_
         assert LAYOUTS[name] in message
 
 
-def test_text_without_data_dir_names_the_current_directory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_missing_data_dir_is_an_error_of_the_config(name, tmp_path, monkeypatch):
+    """The error about a relative path names the current directory."""
     monkeypatch.chdir(tmp_path)
-    assert layout.found_in("").endswith("the current directory contains nothing")
+    assert MissingDirectory.exit_code == 2
+    message = error_of(name, f"{tmp_path}/nowhere", MissingDirectory)
+    assert f"data.dir='{tmp_path}/nowhere' does not exist" in message
+    message = error_of(name, "nowhere", MissingDirectory)
+    assert f"data.dir='nowhere' does not exist, relative to {tmp_path};" in message
+    assert len(message.splitlines()) == 1
+    assert "data.dir='.'" in error_of(name, ".")
+    if name != "mnist":  # TFDS has a default directory
+        message = error_of(name, "", MissingDirectory)
+        assert message.startswith(f"data.name={name!r} requires data.dir=DIR")
+
+
+def test_text_of_a_directory_lists_its_first_names(tmp_path):
+    directory = str(tmp_path)
+    assert layout.found_in(directory).endswith(" contains nothing")
     for k in range(layout.MAX_NAMES + 1):
         (tmp_path / f"{k}").touch()
-    assert layout.found_in("").endswith(
+    assert layout.found_in(directory).endswith(
         " contains 0, 1, 2, 3, 4, 5, 6, 7, ... and 1 more"
     )
     assert layout.found_in("gs://b", ["a", "b"]) == "data.dir='gs://b' contains a, b"
