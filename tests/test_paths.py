@@ -9,7 +9,7 @@ import pytest
 from hivit_jax import config as configs
 from hivit_jax import main
 from hivit_jax.data.sources.registry import open_source
-from hivit_jax.errors import ConfigError, DataError, MissingPackage
+from hivit_jax.errors import ConfigError, MissingPackage
 from hivit_jax.paths import absolute, expand
 from hivit_jax.xla.compile import enable_compilation_cache
 
@@ -64,7 +64,7 @@ def test_tilde_is_expanded_in_data_dir(home):
     for directory, path in (("~/d", f"{home}/d"), ("~no-such-user-7/d", "~no-such")):
         with config.unlocked():
             config.data.dir = directory
-        with pytest.raises(DataError, match=f"no directory {path}"):
+        with pytest.raises(ConfigError, match=f"{path}.* does not exist"):
             open_source(config.data, "train")
 
 
