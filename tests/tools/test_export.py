@@ -180,8 +180,9 @@ def test_command_writes_the_model_and_its_info(workdirs, tmp_path, capsys):
     checkpoint, out = workdirs / "mae_hivit_base", tmp_path / "model"
     flags = [f"--checkpoint={checkpoint}", f"--out={out}", "--what=features"]
     assert export.main(flags) == 0
-    model, start, types, written, end = capsys.readouterr().out.splitlines()
+    model, note, start, types, written, end = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"model: {checkpoint}/\S+ \(step \d+, the newest.*\)", model)
+    assert note.startswith("note: assumed, as not in the file: mean ")
     assert start.startswith("exporting features of mae_hivit_base, which may take")
     assert re.fullmatch(r"exported in \d+\.\d s", end)
     assert types == (
@@ -200,7 +201,7 @@ def test_command_writes_the_model_and_its_info(workdirs, tmp_path, capsys):
 def test_command_does_not_compare_on_another_platform(workdirs, tmp_path, capsys):
     flags = [f"--checkpoint={workdirs / 'hivit_base'}", f"--out={tmp_path / 'model'}"]
     assert export.main([*flags, "--platforms=cuda,tpu"]) == 0
-    _, _, types, written, _ = capsys.readouterr().out.splitlines()
+    *_, types, written, _ = capsys.readouterr().out.splitlines()
     assert types == "classifier: float32[b, 64, 64, 3] -> float32[b, 10]"
     assert "MB, cuda, tpu; not compared with the model" in written
     assert written.endswith("because the file cannot run here")
