@@ -34,7 +34,7 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
         # 8-bit values in a 16-bit file are divided by 257, and all become 0 or 1.
         (PHOTO[..., 0].astype(np.uint16), (), "2 of "),
         (UNIT, (0, 100), "4 of 3072 levels remain"),
-        (UNIT + 2, (0, 1), "1 of 3072 levels remain; values are 2 to 3, black and white"),
+        (UNIT + 2, (0, 1), "1 of 3072 levels remain; values are 2 to 3, black"),
         (PHOTO[..., 0].astype(np.int32), (-(2**31), 2**31), "1 of "),
     ],
 )
