@@ -91,7 +91,7 @@ def tiles() -> dict[str, np.ndarray]:
 
 
 def digits() -> dict[str, np.ndarray]:
-    """Return scikit-learn's digits by class, uint8 [n, 8, 8]."""
+    """Return the training split of the digits by class, uint8 [n, 8, 8]."""
     source = Digits("train")
     return {str(k): source.pixels()[source.labels == k] for k in range(10)}
 

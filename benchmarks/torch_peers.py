@@ -15,7 +15,7 @@ class ViT(nn.Module):
     """ViT-B/16, or its masked autoencoder (He et al., 2022).
 
     The masked autoencoder has 111.9 M parameters, the classifier 86.6 M. In the masked
-    autoencoder, the encoder processes a quarter of the units and a class token. The
+    autoencoder, the encoder processes a class token and a quarter of the units. The
     decoder has 8 blocks of width 512. The targets are pixels normalized per unit.
 
     Args:
@@ -140,7 +140,7 @@ class Swin(nn.Module):
     Args:
       num_classes: classes of the head; 0: SimMIM.
       window: side of a window in tokens. Images have 32 * window pixels per side. The
-        official classifier uses 7, the official pretraining with SimMIM uses 6.
+        official classifier uses 7. The official pretraining with SimMIM uses 6.
     """
 
     def __init__(self, num_classes: int = 0, window: int = 7):

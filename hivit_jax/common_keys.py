@@ -21,13 +21,10 @@ KEYS = {
     ),
     "log_every": Key(50, "steps between log lines", 1),
     "eval_every": Key(1251, "steps between evaluations; 1251: an ImageNet epoch", 1),
-    "checkpoint_every": Key(1251, "steps between checkpoints", 1),
+    "checkpoint_every": Key(1251, "steps between checkpoints; a new best is saved", 1),
     "keep_checkpoints": Key(3, "newest checkpoints to keep in addition to the best", 1),
     "early_stopping": Key(
-        0,
-        "end the run after this many evaluations without a new best, and save each "
-        "new best; 0: never",
-        0,
+        0, "end the run after this many evaluations without a new best; 0: never", 0
     ),
     "compilation_cache": Key(
         "", "directory for compiled programs; empty: `compiled` in the workdir"
@@ -91,16 +88,16 @@ KEYS = {
         ),
         "eval_group": Key(
             "",
-            "regular expression; images whose paths match the same text in the first "
-            "group of the expression stay in the same split",
+            "regular expression with a group; images whose paths have the same text in "
+            "the first group stay in the same split",
         ),
         "exclude": Key(
             "", "text file that lists the images to leave out, one path per line"
         ),
         "multi_label": Key(
             False,
-            "an image has any number of labels: separated by `;` in a CSV file, a tar "
-            "or a zip archive, or a sequence of labels in TFDS",
+            "an image may have any number of labels; CSV files and archives separate "
+            "labels by `;`, and TFDS stores a sequence",
         ),
         "class_level": Key(
             "top",
@@ -163,7 +160,8 @@ KEYS = {
         ),
         "value_range": Key(
             (),
-            "values of black and white in images with more than 8 bits; (): (0, 65535)",
+            "values of black and white in images with more than 8 bits; (): the whole "
+            "range of unsigned integers of up to 16 bits",
             item=float,
         ),
         "interpolation": Key("bicubic", "resize filter", choices=tuple(FILTER_RADIUS)),

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs, rng, tasks
 from hivit_jax.config import due_after
-from hivit_jax.data.notes import exclusion_warnings
+from hivit_jax.data.notes import unmatched_exclusions
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.processes import gather_objects
@@ -172,7 +172,7 @@ def evaluate_checkpoint(
     """
     pretrained = load.read_for(config.model, checkpoint or workdir)
     task = inputs.make_task(config, "test")
-    for warning in exclusion_warnings(config.data, inputs.used_splits(config)):
+    for warning in unmatched_exclusions(config.data, inputs.used_splits(config)):
         console.log(f"warning: {warning}")
     mesh = make_mesh(config.mesh, config.batch_size)
     graphdef, variables = restore(pretrained, task, mesh)

@@ -22,7 +22,7 @@ from hivit_jax.data.sources.registry import open_source, published_info
 from hivit_jax.data.sources.splits import NO_EVALUATION
 from hivit_jax.data.tf_data import Plan
 from hivit_jax.data.transforms import Transform
-from hivit_jax.data.unreadable import CHECK_HINT
+from hivit_jax.data.unreadable import unreadable_hint
 from hivit_jax.errors import ConfigError, DataError, MissingPackage
 from hivit_jax.keys import INT_MAX
 
@@ -255,7 +255,7 @@ def check_splits(config: Any, task: tasks.Task) -> list[str]:
         if not readable:
             raise DataError(
                 f"the {split} split of {config.data.name} has no readable image among "
-                f"the {len(indices)} checked\n{CHECK_HINT}"
+                f"the {len(indices)} checked\n{unreadable_hint(config.data, source)}"
             )
     return notes
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from hivit_jax.augment import image as image_ops
 from hivit_jax.data import crops
-from hivit_jax.data.decoding import PIL_MODES, StoredValues, UnsuitableImage
+from hivit_jax.data.decoding import PIL_MODES, StoredValues, UnsuitableImageError
 from hivit_jax.data.rasters import decode
 from hivit_jax.errors import ConfigError, DataError, first_line
 from hivit_jax.models import Model
@@ -59,7 +59,7 @@ def _resize(image: Any, info: ModelInfo) -> np.ndarray:
     """Convert one image to [H, W, C] of the dtype `info.dtype`."""
     try:
         pixels, size = _pixels(image, info), info.image_size
-    except UnsuitableImage as error:
+    except UnsuitableImageError as error:
         raise DataError(error.after_training) from error
     resized = np.zeros((*size, info.channels), info.dtype)
     crop = crops.center_crop(*pixels.shape[:2], size, info.crop)
@@ -84,7 +84,7 @@ def _pixels(image: Any, info: ModelInfo) -> np.ndarray:
         try:
             content = image if is_content else Path(path).read_bytes()
             return decode(content, channels, value_range, info.dtype)
-        except UnsuitableImage as error:
+        except UnsuitableImageError as error:
             raise DataError(f"cannot read {path}: {error.after_training}") from error
         except Exception as error:  # damaged files cause exceptions of many types
             raise DataError(f"cannot read {path}: {first_line(error)}") from error

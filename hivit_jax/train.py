@@ -138,7 +138,7 @@ def train(
 
     # --- Steps ------------------------------------------------------------------------
     throughput, results, pending = metrics.Throughput(), None, []
-    first_step, unreadable = step, UnreadableImages()
+    first_step, unreadable = step, UnreadableImages(config.data)
     try:
         stop = stop_requested(step)
         if missing and not stop:
@@ -177,8 +177,7 @@ def train(
                 check_unreadable(scalars["unreadable"], config.data, "train")
                 with throughput.pause():
                     # Precedes the checkpoint, so that no resumed run skips this.
-                    if due["eval"]:
-                        results = run_evaluation()
+                    if due["eval"] and (results := run_evaluation()):
                         stalled, improved = stop_early(step)
                         finished |= stalled
                         due["checkpoint"] |= stalled or improved or bool(stop)

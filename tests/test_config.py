@@ -53,8 +53,11 @@ BAD_OVERRIDES = [
     (["mesh.data=3"], ["mesh=", "'data': 3", "8 devices"]),
     (["mesh.tensor=16"], ["mesh=", "'tensor': 16", "8 devices"]),
     (["mesh.fsdp=-1"], ["mesh=", "'fsdp': -1", "at most one of them -1"]),
-    (["model.num_heads=3"], ["num_heads=3", "embed_dim=64", "multiple"]),
-    (["model.decoder_num_heads=3"], ["decoder_num_heads=3", "decoder_embed_dim=32"]),
+    (["model.num_heads=3"], ["num_heads=3", "embed_dim, which is 64", "divisor"]),
+    (
+        ["model.decoder_num_heads=3"],
+        ["decoder_num_heads=3", "decoder_embed_dim, which is 32"],
+    ),
     (["model.name=mae_hivit_bse"], ["'mae_hivit_bse'", "'mae_hivit_base'?"]),
     (["task=classification"], ["'classification'", "'classify'?"]),
     (["task=classify"], ["task='classify'", "expected a Classifier"]),

@@ -448,7 +448,10 @@ def test_run_warns_of_small_classes_and_unmatched_exclusions(tmp_path, monkeypat
         f"data.exclude={tmp_path}/list.txt: 2 entries match no image, the first is "
         "'z/0.png'; expected paths as check_data --list writes them"
     )
-    assert second == "the evaluation has no image of 6 classes: b, c, d, e, f, ..."
+    assert (
+        second
+        == "the evaluation has no image of 6 classes: b, c, d, e, f, ... and 1 more"
+    )
     splits = inputs.used_splits(cfg)
     assert notes.dataset_warnings(cfg.data, splits, True) == [first, second]
     assert notes.dataset_warnings(cfg.data, splits, False) == [first]
@@ -521,7 +524,7 @@ def batch_of(*examples):
 
 def test_unreadable_images_are_counted_once(monkeypatch):
     """Each image whose last read failed counts once, over all epochs and processes."""
-    unreadable = UnreadableImages()
+    unreadable = UnreadableImages(digits_config().data)
     batches = [
         batch_of((0, 1), (1, 0)),
         batch_of((2, 1), (0, 1)),
@@ -541,6 +544,19 @@ def test_unreadable_images_are_counted_once(monkeypatch):
     )
     assert unreadable.gather() == 3
     assert unreadable.indices == {2, 5, 7}
+
+
+def test_too_many_unreadable_images_announce_the_end(capsys):
+    """The line is printed once, before the next log line ends the run."""
+    unreadable = UnreadableImages(digits_config(data__max_unreadable=0.001).data)
+    list(unreadable.watch([batch_of((0, 1), (1, 0)), batch_of((0, 1))]))
+    assert capsys.readouterr().err == ""
+    list(unreadable.watch([batch_of((2, 1)), batch_of((3, 1))]))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "2 unreadable images, more than data.max_unreadable=0.001 allows: the run ends "
+        "at one of its next log lines"
+    )
 
 
 def test_too_large_fraction_of_unreadable_images_is_an_error():

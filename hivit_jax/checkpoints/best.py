@@ -1,26 +1,33 @@
 """The checkpoint that a run keeps in addition to its newest ones."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
+from etils.epath import Path
 from orbax.checkpoint import checkpoint_managers
 
-from hivit_jax.reporting.metrics import Best, score
+from hivit_jax.reporting import metrics
+from hivit_jax.reporting.metrics import Best
 
 
-class _FirstBest(checkpoint_managers.BestN):
-    """BestN that keeps the first of equally good checkpoints instead of the last."""
+class KeepBest(checkpoint_managers.PreservationPolicy):
+    """Policy that keeps the first checkpoint with the best evaluation.
+
+    The evaluations of earlier starts are read from metrics.jsonl, so that a resumed run
+    still keeps its best checkpoint.
+
+    Args:
+      workdir: the run's directory.
+      best: name of a metric, and "max" or "min". Checkpoints without a finite value of
+        this metric are never the best.
+    """
+
+    def __init__(self, workdir: Path, best: Best):
+        self._best = best
+        self._recorded = {line["step"]: line for line in metrics.evaluations(workdir)}
 
     def should_preserve(self, checkpoints: Sequence[Any], **context) -> list[bool]:
-        flags = super().should_preserve(checkpoints[::-1], **context)
-        return [*flags][::-1]
-
-
-def keep_best(best: Best) -> _FirstBest:
-    """Return the policy that keeps the first checkpoint with the best evaluation."""
-    return _FirstBest(
-        get_metric_fn=partial(score, best=best),
-        n=1,
-        keep_checkpoints_without_metrics=False,
-    )
+        results = [x.metrics or self._recorded.get(x.step, {}) for x in checkpoints]
+        finite = metrics.finite_evaluations(results, self._best)
+        best = metrics.best_evaluation(finite, self._best) if finite else None
+        return [each is best for each in results]

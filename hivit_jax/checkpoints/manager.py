@@ -26,7 +26,7 @@ from etils.epath import Path
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
-from hivit_jax.checkpoints.best import keep_best
+from hivit_jax.checkpoints.best import KeepBest
 from hivit_jax.checkpoints.digests import digests
 from hivit_jax.checkpoints.names import match_names
 from hivit_jax.checkpoints.read import (
@@ -74,14 +74,14 @@ class Checkpoints:
         dataset: Mapping[str, Any] | None = None,
     ):
         self._dataset = dataset
+        self.directory = absolute(workdir) / "checkpoints"
         newest = checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [newest, keep_best(best)]
+                [newest, KeepBest(self.directory.parent, best)]
             ),
             cleanup_tmp_directories=True,
         )
-        self.directory = absolute(workdir) / "checkpoints"
         unfinished = [*self.directory.glob("*.orbax-checkpoint-tmp*")]
         if is_bucket(self.directory):
             found = (path for path in self.directory.glob("*") if path.name.isdigit())

@@ -10,9 +10,9 @@ def match_names(
     """Return {saved name: expected name} for the arrays of a checkpoint's item.
 
     An optimizer is a chain of transformations, and the name of an array contains the
-    position of its transformation. A version that adds or removes a stateless
-    transformation shifts the positions. Two names therefore denote the same array if
-    they are equal after the positions are renumbered without gaps.
+    position of its transformation. A version of hivit_jax that adds or removes a
+    stateless transformation shifts the positions. Two names therefore denote the same
+    array if they are equal after the positions are renumbered without gaps.
 
     A saved name without an expected name is returned unchanged. If two saved names
     would get the same expected name, all saved names are returned unchanged.
@@ -39,7 +39,7 @@ def _without_gaps(names: Iterable[str], variables: Container[str]) -> list[str]:
     """
 
     def positions(name):
-        """Yield (component index, components before it, position)."""
+        """Yield (i, components before i, position) for each component i that is one."""
         parts = name.split("/")
         ends = (i for i in range(len(parts)) if "/".join(parts[i:]) in variables)
         for i, part in enumerate(parts[: next(ends, len(parts))]):

@@ -2,8 +2,8 @@
 
 Pillow converts images with more bits by clipping or truncation. This module maps values
 linearly instead, so that black becomes 0 and white becomes 255. For unsigned integers
-of up to 16 bits, black and white are the smallest and largest value of that many bits.
-For other types, the user sets black and white (`data.value_range`).
+of n <= 16 bits, black is 0 and white is 2**n - 1, or the reverse in TIFF files in which
+0 is white. For other types, the user sets black and white (`data.value_range`).
 """
 
 import io
@@ -22,7 +22,7 @@ from hivit_jax.errors import DataError
 # without them.
 
 PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
-# Second bytes of JPEG markers. A byte in FRAMES starts a frame and names its coding.
+# Second bytes of JPEG markers. Bytes in FRAMES start a frame; each specifies a coding.
 START_OF_SCAN, BASELINE, FRAMES = 0xDA, 0xC0, {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 END_OF_IMAGE = b"\xff\xd9"
 # A JPEG marker after the start of a scan, except restart markers.
@@ -37,8 +37,8 @@ OPPOSITE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 
 
-class UnsuitableImage(DataError):
-    """An image whose channels or values do not fit the config.
+class UnsuitableImageError(DataError):
+    """Error for an image whose channels or values do not fit the config.
 
     The message contains the config keys to set before training.
 
@@ -70,10 +70,11 @@ class StoredValues:
         """Return the values of black and white, which become 0 and 255.
 
         Args:
-          value_range: (low, high), which replaces `limits`; (): use `limits`.
+          value_range: (low, high), used instead of `limits`; if `limits` descend, black
+            is `high`. (): use `limits`.
 
         Raises:
-          UnsuitableImage: both `value_range` and `limits` are ().
+          UnsuitableImageError: both `value_range` and `limits` are ().
         """
         if value_range:
             is_inverted = self.limits and self.limits[0] > self.limits[1]
@@ -82,7 +83,7 @@ class StoredValues:
         if not self.limits:
             finite = self.array[np.isfinite(self.array)]
             found = f" from {finite.min():g} to {finite.max():g}" if finite.size else ""
-            raise UnsuitableImage(
+            raise UnsuitableImageError(
                 f"expected 8 or 16 bits, found {self.array.dtype} values{found}",
                 "set data.value_range=(LOW, HIGH), the values of black and white",
             )
@@ -92,7 +93,7 @@ class StoredValues:
         """Convert to a PIL image with values rounded and clipped to 0 .. 255.
 
         Raises:
-          UnsuitableImage: see `black_and_white`.
+          UnsuitableImageError: see `black_and_white`.
           ValueError: a value is not finite.
         """
         from PIL import Image
@@ -104,7 +105,7 @@ class StoredValues:
         """Return the values converted to uint8; see `to_8_bits`."""
         black, white = self.black_and_white(value_range)
         if not np.isfinite(self.array).all():
-            raise ValueError("the image contains values that are not finite")
+            raise ValueError("expected finite values, found NaN or infinity")
         scaled = (self.array.astype(np.float64) - black) * (255 / (white - black))
         return np.rint(scaled).clip(0, 255).astype(np.uint8)
 
@@ -115,13 +116,13 @@ def decode(
     """Decode an image of any format to uint8 [h, w, channels].
 
     For images of up to 8 bits, the result is identical to PIL's. 16-bit values are
-    divided by 257. Pillow itself reduces some 16-bit images to 8 bits: JPEG 2000, SGI
-    and PPM in color, and images with premultiplied alpha. For these images, the result
-    differs from a division by 257 by at most one level.
+    divided by 257. Pillow itself reduces some 16-bit images to 8 bits: color JPEG 2000,
+    color SGI, color PPM, and images with premultiplied alpha. For these images, the
+    result differs from a division by 257 by at most one level.
 
     Args:
       value_range: values of black and white in images with more than 8 bits; (): the
-        whole range of 16 bits.
+        whole range of unsigned integers of up to 16 bits.
 
     Raises:
       DataError: the image contains floats, signed integers or 32-bit integers, and
@@ -153,7 +154,7 @@ def ordinary_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 
     Returns:
       None for another format, for other color spaces such as CMYK, and for images with
-      more pixels than PIL accepts; PIL then raises an error.
+      so many pixels that PIL warns or raises an error.
     """
     import simplejpeg
     from PIL import Image
@@ -169,8 +170,9 @@ def ordinary_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 def may_decode_crops(encoded: bytes) -> bool:
     """Return True if a crop of a JPEG can be decoded alone, without the rows below it.
 
-    This holds for a baseline JPEG whose only scan ends with the file. In other JPEGs,
-    later data may change the pixels of the crop or make the image unreadable.
+    Such a JPEG is baseline and has a single scan, which extends to the end of the file.
+    In other JPEGs, later data may change the pixels of the crop or make the image
+    unreadable.
     """
     position, frame = 2, None
     try:
@@ -186,7 +188,7 @@ def may_decode_crops(encoded: bytes) -> bool:
 
 
 def stored_values(image: Any, encoded: bytes) -> StoredValues | None:
-    """Return an image's values, or None if they are 8-bit unsigned integers.
+    """Return an image's values, or None if PIL's own conversion to 8 bits is used.
 
     Args:
       image: PIL image that is opened but not yet loaded.
@@ -214,7 +216,10 @@ def stored_values(image: Any, encoded: bytes) -> StoredValues | None:
     else:
         return _color_values(image, encoded, bits[0])
     if image.format == "FITS":  # PIL ignores the offset and scale in FITS files
-        raise OSError("expected FITS with 8-bit values; more bits are not supported")
+        raise OSError(
+            f"expected FITS with 8-bit values, found PIL mode {image.mode!r}; convert "
+            "the file to TIFF"
+        )
     if tags.get(PHOTOMETRIC) == 0:  # 0 is white
         limits = limits[::-1]
     return StoredValues(array, "L", limits)

@@ -68,11 +68,12 @@ def image_findings(
 def _value_findings(
     encoded: bytes, pixels: np.ndarray, value_range: Sequence[float]
 ) -> dict[str, str]:
-    """Return the findings about more than 8 bits, lost values and clipped values.
+    """Return {finding: detail} for more than 8 bits, lost values and clipped values.
 
     Values count as lost in three cases:
 
-    - fewer than 64 levels remain, and fewer than a quarter of the stored levels;
+    - both fewer than 64 distinct values (levels) and fewer than a quarter of the stored
+      levels remain;
     - only one of several levels remains;
     - only the dropped alpha channel varies.
 
@@ -102,7 +103,7 @@ def _value_findings(
     if remaining < min(levels, 256) / 4 or remaining == 1 < levels:
         found[LOST] = (
             f"{remaining} of {levels} levels remain; values are {values.min():g} to "
-            f"{values.max():g}, data.value_range is ({low:g}, {high:g})"
+            f"{values.max():g}, black and white are {low:g} and {high:g}"
         )
     elif outside_fraction:
         found[CLIPPED] = f"{outside_fraction:.2%} of the values"

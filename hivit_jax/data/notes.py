@@ -11,7 +11,7 @@ from hivit_jax.data.sources.base import Source
 from hivit_jax.data.sources.file_index import OUTSIDE
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.errors import DataError, MissingPackage
-from hivit_jax.progress import counted
+from hivit_jax.progress import counted, listed
 
 MAX_CLASSES = 5  # class names that a note lists
 
@@ -20,10 +20,10 @@ def dataset_warnings(data: Any, splits: Sequence[str], needs_labels: bool) -> li
     """Return lines about unmatched exclusions and classes without evaluation images.
 
     Args:
-      data, splits: see `exclusion_warnings`.
+      data, splits: see `unmatched_exclusions`.
       needs_labels: add the line about classes.
     """
-    found = exclusion_warnings(data, splits)
+    found = unmatched_exclusions(data, splits)
     sources = _open(data, splits) if needs_labels else []
     counts = [*map(_class_counts, sources)]
     if len(counts) == 2 and all(map(len, counts)):
@@ -31,12 +31,12 @@ def dataset_warnings(data: Any, splits: Sequence[str], needs_labels: bool) -> li
     return found
 
 
-def exclusion_warnings(data: Any, splits: Sequence[str]) -> list[str]:
+def unmatched_exclusions(data: Any, splits: Sequence[str]) -> list[str]:
     """Return a line about the entries of `data.exclude` that match no image.
 
     Args:
       data: `config.data`.
-      splits: all splits of the config, because an entry may name an image of any.
+      splits: all splits of the config, because an entry may name an image of any split.
     """
     return exclusion_notes(data.exclude, _open(data, splits)) if data.exclude else []
 
@@ -82,10 +82,9 @@ def uncovered_classes(
     found = [n for n, k, m in zip(names, train, test, strict=True) if k and not m]
     if not found:
         return []
-    more = ", ..." if len(found) > MAX_CLASSES else ""
     return [
         f"the evaluation has no image of {counted(len(found), 'class', 'classes')}: "
-        f"{', '.join(found[:MAX_CLASSES])}{more}"
+        f"{listed(found, MAX_CLASSES)}"
     ]
 
 
@@ -117,7 +116,7 @@ def split_notes(
     if labels.ndim == 2 and (count := int((~labels.any(1)).sum())):
         notes.append(
             f"{count:,} of {len(labels):,} images of the {split} split have no label; "
-            "they count as images of no class"
+            "each counts as negative for every class"
         )
     checked, num_16_bit = set(indices.tolist()), 0
     for index in checked if dtype == "uint8" else ():

@@ -8,7 +8,7 @@ from hivit_jax.data import decoding
 from hivit_jax.data.decoding import (
     PIL_MODES,
     StoredValues,
-    UnsuitableImage,
+    UnsuitableImageError,
     stored_values,
 )
 from hivit_jax.progress import counted
@@ -22,7 +22,7 @@ LUMINANCE = (0.299, 0.587, 0.114)
 LIMITS = {"uint8": (0, 255), "uint16": (0, 65535)}
 
 
-class ChannelError(UnsuitableImage):
+class ChannelError(UnsuitableImageError):
     """The number of channels in a file differs from the model's."""
 
 
@@ -51,7 +51,7 @@ def decode(
 
     Raises:
       ChannelError: the number of channels in the file is wrong.
-      UnsuitableImage: `dtype` cannot represent the values in the file.
+      UnsuitableImageError: `dtype` cannot represent the values in the file.
       Exception: an error of any type if the image cannot be read.
     """
     may_use_pil = dtype == "uint8" and channels in PIL_MODES
@@ -77,7 +77,7 @@ def decode(
     if values.dtype == np.uint8:
         return values.astype(np.uint16) * 257
     if values.dtype != np.uint16:
-        raise UnsuitableImage(
+        raise UnsuitableImageError(
             f"data.dtype='uint16': expected unsigned values of 8 or 16 bits, found "
             f"{values.dtype} from {values.min():g} to {values.max():g}",
             "set data.dtype=float32 and data.scale, the value that becomes 1",

@@ -1,10 +1,15 @@
 """Count of unreadable images, and the limit that ends a run."""
 
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from hivit_jax.data.loader import Batch
-from hivit_jax.data.sources.registry import num_examples
+from hivit_jax.data.sources.base import Source
+from hivit_jax.data.sources.registry import num_examples, open_source
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.errors import DataError
 from hivit_jax.progress import counted
@@ -15,13 +20,43 @@ CHECK_HINT = (
 )
 
 
+def missing_files(data: Any, source: Source) -> str:
+    """Return text for a CSV file or list if most of its images do not exist, or "".
+
+    At most 1,000 evenly spaced images are checked.
+
+    Args:
+      data: `config.data`.
+    """
+    if data.name != "csv" or not len(source):
+        return ""
+    indices = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)
+    missing = [i for i in indices.tolist() if not os.path.exists(source.name(i))]
+    if len(missing) * 2 <= len(indices):
+        return ""
+    return (
+        f"Most of the listed files do not exist, such as {source.name(missing[0])}; "
+        "correct the paths: relative paths start at the directory of the file that "
+        "lists them"
+    )
+
+
+def unreadable_hint(data: Any, source: Source) -> str:
+    """Return a line about what to do with the unreadable images of a source."""
+    return missing_files(data, source) or CHECK_HINT
+
+
 class UnreadableImages:
     """Indices of the training images whose last reading failed.
 
     An image counts once, even if several epochs and processes tried to read it.
+
+    Args:
+      data: `config.data`.
     """
 
-    def __init__(self):
+    def __init__(self, data: Any):
+        self._data, self._announced = data, False
         self.indices: set[int] = set()  # on all processes, after `gather`
         self._failed: set[int] = set()  # on this process, since the last `gather`
         self._recovered: set[int] = set()
@@ -34,7 +69,22 @@ class UnreadableImages:
             if self.indices:
                 readable = batch["index"][~is_bad].tolist()
                 self._recovered |= self.indices.intersection(readable)
+            if is_bad.any():
+                self._announce_end()
             yield batch
+
+    def _announce_end(self) -> None:
+        """Print a line once if this process has read too many unreadable images."""
+        count = len(self.indices | self._failed)
+        total = num_examples(self._data, "train")
+        if not self._announced and count / total > self._data.max_unreadable:
+            self._announced = True
+            text = (
+                f"{counted(count, 'unreadable image')}, more than data.max_unreadable="
+                f"{self._data.max_unreadable:g} allows: the run ends at one of its "
+                "next log lines"
+            )
+            print(text, file=sys.stderr, flush=True)
 
     def gather(self) -> int:
         """Update `indices` and return their number. Must run on all processes."""
@@ -54,10 +104,12 @@ def check_unreadable(count: int, data: Any, split: str) -> None:
       count: number of distinct unreadable images of the split.
       data: `config.data`.
     """
-    total = num_examples(data, split)
+    source = open_source(data, split)
+    total = len(source)
     if count / total > data.max_unreadable:
         raise DataError(
             f"{counted(count, 'image')} of {data.name} could not be read, "
             f"{count / total:.2%} of the {total:,} in the {split} split; "
-            f"data.max_unreadable allows {data.max_unreadable:.2%}.\n{CHECK_HINT}"
+            f"data.max_unreadable allows {data.max_unreadable:.2%}.\n"
+            f"{unreadable_hint(data, source)}"
         )

@@ -1,5 +1,5 @@
-"""Groups of images that share a softmax in the TPU attention kernel, and the masks and
-biases of their scores.
+"""Groups of images that the TPU attention kernel computes together, and the masks and
+biases of the scores.
 
 A group's rows start anywhere in a tile, but a kernel loads whole tiles. The *window* of
 a group is a range of whole tiles that contains the group. All windows have W rows,
@@ -50,10 +50,10 @@ class Groups:
         - window: slice of the rows of the window.
         - inside: bool [W, 1], True for rows of the group.
         - score_mask(axis, heads=1): returns the float32 mask to add to scores [W, W]
-          with keys along `axis`: 0 if key and query are of the same image, else MASKED.
-          With `heads` > 1 the scores of that many heads lie side by side. For a group
-          of one image the mask is the same for all queries and has length 1 along the
-          query axis.
+          with keys along `axis`: 0 if key and query are of the same image or both
+          outside the group, else MASKED. With `heads` > 1 the scores of that many heads
+          lie side by side. For a group of one image the mask is the same for all
+          queries and has length 1 along the query axis.
         - slot(): returns the index of the group's offset in `offsets`.
         """
         tokens, window, size, count = self.tokens, self.window, self.size, self.count
@@ -146,7 +146,7 @@ def head_lanes(head: int) -> list[jax.Array]:
 
 
 def stack_heads(x: jax.Array, head: int, inside: jax.Array, dtype) -> jax.Array:
-    """Stack the heads of a tile, [W, 128] -> [heads * W, 128].
+    """Stack the heads that share 128 lanes, [W, 128] -> [heads * W, 128].
 
     Lanes of other heads, and rows where `inside` is False, are zero.
     """

@@ -84,13 +84,12 @@ def check_drop_path_keys(keys: jax.Array | None, batch: int) -> None:
     if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         check_shape("drop_path_keys", keys, "[B]", batch)
     else:  # raw keys, from `jax.random.PRNGKey`
-        check_shape("drop_path_keys", keys, "[B, 2]", batch, None)
+        check_shape("drop_path_keys", keys, "[B, key size]", batch, None)
 
 
 def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
     """Raise ConfigError unless `dim` is a multiple of `heads`."""
     if heads < 1 or dim % heads:
         raise ConfigError(
-            f"{heads_name}={heads} does not divide {dim_name}={dim}; "
-            f"expected {dim_name} to be a multiple of {heads_name}"
+            f"{heads_name}={heads}; expected a divisor of {dim_name}, which is {dim}"
         )

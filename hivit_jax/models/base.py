@@ -30,7 +30,7 @@ class ModelInfo:
     interpolation: resize filter, "bicubic" or "bilinear".
     antialias: widen the filter when downscaling.
     value_range: values of black and white in images with more than 8 bits; (): the
-      whole range of 16 bits.
+      whole range of unsigned integers of up to 16 bits.
     dtype: dtype of the pixels before normalization, "uint8", "uint16" or "float32".
     multi_label: an image may have any number of classes. The sigmoid of a logit is the
       probability of the class.

@@ -20,8 +20,8 @@ class Classifier(Model):
     """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``)."""
 
     name, description = "hivit_base", "a classifier"
-    # Factor of the initial weights of a new head on a pretrained encoder. The standard
-    # deviation is 0.02 without and 2e-5 with this factor, as in the official
+    # The initial weights of a new head on a pretrained encoder are multiplied by this
+    # factor. Their standard deviation is then 2e-5 instead of 0.02, as in the official
     # ``main_finetune.py``.
     new_head_scale: float = 2e-5 / 0.02
     encoder_class: type[Encoder] = HiViT
@@ -64,7 +64,7 @@ class Classifier(Model):
     ) -> jax.Array:
         """Return logits, [B, H, W, C] -> [B, num_classes] float32.
 
-        A model without a head returns the pooled features, [B, E] float32.
+        A model without a head returns the input of the head, [B, E] float32.
 
         Args:
           drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
@@ -103,9 +103,9 @@ class Classifier(Model):
     ) -> int:
         """Return the multiply-adds of one image's forward pass.
 
-        The count follows the published tables (15.85 G for hivit_base): convolution,
-        Linears, both attention products and LayerNorms count. Activations, biases and
-        softmax count 0.
+        The result agrees with the published tables (15.85 G for hivit_base). It
+        includes the convolution, all Linears, both attention products and the
+        LayerNorms. It excludes activations, biases and softmax.
 
         Args:
           image_size: side or (height, width) in pixels; None: the model's.

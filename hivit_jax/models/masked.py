@@ -69,8 +69,8 @@ class MaskedModel(Model):
         """Return targets [B, N, P*P*C], and mean and scale of each unit [B, N, 1].
 
         The pixels of the units are ``targets * scale + mean``. With `norm_pix_loss`,
-        scale is the square root of the unbiased variance + 1e-6; without it, mean is 0
-        and scale is 1.
+        scale is ``sqrt(unbiased variance + 1e-6)``. Otherwise, mean is 0 and scale is
+        1.
 
         Args:
           ids: int [B, M], indices of the units to return. The results then have M in

@@ -1,4 +1,4 @@
-"""Windows of units for window attention."""
+"""Windows of tokens for window attention."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from hivit_jax.models.positions import Grid
 
 @dataclass(frozen=True)
 class Windows:
-    """Non-overlapping windows over a grid of units, in row-major order.
+    """Non-overlapping windows over a grid of tokens, in row-major order.
 
     The grid is padded at the bottom and the right to a multiple of the window size.
-    Shapes below: N = Gh*Gw units in W windows of S = Sh*Sw units.
+    Shapes below: N = Gh*Gw tokens in W windows of S = Sh*Sw tokens.
 
-    grid: (Gh, Gw), units along height and width.
-    size: (Sh, Sw), units of a window along height and width.
-    shift: units by which the windows are shifted to the bottom right. The windows at
+    grid: (Gh, Gw), tokens along height and width.
+    size: (Sh, Sw), tokens of a window along height and width.
+    shift: tokens by which the windows are shifted to the bottom right. The windows at
       the border continue at the opposite side, see `shift_mask`.
     attend_padding: pad with zeros before the projections of attention, and attend to
       the padding, as in Swin. False: mask the padding.
@@ -57,7 +57,7 @@ class Windows:
         return x.reshape(-1, height * width, *rest)
 
     def merge(self, x: jax.Array) -> jax.Array:
-        """Return units, [B*W, S, ...] -> [B, N, ...]; the inverse of `partition`."""
+        """Return tokens, [B*W, S, ...] -> [B, N, ...]; the inverse of `partition`."""
         (rows, columns), (height, width) = self.counts, self.size
         rest = x.shape[2:]
         x = x.reshape(-1, rows, columns, height, width, *rest).swapaxes(2, 3)
@@ -70,7 +70,7 @@ class Windows:
     def shift_mask(self) -> np.ndarray:
         """Return the mask to add to the scores of shifted windows, float32 [W, S, S].
 
-        As in the official code, pairs of units that share a window only because the
+        As in the official code, pairs of tokens that share a window only because the
         windows continue at the opposite side get -100. All other pairs get 0.
         """
         axes = []  # regions 0 to 2 along the height and along the width
@@ -87,7 +87,7 @@ class Windows:
 
 
 def make_windows(grid: Grid, side: int) -> Windows | None:
-    """Return windows of at most `side` x `side` units.
+    """Return windows of at most `side` x `side` tokens.
 
     Return None if `side` is 0 or if one window covers the grid.
     """

@@ -6,7 +6,13 @@ from pathlib import Path
 import jax
 
 from hivit_jax.progress import counted, duration
-from hivit_jax.reporting.metrics import Best, Scalars, best_evaluation, evaluations
+from hivit_jax.reporting.metrics import (
+    Best,
+    Scalars,
+    best_evaluation,
+    evaluations,
+    finite_evaluations,
+)
 
 
 def log(text: str) -> None:
@@ -74,7 +80,7 @@ def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
       best: metric and direction that select the best checkpoint.
     """
     lines = [line for line in evaluations(workdir) if line["step"] in steps]
-    if not lines:
+    if not (lines := finite_evaluations(lines, best)):
         return "best checkpoint  none: no saved checkpoint belongs to an evaluated step"
     values = best_evaluation(lines, best)
     line = eval_line(f"step {values['step']}", values)

@@ -49,6 +49,20 @@ def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
     return rows_of_panels(dict(zip(PANELS, panels.swapaxes(0, 1), strict=True)), title)
 
 
+def statistics_text(norm_pix_loss: bool, statistics: str = "unit") -> str:
+    """Return a title of reconstructions: the source of brightness and contrast.
+
+    Args:
+      norm_pix_loss: the model predicts normalized pixels of each unit.
+      statistics: "unit" or "visible"; see `tools.reconstruct`.
+    """
+    if not norm_pix_loss:
+        return "pixels as predicted"
+    if statistics == "unit":
+        return "brightness and contrast of each true unit, unknown to the model"
+    return "average brightness and contrast of the visible units"
+
+
 def rows_of_panels(panels: Mapping[str, np.ndarray], title: str = "") -> np.ndarray:
     """Plot images [B, H, W, C] in 0..1 by name, one row for each of the B images."""
     grid = np.stack([*panels.values()], axis=1)

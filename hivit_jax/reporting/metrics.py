@@ -1,9 +1,10 @@
 """Metrics of a run: metrics.jsonl, boards, throughput, best evaluation."""
 
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,11 @@ def score(results: Scalars, best: Best) -> float:
     return results[name] if direction == "max" else -results[name]
 
 
+def finite_evaluations(lines: Iterable[Scalars], best: Best) -> list[Scalars]:
+    """Return the lines of metrics.jsonl with a finite value of the metric `best`."""
+    return [line for line in lines if math.isfinite(line.get(best[0], math.nan))]
+
+
 def best_evaluation(lines: Sequence[Scalars], best: Best) -> Scalars:
     """Return the best of the evaluations in `lines`; of equally good ones, the first.
 
@@ -229,6 +235,6 @@ def evaluations_since_best(workdir: Path, step: int, best: Best) -> int:
     The number is read from metrics.jsonl, so that it survives an interruption.
     """
     lines = [line for line in evaluations(workdir) if line["step"] <= step]
-    if not lines:
-        return 0
-    return len(lines) - 1 - lines.index(best_evaluation(lines, best))
+    if not (finite := finite_evaluations(lines, best)):
+        return len(lines)
+    return len(lines) - 1 - lines.index(best_evaluation(finite, best))

@@ -257,8 +257,8 @@ class Task:
 
     def stream_predictions(
         self, batches: Iterator[Mapping[str, np.ndarray]], out: Path, source: Source
-    ) -> None:
-        """Write predictions to `out`.
+    ) -> Path | None:
+        """Write predictions to `out`; return the main file, or None for `out`.
 
         By default, collects the records of all readable images and passes them to
         `write_predictions`. A subclass may instead write each batch at once.

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,12 +17,16 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models import configure, variant
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.reporting.classes import MIN_TOP5
 from hivit_jax.reporting.multi_label import mean_average_precision
 from hivit_jax.rng import Keys
 from hivit_jax.tasks import predictions
 from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
 from hivit_jax.tasks.defaults import model_arguments, pixel_scale
+from hivit_jax.tasks.metrics import (
+    classification_metrics,
+    multi_label_metrics,
+    topk_correct,
+)
 
 
 class Classification(Task):
@@ -202,18 +205,22 @@ class Classification(Task):
 
     def stream_predictions(
         self, batches: Iterator[Mapping[str, np.ndarray]], out: Path, source: Source
-    ) -> None:
+    ) -> Path:
         """Write a table of the most probable classes; see `predictions.write`.
 
         With several labels per image, see `predictions.write_multi_label`.
         """
-        data, classes = self.config.data, self.data.classes
+        data, classes, out = (
+            self.config.data,
+            self.data.classes,
+            predictions.table_path(out),
+        )
         model = configure(**model_arguments(self.config))[1]
         names = [*classes, *map(str, range(len(classes), model.num_classes))]
         if data.multi_label:
             labeled = source.labeled and len(source.classes) > 0
             predictions.write_multi_label(batches, out, names, labeled)
-            return
+            return out
 
         def read(index):
             options = model.image_shape, data.crop_pct, data.value_range, data.dtype
@@ -221,21 +228,7 @@ class Classification(Task):
             return np.clip(pixels / pixel_scale(data), 0, 1)
 
         predictions.write(batches, out, names, read)
-
-
-def multi_label_metrics(
-    logits: jax.Array, targets: jax.Array, weights: np.ndarray | None = None
-) -> PerSample:
-    """Return {"loss": [B]}, the binary cross entropy averaged over all classes.
-
-    Args:
-      logits: [B, classes].
-      targets: probabilities, [B, classes].
-      weights: factors of the classes, [classes]; None: 1.
-    """
-    loss = optax.sigmoid_binary_cross_entropy(logits, targets)
-    loss = loss if weights is None else loss * weights
-    return {"loss": loss.mean(-1)}
+        return out
 
 
 def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray | None:
@@ -276,25 +269,3 @@ def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray 
             "one per class, finite, at least 0, not all 0 and separated by commas"
         )
     return values.astype(np.float32)
-
-
-def classification_metrics(logits: jax.Array, labels: jax.Array) -> PerSample:
-    """Return the cross entropy and `topk_correct` of logits [B, classes]."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return {"loss": loss, **topk_correct(logits, labels)}
-
-
-def topk_correct(logits: jax.Array, labels: jax.Array) -> PerSample:
-    """Return {"top1", "top5": [B]}: 1.0 if the true class has one of the top k logits.
-
-    Among classes with equal logits, the one with the lowest index ranks first. With
-    fewer than `MIN_TOP5` classes, "top5" is missing, because it would always be 1.
-
-    Args:
-      logits, labels: [B, classes] and [B].
-    """
-    true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    lower_index = jnp.arange(logits.shape[-1])[None] < labels[:, None]
-    rank = ((logits > true) | ((logits == true) & lower_index)).sum(-1)
-    ks = [1, *[5] * (logits.shape[-1] >= MIN_TOP5)]
-    return {f"top{k}": (rank < k).astype(jnp.float32) for k in ks}

@@ -9,11 +9,8 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.rng import Keys
 from hivit_jax.tasks.base import PerSample
-from hivit_jax.tasks.classification import (
-    Classification,
-    classification_metrics,
-    multi_label_metrics,
-)
+from hivit_jax.tasks.classification import Classification
+from hivit_jax.tasks.metrics import classification_metrics, multi_label_metrics
 from hivit_jax.tasks.warnings import peak_text
 from hivit_jax.training.schedule import peak_learning_rate
 from hivit_jax.tree import leaf_name, split_state

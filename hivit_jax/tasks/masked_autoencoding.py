@@ -109,6 +109,8 @@ class MaskedAutoencoding(Task):
         pixels = drawing.reconstruction_panels(**panels, mean=data.mean, std=data.std)
         held_out = data.eval_split not in (NO_EVALUATION, data.train_split or "train")
         title = "held-out images" if held_out else "training images"
+        model = configure(**model_arguments(self.config))[1]
+        title += f"; {drawing.statistics_text(model.norm_pix_loss)}"
         return {"reconstruction": drawing.reconstructions(pixels, title)}
 
     def _masking(self, model: MaskedModel, keys: Keys) -> dict[str, Any]:

@@ -34,15 +34,14 @@ def write(
     Args:
       batches: rows as in `Task.stream_predictions`, with "probabilities" float32
         [B, classes].
-      out: file that ends in .csv or .jsonl, or a directory for predictions.csv.
+      out: result of `table_path`.
       names: names of all classes.
       read: function from an index to the image, float [H, W, C] in 0..1.
 
     Raises:
-      ConfigError: `out` is a file with another ending.
       OSError: a file cannot be written.
     """
-    counts, worst, out = ClassCounts(names), [], _table_path(out)
+    counts, worst = ClassCounts(names), []
     ranks = range(min(MAX_RANK, len(names)))
     pairs = [(_column("predicted", k), _column("probability", k)) for k in ranks]
     columns = ["file", *(name for pair in pairs for name in pair), "label", "error"]
@@ -74,9 +73,9 @@ def write_multi_label(
       labeled: True if the labels are known.
 
     Raises:
-      ConfigError, OSError: see `write`.
+      OSError: see `write`.
     """
-    out, known = _table_path(out), []
+    known = []
     columns = ["file", "predicted", *(f"probability_{name}" for name in names)]
     columns += [*["label"] * labeled, "error"]
 
@@ -114,7 +113,7 @@ def write_multi_label(
     log(f"written: {paths[0]}, {paths[1]}")
 
 
-def _table_path(out: Path) -> Path:
+def table_path(out: Path) -> Path:
     """Return the file of the table; raise ConfigError for another ending of `out`."""
     if out.suffix in SUFFIXES:
         return out

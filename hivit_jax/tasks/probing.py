@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs
-from hivit_jax.data.notes import exclusion_warnings
+from hivit_jax.data.notes import unmatched_exclusions
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.unreadable import check_unreadable
@@ -21,7 +21,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.progress import Progress, counted
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
-from hivit_jax.tasks.classification import topk_correct
+from hivit_jax.tasks.metrics import topk_correct
 from hivit_jax.tree import split_state
 from hivit_jax.weights import adapt, load
 from hivit_jax.xla.compile import announce
@@ -145,7 +145,7 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
             "data.multi_label=True: the modes knn and probe expect one label per image"
         )
     inputs.check_labels(config, open_source(config.data, "train"))
-    for warning in exclusion_warnings(config.data, inputs.used_splits(config)):
+    for warning in unmatched_exclusions(config.data, inputs.used_splits(config)):
         log(f"warning: {warning}")
     pretrained = load.read_for(config.model, config.init_from)
     model = nnx.eval_shape(task.build_model)

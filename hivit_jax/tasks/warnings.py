@@ -111,8 +111,7 @@ def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
             f"class_weights={weights!r} with data.balance={balance:g}: both give rare "
             "classes more weight"
         )
-    if num_classes == 1 and not config.data.multi_label:
-        found.append("model.num_classes=1: with one class the loss is always 0")
+    found += one_class_warnings(config)
     splits = config.data.train_split, config.data.eval_split
     if splits[0] and splits[0] == splits[1]:
         found.append(
@@ -120,6 +119,13 @@ def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
             "the training images"
         )
     return found
+
+
+def one_class_warnings(config: Any) -> list[str]:
+    """Return a warning if a classifier has one class, and one label per image."""
+    if config.model.get("num_classes") != 1 or config.data.multi_label:
+        return []
+    return ["model.num_classes=1: with one class the loss is always 0"]
 
 
 def adam_warnings(optimizer: Any, batch_size: int) -> list[str]:

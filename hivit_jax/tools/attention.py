@@ -18,7 +18,7 @@ from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
 from hivit_jax.tools.loading import read_model
-from hivit_jax.tools.outputs import output_path
+from hivit_jax.tools.outputs import figure_path
 from hivit_jax.tree import split
 from hivit_jax.weights.load import build
 from hivit_jax.xla.compile import announce
@@ -35,7 +35,8 @@ bright. A red frame marks the unit.
               or .safetensors file, or hf://ORGANIZATION/NAME
 IMAGE|DIRECTORY
               images; directories are searched recursively. Of a directory with more
-              than 16 images, 16 evenly spaced images are drawn
+              than 16 images, 16 evenly spaced images are drawn. Images that cannot
+              be read are skipped
 --out         default: attention.png
 --block       index of a block among the blocks with attention; default: -1, the last
 --unit        row and column of the unit, which has 16x16 pixels in most models;
@@ -147,11 +148,10 @@ def run(argv: Sequence[str] | None) -> None:
             raise ConfigError(f"--unit={args.unit}; expected ROW,COLUMN")
         unit = tuple(map(int, args.unit.split(",")))
     platforms.start()
-    out = output_path("--out", args.out, [args.checkpoint, *args.images])
-    if out.is_dir():
-        raise ConfigError(f"--out={args.out} is a directory; expected a .png file")
+    out = figure_path("--out", args.out, [args.checkpoint, *args.images])
     model = build(read_model(args.checkpoint))
-    images = preprocess(model)(files.drawn_images(args.images))
+    read = preprocess(model)
+    images = files.read_drawn(args.images, lambda path: read(path)[0])
     maps = attention_maps(model, images, block=args.block, unit=unit)
     if not model.config.class_tokens:
         unit = unit or center_unit(model)

@@ -30,11 +30,12 @@ from hivit_jax.errors import ConfigError, Parser, run_command
 from hivit_jax.models import Model
 from hivit_jax.progress import counted
 from hivit_jax.reporting import figures
+from hivit_jax.tasks.warnings import one_class_warnings
 from hivit_jax.tools.dataset_content import contact_sheet, content_report
 from hivit_jax.tools.dataset_split import IMAGES_PER_JOB, UNREADABLE, Split
 from hivit_jax.tools.dataset_verdict import Verdict, nested_classes
-from hivit_jax.tools.outputs import output_path
-from hivit_jax.xla.chips import CHIPS
+from hivit_jax.tools.outputs import figure_path, output_path
+from hivit_jax.xla.chips import CHIPS, utilization_notes
 
 MAX_LISTED = 20  # lines per fault in the printed report
 TIMING_SECONDS = 3.0  # CPU-seconds to spend on measuring the loader's speed
@@ -105,7 +106,7 @@ def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) 
         needed = part * chip.flops / flops
         title = f"one {name} at {part:.0%}, {basis}"
         lines.append(_row(title, f"{needed:,.0f}", f"{needed / speed:,.1f}"))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {note}" for note in utilization_notes())])
 
 
 def check_dataset(
@@ -143,6 +144,7 @@ def check_dataset(
         split.write_unreadable(*lists)
         verdict.add(split, faults)
     verdict.notes += nested_classes(splits[0])
+    verdict.notes += one_class_warnings(task.config)
     if splits[0].usable().any():
         speed = images_per_cpu_second(splits[0], task.transform(train=True))
         print(f"\n{speed_report(task, model, speed)}")
@@ -219,7 +221,7 @@ def run(argv: Sequence[str] | None) -> None:
                 files.append(stack.enter_context(path.open("wb")))
             except OSError as error:
                 raise ConfigError(f"--{name}={path}: {error.strerror}") from error
-        sheet = flags.sheet and output_path("--sheet", flags.sheet, [])
+        sheet = flags.sheet and figure_path("--sheet", flags.sheet, [])
         check_dataset(config, flags.sample, files, flags.group, sheet)
 
 

@@ -23,7 +23,7 @@ from hivit_jax.weights import files, load
 from hivit_jax.weights.adapt import match_arrays
 from hivit_jax.weights.load import abstract_model, build, merge_arguments
 from hivit_jax.weights.names.official import LAYOUTS, to_state_dict
-from hivit_jax.weights.save import save_pretrained
+from hivit_jax.weights.save import save_pretrained, shareable
 
 USAGE = """\
 python -m hivit_jax.tools.convert SRC DST [--format FORMAT] [--plain]
@@ -120,6 +120,9 @@ def convert(
 ) -> None:
     """Write a pretrained model to a file or a directory.
 
+    Without overrides, the file or directory contains the training config, so that
+    predictions equal those of the source.
+
     Args:
       target: a ``.safetensors`` or ``.pth`` file, or a directory for `save_pretrained`.
       layout: parameter names in a file, one of `weights.names.official.LAYOUTS`.
@@ -139,6 +142,8 @@ def convert(
     if target.suffix in files.SUFFIXES:
         state = to_state_dict(split(model)[1], model, layout)
         metadata = {"arguments": arguments_of(model), "info": asdict(model.info)}
+        if not overrides:  # because they may contradict the training config
+            metadata["recipe"] = shareable(pretrained.recipe)
         files.write(target, state, json.dumps(metadata))
     else:
         save_pretrained(model, target, pretrained.recipe, pretrained.results)

@@ -6,6 +6,7 @@ import numpy as np
 
 from hivit_jax.data.summary import equal_files, shared_groups
 from hivit_jax.data.transforms import evaluation_image
+from hivit_jax.flags import config_flag
 from hivit_jax.models import image_shape
 from hivit_jax.progress import counted, listed
 from hivit_jax.reporting import figures
@@ -87,16 +88,17 @@ def leak_lines(splits: Sequence[Split], group: str) -> tuple[list[str], list[str
 
 
 def setting_lines(split: Split) -> list[str]:
-    """Return the settings that suit the training images, ready to paste."""
+    """Return the settings that suit the training images, ready to paste in a shell."""
     data = split.config.data
     lines = ["settings:"]
     if split.source.labeled:
-        lines.append(f"  --config.model.num_classes={len(split.source.classes)}")
-    for name, values in zip(
-        ("mean", "std"), split.summary.mean_and_std(pixel_scale(data)), strict=True
-    ):
-        text = ",".join(f"{value:.4f}" for value in values)
-        lines.append(f"  --config.data.{name}=({text},)")
+        classes = len(split.source.classes)
+        lines.append(f"  {config_flag('model.num_classes', classes)}")
+    if split.usable().any():
+        statistics = split.summary.mean_and_std(pixel_scale(data))
+        for name, values in zip(("mean", "std"), statistics, strict=True):
+            rounded = tuple(round(float(value), 4) for value in values)
+            lines.append(f"  {config_flag(f'data.{name}', rounded)}")
     if split.summary.reduced:
         lines.append(
             f"  --config.data.dtype=uint16 keeps the 16 bits of "

@@ -8,6 +8,7 @@ import numpy as np
 from hivit_jax.data.findings import CLIPPED, LOST
 from hivit_jax.data.notes import exclusion_notes, uncovered_classes
 from hivit_jax.data.sources.registry import SELECTABLE
+from hivit_jax.data.unreadable import missing_files
 from hivit_jax.errors import DataError
 from hivit_jax.progress import counted
 from hivit_jax.tools.dataset_split import (
@@ -129,6 +130,9 @@ class Verdict:
 
     def _unreadable_remedy(self, listing: str) -> str:
         data, file = self._data, listing or "FILE"
+        for split in self._splits:
+            if missing := missing_files(data, split.source):
+                return missing
         action = f"leave the unreadable images out with data.exclude={file}"
         if data.exclude:
             action = f"add the unreadable images to {data.exclude}"

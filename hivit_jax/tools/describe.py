@@ -24,7 +24,7 @@ from hivit_jax.training.schedule import (
     warmup_steps,
 )
 from hivit_jax.tree import named_leaves, split, split_state
-from hivit_jax.xla.chips import CHIPS
+from hivit_jax.xla.chips import CHIPS, utilization_notes
 
 CHIP_COUNT = 8  # number of chips in the table of hours
 HOURS = "hours", "chip-hours"
@@ -180,12 +180,7 @@ def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
         cells = count, f"{speed:,.0f}", at_peak, chips_at_peak, part, *rest
         lines.append(_row(name, *cells))
     lines += [
-        f"measured on {name}: {chip.utilization.measurement}"
-        for name, chip in CHIPS.items()
-        if chip.utilization.measurement
-    ]
-    lines += [
-        "assumed: no measurement; a chip with little bandwidth per FLOP/s reaches less",
+        *utilization_notes(),
         "--mode compile --topology=v5e:2x4 (or another) includes memory traffic",
     ]
     return "\n".join(lines)

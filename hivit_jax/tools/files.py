@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hivit_jax import config as configs
 from hivit_jax import inputs, tasks
-from hivit_jax.data.decoding import UnsuitableImage
+from hivit_jax.data.decoding import UnsuitableImageError
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources import registry
 from hivit_jax.data.sources.base import DatasetInfo, Source
@@ -132,10 +132,13 @@ def drawn_images(paths: Sequence[str | Path]) -> list[Path]:
       paths: image files, and directories that are searched recursively.
 
     Raises:
+      ConfigError: a path does not exist.
       DataError: a directory contains no image.
     """
     drawn = []
     for path in (Path(expand(str(each))) for each in paths):
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file or directory")
         if not path.is_dir():
             drawn.append(path)
             continue
@@ -146,6 +149,31 @@ def drawn_images(paths: Sequence[str | Path]) -> list[Path]:
         spaced = np.linspace(0, len(images) - 1, count).astype(int)
         drawn += [Path(images.name(index)) for index in spaced]
     return drawn
+
+
+def read_drawn(
+    paths: Sequence[str | Path], read: Callable[[Path], np.ndarray]
+) -> np.ndarray:
+    """Return the images that a figure shows, [B, H, W, C]; see `drawn_images`.
+
+    A line on stderr names each image that cannot be read. The figure omits this image.
+
+    Args:
+      read: function from a file to its image [H, W, C]. Raises a DataError that starts
+        with "cannot read" and the file's name.
+
+    Raises:
+      ConfigError: a path does not exist.
+      DataError: no image can be read.
+    """
+    images = []
+    for path in drawn_images(paths):
+        try:
+            images.append(read(path))
+        except DataError as error:
+            print(f"{first_line(error)}; skipped", file=sys.stderr, flush=True)
+    check_readable(len(images), paths)
+    return np.stack(images)
 
 
 def _classes_of_dataset(config: Any) -> Sequence[str]:
@@ -176,7 +204,7 @@ class _TolerantTransform(Transform):
         """See `Transform.__call__`."""
         try:
             self._transform(sample, draws, out)
-        except UnsuitableImage as error:
+        except UnsuitableImageError as error:
             raise ValueError(error.after_training) from error
         except DataError as error:
             raise ValueError(first_line(error)) from error

@@ -4,16 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from hivit_jax.checkpoints.read import find_checkpoints
+from hivit_jax.keys import show
+from hivit_jax.models import configure
+from hivit_jax.models.base import make_info
 from hivit_jax.paths import open_path
 from hivit_jax.reporting import metrics
 from hivit_jax.reporting.console import log
-from hivit_jax.tools.run_facts import best_metric, finite_evaluations
+from hivit_jax.tools.run_facts import best_metric
 from hivit_jax.weights import load
 from hivit_jax.weights.adapt import Pretrained
 
 
 def read_model(path: str | Path, **options: Any) -> Pretrained:
     """Read a pretrained model; log its path and, for a checkpoint, its rank.
+
+    If the file contains no mean, std or crop, another line contains the assumed values.
 
     Args:
       path: any path that `weights.load.read` accepts.
@@ -26,7 +31,22 @@ def read_model(path: str | Path, **options: Any) -> Pretrained:
     is_checkpoint = pretrained.label != pretrained.path
     rank = f" ({checkpoint_rank(pretrained)})" if is_checkpoint else ""
     log(f"model: {pretrained.path}{rank}")
+    if note := preprocessing_note(pretrained):
+        log(note)
     return pretrained
+
+
+def preprocessing_note(pretrained: Pretrained) -> str:
+    """Return a line about facts that the file of a model does not contain, or ""."""
+    missing = [name for name in ("mean", "std", "crop") if name not in pretrained.info]
+    notes = []
+    if missing:
+        info = make_info(configure(**pretrained.arguments)[1], **pretrained.info)
+        values = [f"{name} {show(getattr(info, name))}" for name in missing]
+        notes.append(f"assumed, as not in the file: {', '.join(values)}")
+    if "head/kernel" in pretrained.params and not pretrained.info.get("class_names"):
+        notes.append("the names of the classes are unknown")
+    return f"note: {'; '.join(notes)}" if missing else ""
 
 
 def checkpoint_rank(pretrained: Pretrained) -> str:
@@ -40,7 +60,7 @@ def checkpoint_rank(pretrained: Pretrained) -> str:
     steps = [int(path.name) for path in find_checkpoints(checkpoint.parent)]
     ranks = {"newest": max(steps)}
     best = best_metric(pretrained.recipe)
-    lines = finite_evaluations(metrics.evaluations(workdir), best)
+    lines = metrics.finite_evaluations(metrics.evaluations(workdir), best)
     if lines := [line for line in lines if line["step"] in steps]:
         ranks["best"] = metrics.best_evaluation(lines, best)["step"]
     own = " and ".join(name for name, k in ranks.items() if k == step)

@@ -8,6 +8,20 @@ from hivit_jax.paths import expand
 from hivit_jax.weights.files import CARD, CONFIG, SUFFIXES, WEIGHTS
 
 
+def figure_path(flag: str, path: str | Path, inputs: Iterable[str | Path]) -> Path:
+    """Return the path of a PNG file to write; see `output_path`.
+
+    Raises:
+      ConfigError: the path is an input or a directory, or does not end in .png.
+    """
+    output = output_path(flag, path, inputs)
+    if output.is_dir():
+        raise ConfigError(f"{flag}={path} is a directory; expected a .png file")
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"{flag}={path}: expected a name that ends in .png")
+    return output
+
+
 def output_path(flag: str, path: str | Path, inputs: Iterable[str | Path]) -> Path:
     """Return the path of a file or directory to write, with ``~`` expanded.
 

@@ -83,13 +83,13 @@ def predict(
 
     rows = files.compute(config, task, source, partial(step, variables), "predict")
     try:
-        task.stream_predictions(count_readable(rows), out, source)
+        written = task.stream_predictions(count_readable(rows), out, source) or out
     except BrokenPipeError:  # of stdout, which receives progress lines
         raise
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}") from error
     total = counted(len(source), "image")
-    log(f"{num_readable:,} of {total} predicted; written to {out}")
+    log(f"{num_readable:,} of {total} predicted; written to {written}")
     if images and source.ignored:
         log(f"ignored files: {source.ignored_text()}")
     return num_readable

@@ -14,15 +14,15 @@ from flax import nnx
 
 from hivit_jax import platforms
 from hivit_jax.augment.resample import MAXIMUM
-from hivit_jax.data.decoding import UnsuitableImage
+from hivit_jax.data.decoding import UnsuitableImageError
 from hivit_jax.data.transforms import evaluation_image
-from hivit_jax.errors import ConfigError, DataError, Parser, run_command
+from hivit_jax.errors import ConfigError, DataError, Parser, first_line, run_command
 from hivit_jax.models.masked import MaskedModel
 from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
 from hivit_jax.tools.loading import read_model
-from hivit_jax.tools.outputs import output_path
+from hivit_jax.tools.outputs import figure_path
 from hivit_jax.tree import split
 from hivit_jax.weights.load import build
 from hivit_jax.xla.compile import announce
@@ -35,22 +35,14 @@ python -m hivit_jax.tools.reconstruct --checkpoint PATH IMAGE|DIRECTORY ...
               save_pretrained, .pth or .safetensors file, or hf://ORGANIZATION/NAME
 IMAGE|DIRECTORY
               images; directories are searched recursively. Of a directory with more
-              than 16 images, 16 evenly spaced images are drawn
+              than 16 images, 16 evenly spaced images are drawn. Images that cannot
+              be read are skipped
 --mask_ratio  fraction of units to mask; default: the training config's, or 0.75 if
               there is no training config
 --statistics  source of the mean and standard deviation that convert predictions of
               normalized pixels back to pixels. unit: each true unit, which the model
               does not see; visible: the average over the visible units
 """
-
-
-def statistics_text(model: MaskedModel, statistics: str) -> str:
-    """Return a figure title that states the source of brightness and contrast."""
-    if not model.config.norm_pix_loss:
-        return "pixels as predicted"
-    if statistics == "unit":
-        return "brightness and contrast of each true unit, unknown to the model"
-    return "average brightness and contrast of the visible units"
 
 
 def reconstruct(
@@ -105,9 +97,7 @@ def run(argv: Sequence[str] | None) -> None:
     add("--statistics", choices=("unit", "visible"), default="unit")
     args = parser.parse_args(argv)
     platforms.start()
-    out = output_path("--out", args.out, [args.checkpoint, *args.images])
-    if out.is_dir():
-        raise ConfigError(f"--out={args.out} is a directory; expected a .png file")
+    out = figure_path("--out", args.out, [args.checkpoint, *args.images])
     pretrained = read_model(args.checkpoint)
     model = build(pretrained)
     if not isinstance(model, MaskedModel):
@@ -122,8 +112,9 @@ def run(argv: Sequence[str] | None) -> None:
     data = pretrained.recipe.get("data", {})
     value_range, dtype = data.get("value_range", ()), data.get("dtype", "uint8")
     scale = data.get("scale") or MAXIMUM[dtype]
-    paths = files.drawn_images(args.images)
-    pixels = np.stack([read(path, shape, value_range, dtype) for path in paths])
+    pixels = files.read_drawn(
+        args.images, lambda path: read(path, shape, value_range, dtype)
+    )
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     images = (np.float32(pixels) / scale - mean) / std
     predicted, mask = reconstruct(
@@ -134,7 +125,7 @@ def run(argv: Sequence[str] | None) -> None:
         statistics=args.statistics,
     )
     panels = figures.reconstruction_panels(images, predicted, mask, mean, std)
-    title = statistics_text(model, args.statistics)
+    title = figures.statistics_text(model.config.norm_pix_loss, args.statistics)
     try:
         figures.write_png(out, figures.reconstructions(panels, title))
     except OSError as error:
@@ -160,10 +151,10 @@ def read(
     try:
         options = dict(value_range=value_range, dtype=dtype)
         return evaluation_image(path.read_bytes(), shape, **options)
-    except UnsuitableImage as error:
+    except UnsuitableImageError as error:
         raise DataError(f"cannot read {path}: {error.after_training}") from error
     except Exception as error:  # damaged files cause exceptions of many types
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,5 @@
 """Facts about a run, read from the files of its workdir: summary and events."""
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -88,14 +87,9 @@ def best_metric(config: Mapping[str, Any]) -> metrics.Best:
         return Task.best
 
 
-def finite_evaluations(lines: Lines, best: metrics.Best) -> Lines:
-    """Return the lines of metrics.jsonl with a finite value of the metric `best`."""
-    return [line for line in lines if math.isfinite(line.get(best[0], math.nan))]
-
-
 def _best(lines: Lines, best: metrics.Best) -> str:
     """Return the best evaluation as text; of equally good ones, the first."""
-    found = finite_evaluations(lines, best)
+    found = metrics.finite_evaluations(lines, best)
     if not found:
         return "none"
     line = metrics.best_evaluation(found, best)

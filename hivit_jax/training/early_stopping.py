@@ -1,4 +1,4 @@
-"""Early stopping: end a run after several evaluations in a row without a new best."""
+"""Early stopping: find new best evaluations, and end a run after several others."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def check_progress(
 ) -> tuple[bool, bool]:
     """Return two flags, (stalled, improved), for a step.
 
-    Both are False if `patience` is 0. Process 0 decides for all processes.
+    Process 0 decides for all processes.
 
     Args:
       patience: number of consecutive evaluations without a new best after which the run
@@ -25,12 +25,11 @@ def check_progress(
       stalled: the run ends early at this step.
       improved: the newest evaluation up to this step is the best, or none exists yet.
     """
-    if not patience:
-        return False, False
     count = 0
     if jax.process_index() == 0:
         count = evaluations_since_best(workdir, step, criterion)
     count = gather_objects(count)[0]
-    if count >= patience:
+    stalled = 0 < patience <= count
+    if stalled:
         log(f"early stopping: no better {criterion[0]} in the last {count} evaluations")
-    return count >= patience, count == 0
+    return stalled, count == 0

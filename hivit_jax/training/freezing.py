@@ -39,7 +39,8 @@ def frozen_parameters(freeze: str, names: Iterable[str]) -> frozenset[str]:
         frozen |= found
     if frozen and len(frozen) == len(names):
         raise ConfigError(
-            f"model.freeze={freeze!r} selects all parameters; expected some to train"
+            f"model.freeze={freeze!r} selects all parameters; expected at least "
+            "one that is not frozen"
         )
     return frozenset(frozen)
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import ConfigError
+from hivit_jax.flags import config_flag
 from hivit_jax.models import Model, configure, resize
 from hivit_jax.models.config import EncoderConfig
 from hivit_jax.reporting.console import log
@@ -20,6 +21,12 @@ HEAD = ("fc_norm/", "head/")
 # Prefixes of the prediction layers of MAE and SimMIM, which may be newly initialized
 # only if the shapes differ.
 PREDICTION = ("decoder_pred/", "decoder/")
+# Arguments of models that determine the shapes of arrays, except classes and channels.
+SIZES = (
+    "image_size", "patch_size", "inner_patches", "depths", "depth", "embed_dim",
+    "num_heads", "mlp_ratio", "stem_mlp_ratio",
+    "decoder_depth", "decoder_embed_dim", "decoder_num_heads"
+)  # fmt: skip
 
 
 class Pretrained(NamedTuple):
@@ -103,11 +110,13 @@ def adapt(
         raise ConfigError(
             f"{pretrained.path} is a different model: {name} has shape "
             f"{list(pretrained.params[name].shape)}; expected {expected}"
+            f"{_size_flags(pretrained, model)}"
         )
     if count := len(report.missing):
         raise ConfigError(
             f"{pretrained.path}: {count} {'array is' if count == 1 else 'arrays are'} "
             f"missing, the first is {report.missing[0]}. Refusing to initialize from it"
+            f"{_size_flags(pretrained, model)}"
         )
     if isinstance(model, Model):
         source_eps = configure(**pretrained.arguments)[1].layer_norm_eps
@@ -119,6 +128,23 @@ def adapt(
     if any(names for outcome, names in vars(report).items() if outcome != "matched"):
         log(f"{pretrained.path}:\n{report}")
     return arrays
+
+
+def _size_flags(pretrained: Pretrained, model: nnx.Module) -> str:
+    """Return a line with the flags of the saved sizes that differ from a model's."""
+    if not isinstance(model, Model):
+        return ""
+    saved, flags = configure(**pretrained.arguments)[1], []
+    for key in SIZES:
+        value = getattr(saved, key, None)
+        if value is None or value == getattr(model.config, key, value):
+            continue
+        if key == "image_size" and value[0] == value[1]:
+            value = value[0]
+        flags.append(config_flag(f"model.{key}", value))
+    if not flags:
+        return ""
+    return f"\nThe saved model has other sizes; its flags are {' '.join(flags)}"
 
 
 def match_arrays(

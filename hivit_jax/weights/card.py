@@ -42,7 +42,7 @@ def model_card(
         f"- code: {_project_text()}",
         f"- citation: {model.architecture}",
         f"- parameters: {model.parameter_count() / 1e6:.2f} M",
-        f"- multiply-adds per image: {model.macs(layer_norm_cost=0) / 1e9:.2f} G",
+        f"- multiply-adds per image: {_count_text(model.macs(layer_norm_cost=0))}",
         *_class_lines(model, has_head),
         *_training_lines(recipe),
         *(
@@ -53,6 +53,11 @@ def model_card(
         *_usage_lines(model, has_head),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _count_text(macs: int) -> str:
+    """Return a number of multiply-adds in G, or in M if it is small."""
+    return f"{macs / 1e9:.2f} G" if macs >= 1e8 else f"{macs / 1e6:.2f} M"
 
 
 def _project_text() -> str:

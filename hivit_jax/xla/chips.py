@@ -37,6 +37,11 @@ MEASURED_H100 = Utilization(
 )
 
 
+# Memory traffic limits the step on an H100. The H200 has the same peak FLOP/s and 1.43
+# times the bandwidth. The bound of `--mode compile` already includes the bandwidth.
+DERIVED_H200 = Utilization(MEASURED_H100.peak * 4800 / 3350, MEASURED_H100.bound)
+
+
 class Chip(NamedTuple):
     """Memory and peak rates of a chip.
 
@@ -88,7 +93,14 @@ CHIPS = {
         NVIDIA.format("H100"),
         utilization=MEASURED_H100,
     ),
-    "h200": Chip(141 * 10**9, 989e12, 4800e9, 450e9, NVIDIA.format("H200")),
+    "h200": Chip(
+        141 * 10**9,
+        989e12,
+        4800e9,
+        450e9,
+        NVIDIA.format("H200"),
+        utilization=DERIVED_H200,
+    ),
     "b200": Chip(180 * 10**9, 2250e12, 8000e9, 900e9, B200),
 }
 # Pattern of a device's name in JAX (`device_kind`) and PyTorch -> key of `CHIPS`. The
@@ -111,6 +123,8 @@ DEVICE_KINDS = {
 # compilers need the hardware or were not tested without it.
 PLUGINS = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), "libtpu")
 PLUGINS |= dict.fromkeys(("h100", "h200"), "jax-cuda13-plugin")
+# Number of sides of a slice's shape.
+SIDES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, h100:8, h200:8"
 # Without these values, the TPU compiler queries the machine that it runs on, which need
 # not be a TPU host.
@@ -152,10 +166,47 @@ def chip_of(device_kind: str) -> Chip | None:
     return None
 
 
+def utilization_notes() -> list[str]:
+    """Return lines that explain the words "measured" and "assumed" in a table."""
+    notes = [
+        f"measured on {name}: {chip.utilization.measurement}"
+        for name, chip in CHIPS.items()
+        if chip.utilization.measurement
+    ]
+    return [
+        *notes,
+        "assumed: no measurement; a chip with little bandwidth per FLOP/s reaches less",
+    ]
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Return the bfloat16 operations per second of a JAX device; None if unknown."""
     chip = chip_of(device_kind)
     return chip and chip.flops / chip.devices
+
+
+def suggested_topology(text: str) -> str:
+    """Return the topology that a name such as "v5e-64" or "v5litepod-64" stands for.
+
+    Returns "" for other names. The numbers in names of Google Cloud are chips; for v4
+    and v5p, they are cores, two per chip.
+    """
+    match = re.fullmatch(r"(\w+)([-:])(\d+)(x[\dx]+)?", text.lower())
+    if not match:
+        return ""
+    name, separator, count, shape = match.groups()
+    name, chips = name.replace("v5litepod", "v5e"), int(count)
+    if shape or PLUGINS.get(name, "libtpu") != "libtpu":
+        return f"{name}:{count}{shape or ''}" if name in PLUGINS else ""
+    if name not in SIDES:
+        return ""
+    if SIDES[name] == 3 and separator == "-":
+        chips //= 2
+    doublings, sides = chips.bit_length() - 1, SIDES[name]
+    if chips != 2**doublings or doublings < sides:
+        return ""
+    exponents = [(doublings + side) // sides for side in range(sides)]
+    return f"{name}:{'x'.join(str(2**each) for each in exponents)} ({chips} chips)"
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
@@ -167,10 +218,13 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
       ConfigError: the chip or shape is unknown, or the compiler is not installed.
     """
     name, _, shape = topology.partition(":")
+    suggestion = suggested_topology(topology)
+    hint = f"did you mean {suggestion}? " if suggestion else ""
     if name not in PLUGINS:
         problem = "no compiler for" if name in CHIPS else "unknown"
         raise ConfigError(
-            f"{problem} topology {topology!r}; expected CHIP:SHAPE with CHIP one of "
+            f"{problem} topology {topology!r}; "
+            f"{hint}expected CHIP:SHAPE with CHIP one of "
             f"{', '.join(PLUGINS)}; examples: {EXAMPLES}\n"
             "--mode describe prints the hours of training at the peak rate of "
             f"{', '.join(CHIPS)}"
@@ -204,5 +258,5 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"topology={topology!r} is not valid: {reason}\n"
-            f"expected a shape that exists for {name}; examples: {EXAMPLES}"
+            f"{hint}expected a shape that exists for {name}; examples: {EXAMPLES}"
         ) from error

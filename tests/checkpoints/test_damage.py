@@ -1,4 +1,4 @@
-"""Tests of damaged and unfinished checkpoints, and of those of another model."""
+"""Tests of damaged or unfinished checkpoints, and of checkpoints of another model."""
 
 import random
 
@@ -41,7 +41,7 @@ def write_files(workdir, files):
 
 
 def damaged_contents(files, count):
-    """Yield `count` pairs of a file of step 2 and its damaged content.
+    """Yield `count` pairs (path, damaged content) for files of checkpoint 2.
 
     The content has a flipped bit, is truncated, or is None for a deleted file. An empty
     file stays empty or is deleted.
@@ -62,11 +62,11 @@ def damaged_contents(files, count):
 
 
 @pytest.mark.slow
-def test_damage_is_never_silent(two_steps, tmp_path, capsys):
+def test_damage_never_changes_restored_arrays(two_steps, tmp_path, capsys):
     """Restoring a damaged step 2 returns its exact arrays, or the arrays of step 1.
 
-    If step 2 is moved to damaged/, the log contains its path. A step 2 that looks
-    unfinished is removed.
+    If step 2 is moved to damaged/, the log contains its path. If step 2 looks
+    unfinished, it is removed.
     """
     _, target = state_on_mesh("data")
     expected = {seed: to_host(make_state(seed)) for seed in (1, 2)}

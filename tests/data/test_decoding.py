@@ -288,7 +288,7 @@ def test_values_that_are_not_finite_are_errors():
     for value in (np.nan, np.inf):
         values = UNIT.copy()
         values[3, 3] = value
-        with pytest.raises(ValueError, match="not finite"):
+        with pytest.raises(ValueError, match="expected finite values"):
             decode(tiff(values), 1, (0, 1))
     with pytest.raises(DataError, match="value_range"):
         decode(tiff(np.full((4, 4), np.nan, np.float32)), 1)

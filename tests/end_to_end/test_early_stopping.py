@@ -1,6 +1,7 @@
 """Tests of early stopping: scripted evaluations, interruptions and a second start."""
 
 import json
+import math
 import shutil
 
 import mini_runs
@@ -9,6 +10,8 @@ import pytest
 from hivit_jax import evaluate
 from hivit_jax.errors import ConfigError, DataError, Interrupted
 from hivit_jax.reporting import metrics
+from hivit_jax.tools import run_facts
+from hivit_jax.tools.loading import read_model
 from hivit_jax.train import train
 from hivit_jax.training.early_stopping import check_progress
 
@@ -92,6 +95,29 @@ def test_run_ends_at_the_same_step_after_interruptions(
 
 
 @pytest.mark.slow
+def test_new_best_is_saved_between_checkpoints(
+    evaluated_steps, tmp_path, capsys, monkeypatch
+):
+    """Log, commands and report name the same best step, which is saved.
+
+    A run without evaluations saves only its last step.
+    """
+    train(config(early_stopping=0, total_steps=5), tmp_path)
+    assert mini_runs.saved_steps(tmp_path) == [3, 5]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("best checkpoint  step 3  eval  loss 0.4000")
+    pretrained = read_model(tmp_path)
+    rank = "(step 5, the newest; the best is step 3)"
+    assert capsys.readouterr().out == f"model: {pretrained.path} {rank}\n"
+    best = run_facts._best(metrics.evaluations(tmp_path), CRITERION)
+    assert best == "eval/loss 0.4 at step 3"
+
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: {})
+    train(config(early_stopping=0, total_steps=2), tmp_path / "without_evaluation")
+    assert mini_runs.saved_steps(tmp_path / "without_evaluation") == [2]
+
+
+@pytest.mark.slow
 def test_failed_evaluation_ends_the_run(evaluated_steps, tmp_path, monkeypatch):
     """If the last evaluation fails, the resumed run repeats it and trains no step."""
 
@@ -126,6 +152,11 @@ def test_evaluations_since_best_are_counted_up_to_a_step(tmp_path):
     writer.close()
     assert [count(step) for step in LOSSES] == [0, 0, 0, 1, 2, 0]
     assert [count(step, ("eval/loss", "max")) for step in LOSSES] == [0, 1, 2, 3, 4, 5]
+    writer = metrics.Writer(tmp_path, 6)
+    writer.scalars(7, {"eval/loss": math.nan, "eval/count": 64})
+    writer.close()
+    assert count(7) == 1
+    assert count(7, ("eval/top1", "max")) == 7
 
 
 # Program of one process that prints the result of `check_progress` after each step

@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Return environment variables of a process without tensorflow and TensorBoard."""
+    """Return variables with which imports of tensorflow and tensorboardX fail."""
     directory = tmp_path_factory.mktemp("environment")
     missing = mini_runs.block_imports(directory, "tensorflow", "tensorboardX")
     return {

@@ -162,7 +162,7 @@ def test_interrupted_and_diverging_run_resumes_bit_identically(
     # The default handlers are restored, so that a second signal kills the process.
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         assert signal.getsignal(signal_number) is signal.SIG_DFL
-    assert mini_runs.saved_steps(tmp_path) == [6]
+    assert mini_runs.saved_steps(tmp_path) == [5, 6]  # step 5 is the best
     assert list(mini_runs.logged(tmp_path)) == [4, 5, 6]
     assert watch.beats == 6 + EVAL_BATCHES
 
@@ -178,7 +178,7 @@ def test_interrupted_and_diverging_run_resumes_bit_identically(
         assert main.main(command) == 3
     err = capsys.readouterr().err
     assert err.startswith("error: step 9: loss nan")
-    assert mini_runs.saved_steps(tmp_path) == [8]
+    assert mini_runs.saved_steps(tmp_path) == [5, 8]
     assert list(mini_runs.logged(tmp_path)) == [4, 5, 6, 7, 8]
 
     assert main.main(command) == 0
@@ -204,9 +204,10 @@ def test_resumed_run_repeats_failed_evaluations(finished, watch, tmp_path, monke
         return original_evaluate(*arguments)
 
     monkeypatch.setattr(evaluate, "evaluate", failing)
+    # The evaluated step 5 is saved as the best.
     for step, recorded in ((10, [5]), (STEPS, [5, 10])):
         assert main.main(command) == 4
-        assert mini_runs.saved_steps(tmp_path) == [step]
+        assert mini_runs.saved_steps(tmp_path) == [5, step]
         assert list(mini_runs.logged(tmp_path, "eval/loss")) == recorded
     assert not outcomes
     expected = mini_runs.logged(finished[0], "eval/loss")

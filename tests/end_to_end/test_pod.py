@@ -12,7 +12,7 @@ from PIL import Image
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-STEPS = 40
+STEPS = 24
 
 
 TIMEOUT = 900  # seconds; the machine may be busy

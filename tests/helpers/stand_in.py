@@ -33,7 +33,7 @@ def play(line: str, earlier_lines: list[str]) -> int:
 
 
 def main(name: str, *arguments: str) -> int:
-    """Log the call, then run it as scripted; return its exit code."""
+    """Log the call, then run ssh, copy with scp, or replay the scripted answer."""
     with open(os.environ["CALLS"], "a+") as calls:
         calls.seek(0)
         earlier_calls = [json.loads(line) for line in calls]

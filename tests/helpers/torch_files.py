@@ -20,7 +20,7 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 class Global:
-    """Name of a class or function in a pickle. A call returns a `Call`."""
+    """Name of a class or function in a pickle. Calling a `Global` returns a `Call`."""
 
     def __init__(self, module, name):
         self.module, self.name = module, name
@@ -41,7 +41,7 @@ class Call:
 
 
 class Storage:
-    """Storage of a tensor: a flat array and the name of PyTorch's storage class."""
+    """Storage of a tensor: a flat array, and the name of its type, such as "Float"."""
 
     def __init__(self, array, kind):
         self.array, self.kind = np.ascontiguousarray(array).reshape(-1), kind
@@ -70,9 +70,10 @@ class Writer(pickle._Pickler):
 
 
 def tensor(array, offset=0, shape=None, strides=None):
-    """Return a pickled tensor that shares the storage of an array.
+    """Return an object that `Writer` pickles as a tensor on the storage of an array.
 
-    Offset, shape and strides default to those of the array.
+    Without `shape`, the tensor has the offset, shape and strides of the array. With
+    `shape`, pass `strides` too.
     """
     base = array if array.base is None else array.base
     if shape is None:

@@ -104,9 +104,12 @@ flash_attention.defvjp(_flash_forward, _flash_backward)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("tokens", [49, 196])
+@pytest.mark.parametrize("tokens", [49, 196, 300])
 def test_attention_is_as_exact_as_flash_attention(tokens, with_bias):
-    """Errors relative to float32 are at most 1.1 times those of `flash_attention`."""
+    """Errors relative to float32 are at most 1.1 times those of `flash_attention`.
+
+    On TPUs, 300 tokens with a bias run the kernel of `flash_tpu`.
+    """
     *inputs, cotangent = 4 * random_array((4, 8, tokens, 16, 32))
     inputs = [x.astype(jnp.bfloat16) for x in inputs]
     inputs += [random_array((1, 16, tokens, tokens), "bias")] * with_bias

@@ -166,9 +166,8 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
 @pytest.mark.slow
 def test_unsupported_shapes_and_backends_use_no_kernels(one_device):
     """Plain JAX runs with shapes that do not fit tiles, and with "auto" on a CPU."""
-    assert (
-        kernels_in(jax.make_jaxpr(loss_of("auto")[0])(loss_of("auto")[1]).jaxpr) == []
-    )
+    loss, params = loss_of("auto")
+    assert kernels_in(jax.make_jaxpr(loss)(params).jaxpr) == []
     narrow = dict(embed_dim=256, decoder_embed_dim=64, decoder_num_heads=2)
     loss, params = loss_of("fused", **narrow)
     # Widths are 64, 128, 256 and 64. Kernels run the two MLPs of width 128, and both

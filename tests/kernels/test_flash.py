@@ -1,5 +1,6 @@
 """Tests of the TPU kernel for attention over many tokens, interpreted on the CPU."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -7,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 from kernel_cases import (
     kernels_in,
     library_attention,
+    main_stage_block,
     output_and_gradients,
     random_arrays,
     relative_errors,
@@ -18,7 +21,7 @@ from kernel_cases import (
 from networks import fast_jit
 from numpy.testing import assert_allclose
 
-from hivit_jax.kernels import target
+from hivit_jax.kernels import dispatch, target
 from hivit_jax.kernels.attention_xla import dot_product_attention
 from hivit_jax.kernels.flash_tpu import flash_attention
 from hivit_jax.kernels.numerics import Plan
@@ -136,3 +139,36 @@ def test_bias_must_fit_in_vmem(monkeypatch):
 
     assert kernels(1600, 128) == kernels(1024, 64) == [KERNEL]
     assert kernels(1600, 64) == []
+
+
+def test_blocks_with_relative_positions_run_the_kernel(monkeypatch):
+    """Output and gradients of a block equal plain JAX, including the bias table's.
+
+    The VMEM suffices for this kernel, but not for a kernel of the whole branch.
+    """
+
+    def small_target(*arguments):
+        found = target.find_target(*arguments)
+        return found and replace(found, vmem=7 * 10**6)
+
+    monkeypatch.setattr(dispatch, "find_target", small_target)
+    sizes = dict(grid=(16, 16), relative_position=True, mlp_ratio=0.5)
+    graphdef, params, _ = main_stage_block("nothing", 2, **sizes)
+    x, cotangent = random_arrays((2, 256, 128), (2, 256, 128))
+    leaves, tree = jax.tree.flatten(params)
+
+    def run(choice, x, *leaves):
+        block = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+        return block(x, kernels=choice)
+
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
+        jaxpr = jax.make_jaxpr(partial(run, "fused"))(x, *leaves).jaxpr
+        assert kernels_in(jaxpr) == [KERNEL]
+        actual, expected = (
+            fast_jit(partial(output_and_gradients, partial(run, choice)))(
+                [3 * x, *leaves], cotangent
+            )
+            for choice in ("fused", "plain")
+        )
+    for a, b in zip(actual, expected, strict=True):
+        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))

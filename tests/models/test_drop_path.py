@@ -98,7 +98,7 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
 
     monkeypatch.setattr(blocks, "drop_path", record)
     # On "tpu", blocks are traced inline, so that each call is recorded.
-    monkeypatch.setattr(blocks.dispatch, "platform", lambda: "tpu")
+    monkeypatch.setattr(blocks.target, "platform", lambda: "tpu")
     images = jnp.zeros((2, 224, 224, 3))
     abstract_outputs(
         lambda model: model(images, drop_path_keys=sample_keys(2)),
@@ -122,7 +122,7 @@ def test_decoder_has_no_drop_path(monkeypatch):
 
     monkeypatch.setattr(blocks, "drop_path", record)
     # On "tpu", blocks are traced inline, so that each call is recorded.
-    monkeypatch.setattr(blocks.dispatch, "platform", lambda: "tpu")
+    monkeypatch.setattr(blocks.target, "platform", lambda: "tpu")
     images, noise = jnp.zeros((2, 64, 64, 3)), jnp.zeros((2, 16))
     abstract_outputs(
         lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model

@@ -320,7 +320,7 @@ def test_image_without_a_batch_axis_is_refused():
         ({"image_size": (64, 72)}, r"image_size=\(64, 72\) .*patch_size=16"),
         ({"image_size": 8}, "image_size=8 "),
         ({"image_size": (64, 64, 3)}, r"image_size=\(64, 64, 3\)"),
-        ({"num_heads": 3}, "num_heads=3 does not divide embed_dim=64"),
+        ({"num_heads": 3}, "num_heads=3; expected a divisor of embed_dim, which is 64"),
         ({"num_heads": 0}, "num_heads=0; expected at least 1"),
         ({"depths": (1, 1)}, r"depths=\(1, 1\) with inner_patches=4"),
         ({"depths": (1, 0, 1)}, r"depths=\(1, 0, 1\)"),
@@ -331,7 +331,10 @@ def test_image_without_a_batch_axis_is_refused():
         ({"window_size": -1}, "window_size=-1; expected at least 0"),
         ({"global_blocks": (0, 2)}, r"global_blocks=\(0, 2\); .*from 0 to 1 for the 2"),
         ({"global_blocks": (-1,)}, r"global_blocks=\(-1,\)"),
-        ({"decoder_num_heads": 5}, "decoder_num_heads=5 .* decoder_embed_dim=32"),
+        (
+            {"decoder_num_heads": 5},
+            "decoder_num_heads=5; .* decoder_embed_dim, which is 32",
+        ),
         (
             {"drop_path_rate": 1.0},
             "drop_path_rate=1.0; expected 0 <= drop_path_rate < 1",

@@ -91,7 +91,11 @@ def test_windows_shrink_to_small_grids():
     ("name", "overrides", "message"),
     [
         ("swin_base", {"num_heads": (2,)}, r"num_heads=\(2,\); expected one number"),
-        ("swin_base", {"num_heads": (2, 5)}, "num_heads=5 does not divide"),
+        (
+            "swin_base",
+            {"num_heads": (2, 5)},
+            "num_heads=5; expected a divisor of the width of a stage",
+        ),
         ("swin_base", {"scan_blocks": True}, "scan_blocks=True with Swin"),
         ("swin_base", {"stem_mlp_ratio": 3.0}, "override of swin_base"),
         ("simmim_swin_base", {"mask_patch_size": 30}, "mask_patch_size=30"),

@@ -82,7 +82,7 @@ def test_maps_exclude_the_class_token_and_tokens_include_it():
     [
         ({"depths": (1, 1, 2)}, "override of vit_base 'depths'; did you mean 'depth'"),
         ({"pooling": "max"}, "pooling"),
-        ({"num_heads": 5}, "num_heads=5 does not divide embed_dim=64"),
+        ({"num_heads": 5}, "num_heads=5; expected a divisor of embed_dim, which is 64"),
         ({"image_size": 60}, "image_size=60"),
     ],
 )

@@ -82,7 +82,7 @@ def test_figures_show_the_panels(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 3), (7, 4)])
-def test_grid_of_titled_images_fits_their_number(count, columns):
+def test_size_of_the_grid_fits_the_number_of_titled_images(count, columns):
     """Titles are not cut at the margins, and cells without an image are white."""
     title = f"true: {'long name ' * 20}, 1%\npredicted: $x, 99%"
     pixels = figures.titled_images(np.zeros((count, 8, 8, 3)), [title] * count)

@@ -10,12 +10,8 @@ from hivit_jax import rng
 from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.errors import ConfigError
 from hivit_jax.reporting import multi_label
-from hivit_jax.tasks.classification import (
-    Classification,
-    class_weights,
-    classification_metrics,
-    multi_label_metrics,
-)
+from hivit_jax.tasks.classification import Classification, class_weights
+from hivit_jax.tasks.metrics import classification_metrics, multi_label_metrics
 
 
 def metrics_of(logits, labels):

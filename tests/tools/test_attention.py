@@ -91,10 +91,37 @@ def test_attention_command_writes_the_figure(name, tmp_path, capsys):
         ("--block=2", "has 2 blocks with attention"),
         (f"--out={images[0]}", "is an input of this command"),
         (f"--out={tmp_path}", "is a directory"),
+        ("--out=at.txt", "--out=at.txt: expected a name that ends in .png"),
     ):
         assert command.main([*map(str, flags), option]) == 2
         assert fragment in capsys.readouterr().err
-    assert command.main([*map(str, flags), str(tmp_path / "no.png")]) == 4
+    (tmp_path / "broken.png").write_text("no image")
+    for name, code, message in (
+        ("no.png", 2, "no.png: no such file or directory"),
+        ("broken.png", 4, "broken.png: no image can be read"),
+    ):
+        assert command.main([*map(str, flags[:-2]), str(tmp_path / name)]) == code
+        assert message in capsys.readouterr().err
+
+
+def test_unreadable_images_are_skipped(tmp_path, capsys):
+    """The figure is that of the other images, and one line names the broken image."""
+    hivit_jax.save_pretrained(mini("hivit_base"), tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    for name in ("a.png", "c.png"):
+        write_image(tmp_path / "photos" / name)
+    flags = ["--checkpoint", tmp_path / "model", "--out", tmp_path / "attention.png"]
+    flags = [*map(str, flags), str(tmp_path / "photos")]
+    assert command.main(flags) == 0
+    expected = (tmp_path / "attention.png").read_bytes()
+    broken = tmp_path / "photos" / "b.png"
+    broken.write_text("no image")
+    capsys.readouterr()
+    assert command.main(flags) == 0
+    assert (tmp_path / "attention.png").read_bytes() == expected
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cannot read {broken}: ")
+    assert line.endswith("; skipped")
 
 
 def test_images_of_a_directory_are_drawn(tmp_path, capsys, monkeypatch):

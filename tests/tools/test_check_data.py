@@ -1,6 +1,7 @@
 """Tests of check_data on healthy and damaged datasets."""
 
 import os
+import shutil
 
 import mini_runs
 import numpy as np
@@ -183,6 +184,7 @@ def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
         "v5e": (0.4, 197, "at 40%, assumed"),
         "v5p": (0.4, 459, "at 40%, assumed"),
     }
+    assert "\n  measured on h100: HiViT-B, pretraining on one H100" in out
     for name, (part, peak, basis) in expected.items():
         assert " ".join(rows[name][:-2]) == basis
         per_chip, cores = (float(cell.replace(",", "")) for cell in rows[name][-2:])
@@ -358,8 +360,8 @@ def test_report_lists_classes_kinds_of_files_and_settings(check, healthy, tmp_pa
         [np.asarray(Image.open(p)).reshape(-1, 3) for p in healthy.glob("train/*/*")]
     )
     for name, values in (("mean", pixels.mean(0)), ("std", pixels.std(0))):
-        text = ",".join(f"{value / 255:.4f}" for value in values)
-        assert f"--config.data.{name}=({text},)" in lines
+        text = ",".join(str(round(value / 255, 4)) for value in values)
+        assert f"'--config.data.{name}=({text})'" in lines
     sheet_pixels = np.asarray(Image.open(sheet))
     assert sheet_pixels.shape[2] == 3
     assert (sheet_pixels != 255).any()
@@ -403,8 +405,51 @@ def test_tiles_of_four_bands_require_channels_and_dtype(check, tmp_path):
     assert code == 0, err
     assert out.endswith("\nhealthy\n")
     assert "train (none)" not in out
-    mean = ",".join(f"{x:.4f}" for x in values.reshape(-1, 4).mean(0) / 4095)
-    assert f"--config.data.mean=({mean},)" in out
+    mean = ",".join(str(round(x, 4)) for x in values.reshape(-1, 4).mean(0) / 4095)
+    assert f"  '--config.data.mean=({mean})'\n" in out
+
+
+def test_dataset_of_one_class_is_noted(check, tmp_path, capsys):
+    """The note is the warning of a run. A pretraining run needs no classes."""
+    write(tmp_path, {"train": 14}, (64, 48))
+    for directory in (tmp_path / "train").iterdir():
+        if directory.name != NAMES[0]:
+            shutil.rmtree(directory)
+    flags = ["--config=folder_finetune", f"--config.data.dir={tmp_path / 'train'}"]
+    assert check_data.main(flags) == 0
+    note = "model.num_classes=1: with one class the loss is always 0"
+    assert capsys.readouterr().out.splitlines()[-1] == note
+    _, out, _ = check(tmp_path / "train", data__eval_split="none")
+    assert out.endswith("\nhealthy\n")
+
+
+def test_settings_without_a_readable_image_contain_no_statistics(check, tmp_path):
+    """Mean and standard deviation of no pixels would be 0."""
+    for name in ("c0", "c1"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "a.png").write_text("no image")
+    code, out, _ = check(tmp_path / "photos", data__eval_split="none")
+    assert code == 4
+    assert "  --config.model.num_classes=2\n" in out
+    assert "data.mean" not in out
+    assert "data.std" not in out
+
+
+def test_wrong_paths_in_a_csv_file_have_their_own_remedy(check, healthy, tmp_path):
+    """Leaving out most of the images would not help."""
+    names = [photo(healthy, k) for k in range(6)]
+    names += [f"{NAMES[k]}/{k}.jpg" for k in range(7)]
+    (tmp_path / "all.csv").write_text("\n".join(["path", *map(str, names)]))
+    keys = dict(data__name="csv", data__eval_split="none")
+    code, _, err = check(tmp_path / "all.csv", **keys)
+    assert code == 4
+    first = tmp_path / NAMES[0] / "0.jpg"
+    assert f"Most of the listed files do not exist, such as {first}; correct" in err
+    assert "relative paths start at the directory of the file" in err
+    assert "data.exclude" not in err
+    (tmp_path / "half.csv").write_text("\n".join(["path", *map(str, names[:-1])]))
+    _, _, err = check(tmp_path / "half.csv", **keys)
+    assert "leave the unreadable images out with data.exclude" in err
 
 
 def test_images_without_labels_pass_the_check(check, healthy):

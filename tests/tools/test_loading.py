@@ -47,6 +47,31 @@ def checkpoint(path, recipe):
     return Pretrained(str(path), f"step {path.name}", recipe=recipe, **empty)
 
 
+@pytest.mark.parametrize(
+    ("name", "info", "expected"),
+    [
+        (
+            "hivit_tiny",
+            {"std": (0.2,) * 3},
+            "note: assumed, as not in the file: mean (0.485, 0.456, 0.406), crop 0.875"
+            "; the names of the classes are unknown",
+        ),
+        (
+            "mae_hivit_base",
+            {"mean": (0.5,) * 3, "crop": 1.0},
+            "note: assumed, as not in the file: std (0.229, 0.224, 0.225)",
+        ),
+        ("hivit_tiny", {"mean": (), "std": (), "crop": 1.0}, ""),
+    ],
+)
+def test_assumed_preprocessing_is_noted(name, info, expected, tmp_path):
+    arrays = {} if name.startswith("mae") else {"head/kernel": None}
+    pretrained = checkpoint(tmp_path, {})._replace(
+        arguments={"name": name}, info=info, params=arrays
+    )
+    assert loading.preprocessing_note(pretrained) == expected
+
+
 def test_file_has_no_rank(capsys):
     path = ROOT / "tests/parity/golden/official_mae.pth"
     loading.read_model(path)

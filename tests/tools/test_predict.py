@@ -141,10 +141,15 @@ def test_run_and_saved_model_predict_equal_rows(
     (images / "notes.txt").write_text("")
     Image.fromarray(np.float32(noise_image(8, 8))).save(images / "float.tiff")
     file_path = str(data / "val" / "green" / "1.png")
-    for checkpoint, name in ((run, "a.csv"), (shared, "b.csv"), (shared, "c.jsonl")):
+    file = tmp_path / "model.safetensors"
+    convert.convert(str(run), file)
+    for checkpoint, name in (
+        (run, "a.csv"), (shared, "b.csv"), (file, "f.csv"), (shared, "c.jsonl")
+    ):  # fmt: skip
         flags = ["--checkpoint", str(checkpoint), "--out", name, "--batch_size=2"]
         assert predict.main([*flags, "tiles", file_path]) == 0
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "f.csv").read_bytes()
     table = rows("a.csv")
     names = ["tiles/a.png", "tiles/b.png", "tiles/deep/blue/c.png", "tiles/float.tiff"]
     assert [row["file"] for row in table] == [*names, file_path]
@@ -184,6 +189,7 @@ def test_command_without_paths_predicts_the_test_split(run, data, tmp_path):
     ("paths", "out", "code", "message"),
     [
         (["damaged"], "a.csv", 4, "damaged: no image can be read"),
+        (["damaged"], "new", 4, "damaged: no image can be read"),
         (["empty"], "a.csv", 4, "expected files that end in"),
         (["absent"], "a.csv", 2, "absent: no such file or directory"),
         (["damaged"], "a.xlsx", 2, "ends in .csv or .jsonl"),
@@ -197,7 +203,11 @@ def test_unusable_paths_and_outputs_are_errors(
         (tmp_path / name).mkdir()
     (tmp_path / "damaged" / "x.png").write_bytes(b"x")
     assert predict.main([f"--checkpoint={run}", f"--out={out}", *paths]) == code
-    assert message in capsys.readouterr().err
+    found = capsys.readouterr()
+    assert message in found.err
+    if out == "new":
+        last = found.out.splitlines()[-1]
+        assert last == "0 of 1 image predicted; written to new/predictions.csv"
 
 
 @pytest.mark.slow

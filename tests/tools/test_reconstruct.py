@@ -3,6 +3,7 @@
 import io
 
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
 import reference
@@ -12,7 +13,9 @@ from PIL import Image
 
 import hivit_jax
 from examples import features as example
+from hivit_jax import inputs
 from hivit_jax.models.positions import patchify
+from hivit_jax.reporting import figures
 from hivit_jax.tools import reconstruct as command
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
@@ -49,9 +52,12 @@ def test_command_draws_a_row_of_panels_per_image(saved, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     for path in images:
         (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "photos" / "aa.png").write_text("no image")  # is skipped
     assert command.main([*flags[:4], str(tmp_path / "photos")]) == 0
     assert out.read_bytes() == expected
-    printed = capsys.readouterr().out
+    printed, err = capsys.readouterr()
+    assert err.startswith(f"cannot read {tmp_path / 'photos' / 'aa.png'}: ")
+    assert err.endswith("; skipped\n")
     assert "75.0% of each image masked" in printed
     text = "brightness and contrast of each true unit, unknown to the model"
     assert text in printed
@@ -157,8 +163,8 @@ def test_visible_statistics_predict_the_mean_of_the_visible_units(tmp_path):
     ("model", "name", "code", "message"),
     [
         ("hivit_base", "a.png", 2, "is a hivit_base, which has no decoder"),
-        ("mae_hivit_base", "nowhere.png", 4, "cannot read"),
-        ("mae_hivit_base", "text.png", 4, "cannot read"),
+        ("mae_hivit_base", "nowhere.png", 2, "no such file or directory"),
+        ("mae_hivit_base", "text.png", 4, "text.png: no image can be read"),
         ("nothing", "a.png", 5, "no checkpoint in"),
     ],
 )
@@ -193,6 +199,9 @@ def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
         assert command.main([*map(str, flags)]) == 2
         assert f"--out={out} is " in capsys.readouterr().err
     assert image.read_bytes() == before
+    flags = ["--checkpoint", directory, "--out", tmp_path / "out.jpg", image]
+    assert command.main([*map(str, flags)]) == 2
+    assert "out.jpg: expected a name that ends in .png" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -218,9 +227,23 @@ def test_predictions_are_scaled_by_statistics_of_units():
         assert_allclose(with_visible[i], expected, atol=1e-4)
 
 
-def test_model_of_raw_pixels_needs_no_statistics():
-    model = mini("mae_hivit_base", norm_pix_loss=False)
-    assert command.statistics_text(model, "unit") == "pixels as predicted"
+@pytest.mark.parametrize(
+    ("normalized", "note"),
+    [
+        (True, "brightness and contrast of each true unit, unknown to the model"),
+        (False, "pixels as predicted"),
+    ],
+)
+def test_titles_name_the_source_of_brightness(normalized, note, monkeypatch):
+    """The figures of a run have the note of the command's figures."""
+    titles = []
+    monkeypatch.setattr(
+        figures, "reconstructions", lambda _, title: titles.append(title)
+    )
+    task = inputs.task_of_recipe(mini_runs.mae(model__norm_pix_loss=normalized))
+    images = np.zeros((1, 64, 64, 3), np.float32)
+    task.figures({"images": images, "predicted": images, "masked": images[..., :1]})
+    assert titles == [f"held-out images; {note}"]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from hivit_jax.tools import convert
 from hivit_jax.train import train
 from hivit_jax.weights.load import merge_arguments, read
 
-KINDS = state_files.contents_by_format()
+CONTENTS_BY_FORMAT = state_files.contents_by_format()
 
 
 def official_state(name="mae_hivit_base", **overrides):
@@ -32,7 +32,7 @@ def official_state(name="mae_hivit_base", **overrides):
 
 # Official name -> our name, for depths (1, 1, 2). The official code numbers blocks and
 # merges consecutively. A stem stage of depth 1 has two residual blocks, both MLPs.
-BLOCKS = {
+OUR_NAMES = {
     "blocks.0": "encoder/stages/0/0",
     "blocks.1": "encoder/stages/0/1",
     "blocks.2": "encoder/merges/0",
@@ -46,8 +46,8 @@ BLOCKS = {
 }
 
 
-# For the 4x4, 2x2 and 1 cells of a unit in the three stages: row-major index of each
-# cell, in the order in which our merges concatenate cells.
+# MERGED[s] lists the row-major indices of a unit's cells in stage s, in the order in
+# which the merges concatenate the cells. A unit has 4x4, 2x2 and 1 cells.
 MERGED = [0, 4, 1, 5, 8, 12, 9, 13, 2, 6, 3, 7, 10, 14, 11, 15], [0, 2, 1, 3], [0]
 
 
@@ -81,7 +81,7 @@ def convert_state(state, width=16):
         elif array.ndim == 2 and name.endswith(".weight"):
             array = array.T
         first = ".".join(name.split(".")[: 1 + name.startswith("blocks.")])
-        path = BLOCKS.get(first, first) + name.removeprefix(first).replace(".", "/")
+        path = OUR_NAMES.get(first, first) + name.removeprefix(first).replace(".", "/")
         ending = "kernel" if array.ndim > 1 else "scale"
         converted[re.sub("weight$", ending, path)] = array
     return converted
@@ -91,17 +91,17 @@ def convert_state(state, width=16):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONTENTS_BY_FORMAT)
 def test_files_written_by_pytorch_load_exactly(kind):
     """The files are part of the golden data; PyTorch wrote them."""
-    _, content = KINDS[kind]
+    _, content = CONTENTS_BY_FORMAT[kind]
     hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
     state = content.get("model_ema") or content.get("model") or content["state_dict"]
     mini_runs.assert_identical(params_by_name(loaded), convert_state(state))
     assert loaded.config.num_heads == 1
-    norm = loaded.encoder.patch_embed.norm.epsilon
-    assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
+    epsilon = loaded.encoder.patch_embed.norm.epsilon
+    assert epsilon == (1e-5 if kind == "mmpretrain" else 1e-6)
     if "model_ema" in content:
         plain = hivit_jax.load_pretrained(
             reference.GOLDEN / f"{kind}.pth", averaged=False
@@ -112,16 +112,16 @@ def test_files_written_by_pytorch_load_exactly(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONTENTS_BY_FORMAT)
 def test_state_dicts_in_safetensors_load_exactly(kind, tmp_path):
-    _, content = KINDS[kind]
+    _, content = CONTENTS_BY_FORMAT[kind]
     state = content.get("model") or content["state_dict"]
     path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
     hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(path, **hints)
     mini_runs.assert_identical(params_by_name(loaded), convert_state(state))
-    norm = loaded.encoder.patch_embed.norm.epsilon
-    assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
+    epsilon = loaded.encoder.patch_embed.norm.epsilon
+    assert epsilon == (1e-5 if kind == "mmpretrain" else 1e-6)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_classifier_loads_the_encoder_of_an_mmpretrain_file(tmp_path, capsys):
     MMPretrain's decoder is not supported, because MMPretrain treats the first visible
     unit as a class token.
     """
-    state = KINDS["official_mae"][1]["model"]
+    state = CONTENTS_BY_FORMAT["official_mae"][1]["model"]
     named = {}
     for name, array in state.items():
         encoder = name.startswith(("absolute_pos", "patch_embed.", "blocks."))
@@ -217,7 +217,7 @@ def test_another_name_keeps_custom_sizes():
 @pytest.mark.extras
 @pytest.mark.slow
 def test_shared_model_evaluates_like_its_run(tmp_path, capsys):
-    """A finetuned model, converted to a directory, evaluates as at the end of the run.
+    """A converted finetuned model has the evaluation results of the end of its run.
 
     Finetuning with another image size resizes the pretrained tables. The model card
     lists results and recipe.
@@ -270,9 +270,17 @@ def test_pretraining_continues_from_an_official_file(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (dict(embed_dim=32), "different model: encoder/absolute_pos_embed has"),
+        (
+            dict(embed_dim=32, image_size=96, depths=(1, 1, 3)),
+            "different model: encoder/absolute_pos_embed has .*\n.* its flags are "
+            "--config.model.image_size=64 '--config.model.depths=\\(1,1,2\\)' "
+            "--config.model.embed_dim=64$",
+        ),
         (dict(name="hivit_small"), "different model"),
-        (dict(depths=(1, 1, 3)), r"the first is encoder/stages/2/2/.*\. Refusing"),
+        (
+            dict(depths=(1, 1, 3)),
+            r"the first is encoder/stages/2/2/.*\. Refusing(.|\n)*depths=\(1,1,2\)'$",
+        ),
         (dict(name="mae_hivit_base"), "missing, the first is decoder_"),
         (dict(nmu_heads=2), "unknown override .*did you mean 'num_heads'"),
     ],

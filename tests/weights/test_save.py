@@ -27,7 +27,7 @@ from hivit_jax.weights import files, to_state_dict
 from hivit_jax.weights.card import model_card
 from hivit_jax.weights.save import shareable
 
-KINDS = state_files.contents_by_format()
+CONTENTS_BY_FORMAT = state_files.contents_by_format()
 
 
 @pytest.mark.slow
@@ -40,7 +40,10 @@ def test_arrays_survive_a_round_trip(layout, suffix, tmp_path):
     if suffix == "pth":
         pytest.importorskip("torch")
     kind = "mmpretrain" if layout == "mmpretrain" else "official_finetuned"
-    state = KINDS[kind][1].get("model") or KINDS[kind][1]["state_dict"]
+    state = (
+        CONTENTS_BY_FORMAT[kind][1].get("model")
+        or CONTENTS_BY_FORMAT[kind][1]["state_dict"]
+    )
     first = state_files.save_safetensors(tmp_path / "first.safetensors", state)
     directory, last = tmp_path / "directory", tmp_path / f"last.{suffix}"
     assert convert.main([str(first), str(directory)]) == 0
@@ -58,7 +61,7 @@ def test_arrays_survive_a_round_trip(layout, suffix, tmp_path):
 
 
 @pytest.mark.slow
-def test_official_program_can_load_every_entry(tmp_path):
+def test_converted_file_has_the_official_names_and_shapes(tmp_path):
     """A converted file has exactly the official names and shapes.
 
     Therefore the official classifier can load it with strict=True.
@@ -96,7 +99,21 @@ def test_card_contains_the_divisor_of_pixels(scale, divisor):
     model.info = replace(model.info, scale=scale, multi_label=True)
     card = model_card(model, {}, {})
     assert f"divides by {divisor}, subtracts the mean" in card
-    assert "import jax\n" not in card  # only for the probabilities of named classes
+    assert "import jax\n" not in card
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unit"), [({}, " G"), ({"image_size": 32, "depths": (1, 1, 2)}, " M")]
+)
+def test_card_states_multiply_adds_in_a_suitable_unit(overrides, unit):
+    """A small model does not have 0.00 G of multiply-adds."""
+    model = abstract_model("hivit_base", num_classes=2)
+    if overrides:
+        model = abstract_model("hivit_tiny", num_classes=2, **overrides)
+    (text,) = re.findall("multiply-adds per image: (.*)", model_card(model, {}, {}))
+    number, factor = float(text.removesuffix(unit)), 1e9 if unit == " G" else 1e6
+    assert number * factor == pytest.approx(model.macs(layer_norm_cost=0), rel=0.01)
+    assert number > 1
 
 
 @pytest.mark.parametrize(
@@ -109,7 +126,7 @@ def test_card_contains_the_divisor_of_pixels(scale, divisor):
     ],
 )  # fmt: skip
 def test_card_contains_version_and_address_of_the_project(urls, line, monkeypatch):
-    """The model card contains version and address of the package's metadata, if any."""
+    """The card contains the version and, if the metadata has one, the first address."""
 
     def read(name):
         if urls is None:
@@ -154,8 +171,8 @@ def test_code_in_the_card_runs(name, tmp_path, monkeypatch, capsys):
 def test_info_is_saved_in_every_file(file, tmp_path):
     """A model that is loaded with another number of classes has no class names.
 
-    A directory without config.json loads with the same info, because the weight files
-    contain the info too.
+    Without config.json, a weight file loads with the same info, because the file
+    contains the info too.
     """
     model = mini("hivit_base", num_classes=2)
     facts = dict(class_names=("cat", "dog"), crop=0.9, mean=(0.1, 0.2, 0.3))
@@ -221,7 +238,7 @@ CHANGES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_model_that_would_not_load_is_not_saved(change, tmp_path):
-    """A refused model changes no file.
+    """If saving is refused, no file changes.
 
     A model is saved if and only if its arrays have the names and shapes of
     `model.config`, a float dtype and finite values.
@@ -323,8 +340,8 @@ def test_arrays_of_a_state_dict_are_writable_copies(layout):
 def test_saved_files_contain_no_paths_of_the_machine(tmp_path):
     """Saved cards, configs and weights contain no paths of this machine.
 
-    Values that look like a path are shortened, and values of keys for directories are
-    removed. Names with a slash and addresses on the hub are unchanged.
+    Absolute paths are shortened to their last component, and the values of directory
+    keys are removed. Dataset names with a slash and hub addresses are unchanged.
     """
     secret = "/home/ann/secret"
     recipe = {

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from hivit_jax.errors import ConfigError
 from hivit_jax.reporting import metrics
 from hivit_jax.xla import chips
 
@@ -74,6 +75,32 @@ def test_metrics_of_a_cpu_contain_only_throughput():
     assert found == {"images_per_second": 400, "images_per_second_per_chip": 100}
 
 
+@pytest.mark.parametrize(
+    ("text", "topology"),
+    [
+        ("v5e-64", "v5e:8x8 (64 chips)"),
+        ("v5litepod-64", "v5e:8x8 (64 chips)"),
+        ("v6e-8", "v6e:2x4 (8 chips)"),
+        ("v5e:256", "v5e:16x16 (256 chips)"),
+        ("v5p-128", "v5p:4x4x4 (64 chips)"),  # 128 cores
+        ("v4-64", "v4:2x4x4 (32 chips)"),
+        ("v5e-4x4", "v5e:4x4"),
+        ("h100-8", "h100:8"),
+        ("v5e-60", ""),
+        ("tpu7x-64", ""),
+        ("a100-8", ""),
+        ("v5e", ""),
+    ],
+)
+def test_error_suggests_the_shape_of_a_slice(text, topology):
+    """Names of Google Cloud contain the number of chips or cores, not the shape."""
+    assert chips.suggested_topology(text) == topology
+    if "-" in text:
+        with pytest.raises(ConfigError) as error:
+            chips.devices_of(text)
+        assert (f"did you mean {topology}?" in str(error.value)) == bool(topology)
+
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -93,6 +120,15 @@ def test_utilization_of_an_h100_is_the_one_in_the_benchmark():
     assert chip.utilization.bound == pytest.approx(measured, abs=0.005)
     others = [c.utilization for name, c in chips.CHIPS.items() if name != "h100"]
     assert {utilization.basis for utilization in others} == {"assumed"}
+
+
+def test_h200_is_faster_than_an_h100_by_its_bandwidth():
+    """The derived part of the peak is in docs/cost.md."""
+    h100, h200 = (chips.CHIPS[name] for name in ("h100", "h200"))
+    speedup = h200.utilization.peak * h200.flops / (h100.utilization.peak * h100.flops)
+    assert speedup == pytest.approx(h200.bandwidth / h100.bandwidth)
+    parts = f"| `h200` | {h200.utilization.peak:.0%} | {h200.utilization.bound:.0%} |"
+    assert parts.replace("%", " %") in (ROOT / "docs" / "cost.md").read_text()
 
 
 def test_table_of_chips_in_the_docs_is_complete():

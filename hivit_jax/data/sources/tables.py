@@ -30,8 +30,8 @@ SPLIT_NAMES = {
 }
 
 
-class Rows(NamedTuple):
-    """Columns of a file.
+class Columns(NamedTuple):
+    """Columns of a table.
 
     Attributes:
       paths: paths as written.
@@ -53,12 +53,13 @@ class Table(FileSource):
     is a list with a line ``PATH LABEL`` or ``PATH`` per image. Relative paths refer to
     the directory of the file.
 
-    If all labels are non-negative integers, they are class indices, and these numbers
-    are also the class names. Otherwise, the classes are the sorted names. All rows of
-    `train_file` determine the classes, whatever their value in the column `split`.
+    If all labels are non-negative integers, they are class indices, and the class names
+    are the numbers up to the largest. Otherwise, the classes are the sorted names. All
+    rows of `train_file` determine the classes, whatever their value in the column
+    `split`.
 
-    With `multi_label`, a label consists of any number of names or numbers, separated by
-    ``;``. An empty label means that the image belongs to no class.
+    With `multi_label`, the column of labels contains any number of names or numbers per
+    image, separated by ``;``. An empty cell means that the image belongs to no class.
 
     Args:
       file: the file that contains the split.
@@ -104,7 +105,7 @@ class Table(FileSource):
             raise DataError(f"{file}: expected labels as in {train_file}, found none")
         known = _labels_of_rows(train_file, train_rows, multi_label)
         self.classes, label_of = _classes(train_file, known)
-        chosen_rows = Rows(self._paths, [rows.labels[i] for i in chosen], None)
+        chosen_rows = Columns(self._paths, [rows.labels[i] for i in chosen], None)
         if rows is train_rows:
             names = [known[i] for i in chosen]
         else:
@@ -140,7 +141,7 @@ class Table(FileSource):
 
 
 def table_path(directory: str, name: str) -> Path:
-    """Return the path of a file; `directory` may be the file itself.
+    """Return the path of the file `name`; if `name` is "", `directory` is the file.
 
     Raises:
       DataError: there is no such file.
@@ -155,7 +156,7 @@ def table_path(directory: str, name: str) -> Path:
     return path
 
 
-def _read(file: Path) -> Rows:
+def _read(file: Path) -> Columns:
     """Read a CSV file or a list of paths.
 
     Raises:
@@ -189,19 +190,19 @@ def _read(file: Path) -> Rows:
             f"{file}: expected a header with one of the columns "
             f"{', '.join(PATH_COLUMNS)}; found {', '.join(columns) or 'nothing'}"
         )
-    return Rows(paths, column(LABEL_COLUMNS), column(("split",)))
+    return Columns(paths, column(LABEL_COLUMNS), column(("split",)))
 
 
-def _parse_list(lines: Sequence[str]) -> Rows:
+def _parse_list(lines: Sequence[str]) -> Columns:
     """Parse lines ``PATH LABEL``, or ``PATH`` if every line ends in an image suffix."""
     lines = [line.strip() for line in lines]
     if all(line.lower().endswith((*SUFFIXES, ".npy")) for line in lines):
-        return Rows(lines, None, None)
+        return Columns(lines, None, None)
     parts = [line.rsplit(None, 1) for line in lines]
-    return Rows([p[0] for p in parts], [p[1] if p[1:] else "" for p in parts], None)
+    return Columns([p[0] for p in parts], [p[1] if p[1:] else "" for p in parts], None)
 
 
-def _labels_of_rows(file: Path, rows: Rows, multi_label: bool) -> list[list[str]]:
+def _labels_of_rows(file: Path, rows: Columns, multi_label: bool) -> list[list[str]]:
     """Split each text in the column of labels into the labels of one image.
 
     Raises:

@@ -33,18 +33,19 @@ def to_layout(
     is_simmim = isinstance(model, SimMIM)
     if layout not in LAYOUTS:
         raise ConfigError(
-            f"layout={layout!r} with {model.name}, which is not a HiViT; expected one "
-            f"of {', '.join(LAYOUTS)}"
+            f"layout={layout!r} (--format={layout}) with {model.name}, which is "
+            f"not a HiViT; expected one of {', '.join(LAYOUTS)}"
         )
     if layout == "timm" and is_simmim:
         raise ConfigError(
-            f"layout='timm' with {model.name}, which timm does not have; expected "
-            "layout='official' or 'transformers'"
+            f"layout='timm' (--format=timm) with {model.name}, which timm "
+            "does not have; expected layout='official' or 'transformers'"
         )
     if layout == "transformers" and getattr(model, "fc_norm", None) is not None:
         raise ConfigError(
-            f"layout='transformers' with {model.name}: transformers' classifiers have "
-            "no fc_norm; expected pooling='token' and running_norm=False"
+            f"layout='transformers' (--format=transformers) with {model.name}: "
+            "transformers' classifiers have no fc_norm; expected pooling='token' and "
+            "running_norm=False"
         )
     if is_swin and layout != "timm":
         state = state | swin.buffers(model.config, "encoder." if is_simmim else "")

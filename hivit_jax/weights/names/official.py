@@ -254,8 +254,8 @@ def to_state_dict(
         return to_layout(state, model, layout)
     if layout not in HIVIT_LAYOUTS:
         raise ConfigError(
-            f"layout={layout!r} with {model.name}, which is a HiViT; "
-            f"expected one of {', '.join(HIVIT_LAYOUTS)}"
+            f"layout={layout!r} (--format={layout}) with {model.name}, which is a "
+            f"HiViT; expected one of {', '.join(HIVIT_LAYOUTS)}"
         )
     if layout == "mmpretrain" and getattr(model, "fc_norm", None) is not None:
         raise ConfigError(

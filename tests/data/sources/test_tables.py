@@ -154,7 +154,9 @@ def test_tables_have_several_labels_per_image(root):
         label = mini_runs.sample(source, index)[1]
         assert (label.dtype, label.tolist()) == (np.uint8, vector)
     (note,) = split_notes(source, np.arange(1), "train", "uint8")
-    assert note.startswith("1 of 4 images of the train split have no label; they count")
+    assert note.startswith(
+        "1 of 4 images of the train split have no label; each counts"
+    )
     file = write(root, "a/0.png 3;0", "b/0.png 1", "c/0.png", name="list.txt")
     numbers = opened(file, eval_split="none", multi_label=True)
     assert numbers.classes == [*"0123"]

@@ -1,4 +1,4 @@
-"""Tests of the source of datasets that TFDS has prepared."""
+"""Tests of the data source for datasets prepared by TFDS."""
 
 import json
 import os
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("cache_directory")
 
 
 def write_tfrecord(path, records):
-    """Write a TFRecord file: length, CRC of the length, data, CRC of the data."""
+    """Write a TFRecord file with placeholder CRCs: length, CRC, data, CRC."""
     path.write_bytes(
         b"".join(struct.pack("<Q", len(r)) + b"hcrc" + r + b"dcrc" for r in records)
     )
@@ -35,8 +35,8 @@ def test_truncated_tfrecord_is_an_error(tmp_path):
         tfds.OPENERS["tfrecord"](str(tmp_path / "cut"))
 
 
-def prepared(root, name="imagenet2012", version="5.1.0", **info):
-    """Write the metadata of a prepared dataset without images."""
+def write_metadata(root, name="imagenet2012", version="5.1.0", **info):
+    """Write the metadata of a dataset without images; return its directory."""
     path = root / name / version
     path.mkdir(parents=True)
     info = {"name": name, "version": version, "fileFormat": "array_record"} | info
@@ -58,7 +58,7 @@ def test_unprepared_dataset_is_an_error(tmp_path):
         DataError, match=r"expected VERSION/dataset_info.*found 5\.1\.0; data\.dir="
     ):
         tfds.Tfds("imagenet2012", str(tmp_path), "train")
-    prepared(tmp_path, version="5.0.0")
+    write_metadata(tmp_path, version="5.0.0")
     with pytest.raises(DataError, match=r"found 5\.0\.0, 5\.1\.0; "):
         tfds.Tfds("imagenet2012:4.0.0", str(tmp_path), "train")
 
@@ -72,14 +72,14 @@ def test_misspelled_dataset_name_gives_a_suggestion(tmp_path, name, near):
     ):
         tfds.Tfds(name, str(tmp_path), "train")
     # A prepared dataset may have that name.
-    prepared(tmp_path, name)
+    write_metadata(tmp_path, name)
     with pytest.raises(DataError, match="cannot be read by tensorflow-datasets"):
         tfds.Tfds(name, str(tmp_path), "train")
 
 
 def test_dataset_of_an_incompatible_tfds_is_an_error(tmp_path):
     """A missing features.json (before TFDS 4) and invalid JSON are errors."""
-    path = prepared(tmp_path)
+    path = write_metadata(tmp_path)
     for _ in range(2):
         with pytest.raises(DataError) as error:
             tfds.Tfds("imagenet2012", str(tmp_path), "train")
@@ -89,9 +89,11 @@ def test_dataset_of_an_incompatible_tfds_is_an_error(tmp_path):
         (path / "dataset_info.json").write_text("{")
 
 
-def test_newest_version_is_read(tmp_path):
-    paths = {v: prepared(tmp_path, version=v) for v in ("5.1.0", "10.0.0", "5.0.0")}
+def test_newest_or_specified_version_is_read(tmp_path):
+    paths = {
+        v: write_metadata(tmp_path, version=v) for v in ("5.1.0", "10.0.0", "5.0.0")
+    }
     (tmp_path / "imagenet2012/11.0.0.incompleteXY").mkdir()
     for name, version in (("imagenet2012", "10.0.0"), ("imagenet2012:5.0.0", "5.0.0")):
-        newest = tfds._prepared_path(name, str(tmp_path))
-        assert newest == str(paths[version])
+        found = tfds._prepared_path(name, str(tmp_path))
+        assert found == str(paths[version])
