@@ -39,10 +39,6 @@ EPOCHS, PRETRAINING_EPOCHS = 60, 150
 NEVER = 10**6  # interval in steps, longer than any run; the last step is evaluated
 COMMON = {
     "model.image_size": SIDE,
-    "model.patch_size": 8,
-    "model.embed_dim": 64,
-    "model.depths": (1, 1, 2),
-    "model.num_heads": 2,
     "model.dtype": "float32",
     "data.name": "folder",
     "data.eval_fraction": 0,
@@ -52,6 +48,12 @@ COMMON = {
     "log_every": 100,
     "eval_every": NEVER,
     "checkpoint_every": NEVER,
+}
+ENCODER = {
+    "model.patch_size": 8,
+    "model.embed_dim": 64,
+    "model.depths": (1, 1, 2),
+    "model.num_heads": 2,
 }
 DECODER = {
     "model.decoder_embed_dim": 64,
@@ -97,15 +99,25 @@ def digits() -> dict[str, np.ndarray]:
 DATASETS = {"digits": digits, "tiles": tiles}
 
 
+def permutation(count: int, draw: int) -> np.ndarray:
+    """Return the order of a class's images in a random draw."""
+    return np.random.RandomState(draw).permutation(count)
+
+
 def write(root: Path, images: Mapping[str, np.ndarray], draw: int) -> None:
     """Write the images of a random draw to ROOT/{train,val}/CLASS/NUMBER.png."""
+    parts = {"train": slice(TRAIN), "val": slice(TRAIN, TRAIN + TEST)}
+    for split, part in parts.items():
+        drawn = {k: x[permutation(len(x), draw)[part]] for k, x in images.items()}
+        write_png(root / split, drawn)
+
+
+def write_png(root: Path, images: Mapping[str, np.ndarray]) -> None:
+    """Write images by class, uint8 [n, H, W], to ROOT/CLASS/NUMBER.png."""
     for name, pixels in images.items():
-        order = np.random.RandomState(draw).permutation(len(pixels))
-        for number, index in enumerate(order[: TRAIN + TEST]):
-            split = "train" if number < TRAIN else "val"
-            path = root / split / name / f"{number:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[index]).save(path)
+        (root / name).mkdir(parents=True)
+        for number, image in enumerate(pixels):
+            Image.fromarray(image).save(root / name / f"{number:03}.png")
 
 
 def run(
@@ -134,12 +146,13 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
         if not images.exists():
             write(images, DATASETS[dataset](), draw)
         recipe, pretraining = EXPERIMENTS[experiment]
-        values = {"data.dir": images, "init_from": ""}
+        values = ENCODER | {"data.dir": images, "init_from": ""}
         if pretraining:
             values["init_from"] = directory / pretraining
             # A finished pretraining run is only evaluated, so experiments share it.
             options = {"total_epochs": PRETRAINING_EPOCHS, "data.dir": images}
-            run(pretraining, directory / pretraining, stop, DECODER | options)
+            options |= ENCODER | DECODER
+            run(pretraining, directory / pretraining, stop, options)
         values |= {"total_epochs": EPOCHS, "model.num_classes": 10}
         name = experiment.replace(": ", "_").replace(":", "_")
         top1 = run(recipe, directory / name, stop, values)["eval/top1"]
@@ -161,17 +174,30 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 for row in rows
                 if (row["dataset"], row["experiment"]) == (name, experiment)
             ]
-            spread = f" +- {np.std(values, ddof=1):.1f}" if values[1:] else ""
-            line += f"{f'{np.mean(values):.1f}{spread}' if values else '':>16}"
+            line += f"{mean_and_deviation(values):>16}"
         lines.append(line)
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Entry point. Return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--workdir", type=Path, default=Path("runs/small_data"))
-    text = "select only experiments whose names contain one of these texts"
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Format the mean and the standard deviation of values; "" if there are none."""
+    spread = f" +- {np.std(values, ddof=1):.1f}" if values[1:] else ""
+    return f"{np.mean(values):.1f}{spread}" if values else ""
+
+
+def run_measurements(description: str, name: str, measure: Callable) -> int:
+    """Run measure(workdir, stop, only) with the command line of a benchmark.
+
+    Args:
+      description: docstring of the benchmark.
+      name: directory in runs/, the default workdir.
+
+    Returns:
+      The exit code.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
+    parser.add_argument("--workdir", type=Path, default=Path("runs") / name)
+    text = "select only names that contain one of these texts"
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     args = parser.parse_args()
     workdir = args.workdir.absolute()
@@ -179,6 +205,11 @@ def main() -> int:
     jax.config.update("jax_compilation_cache_dir", str(workdir / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return run_command(lambda: measure(workdir, catch_signals(), args.only))
+
+
+def main() -> int:
+    """Entry point. Return the exit code."""
+    return run_measurements(__doc__, "small_data", measure)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""Tests of the images and models of `benchmarks.rehearsal`."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import rehearsal, small_data
+
+
+def values(root):
+    """Return the gray value of each PNG file below a directory."""
+    return [int(np.asarray(Image.open(path))[0, 0]) for path in root.rglob("*.png")]
+
+
+def test_pretraining_uses_every_image_that_is_not_tested(tmp_path):
+    """The images of a class are told apart by their gray values."""
+    images = {"a": np.arange(90, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2))}
+    images = {name: pixels.astype(np.uint8) for name, pixels in images.items()}
+    for draw in range(2):
+        root = tmp_path / str(draw)
+        small_data.write(root, images, draw)
+        small_data.write_png(root / "all", rehearsal.unlabeled(images, draw))
+        train, tested = values(root / "train"), values(root / "val")
+        assert (len(train), len(tested)) == (small_data.TRAIN, small_data.TEST)
+        assert sorted(values(root / "all") + tested) == list(range(90))
+        assert set(train) < set(values(root / "all"))
+    assert values(tmp_path / "0" / "val") != values(tmp_path / "1" / "val")
+
+
+@pytest.mark.slow
+def test_classifiers_of_all_methods_cost_about_the_same():
+    """The multiply-adds of the largest exceed those of the smallest by under 10 %."""
+    rows = [line.split() for line in rehearsal.costs().splitlines()[1:]]
+    macs = [int(row[-2].replace(",", "")) for row in rows]
+    assert len(macs) == len(rehearsal.METHODS) == 3
+    assert max(macs) < 1.1 * min(macs)
