@@ -20,7 +20,7 @@ from hivit_jax.common_keys import KEYS, SCHEDULES_OF_KEY
 from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.keys import TYPE_NAMES, Key, field_keys, show
 from hivit_jax.models.config import RunOptions
-from hivit_jax.record import with_absolute_paths
+from hivit_jax.paths import with_absolute_paths
 
 # Config keys of versions before 0.1 that are command line flags now. Recipes may still
 # contain them without effect.

@@ -1,10 +1,14 @@
 """Paths in a config or on the command line, and the user's cache directory."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hivit_jax.errors import ConfigError, require
+
+# Config keys that may contain local paths.
+PATH_KEYS = "init_from", "compilation_cache", "data.dir", "data.cache", "data.exclude"
 
 
 def expand(path: str) -> str:
@@ -63,3 +67,23 @@ def is_bucket(path: str | os.PathLike) -> bool:
 def cache_directory() -> Path:
     """Return this package's directory in the user's cache directory."""
     return Path(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "hivit_jax"
+
+
+def with_absolute_paths(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Return a config that is valid in every directory of this machine.
+
+    Relative paths of existing files and directories become absolute. All other values,
+    such as addresses and paths that start with ``~``, stay unchanged.
+
+    Args:
+      values: the config, or a section of it, as nested dicts.
+      section: name of the section and a dot; "": the whole config.
+    """
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            value = with_absolute_paths(value, f"{section}{name}.")
+        elif section + name in PATH_KEYS and os.path.exists(value):
+            value = os.path.abspath(value)
+        found[name] = value
+    return found

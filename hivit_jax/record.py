@@ -5,7 +5,6 @@ metrics adds a file such as ``config-20260101T120000Z.json``.
 """
 
 import calendar
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,28 +20,6 @@ from hivit_jax.tree import leaf_name
 FIRST_NAME = "config.json"
 LATER_NAME = "config-%Y%m%dT%H%M%SZ.json"  # in UTC
 MAX_LABELS_LISTED = 3
-# Config keys that may contain local paths.
-PATHS = "init_from", "compilation_cache", "data.dir", "data.cache", "data.exclude"
-
-
-def with_absolute_paths(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
-    """Return a config that is valid in every directory of this machine.
-
-    Relative paths of existing files and directories become absolute. All other values,
-    such as addresses and paths that start with ``~``, stay unchanged.
-
-    Args:
-      values: the config, or a section of it, as nested dicts.
-      section: name of the section and a dot; "": the whole config.
-    """
-    found = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            value = with_absolute_paths(value, f"{section}{name}.")
-        elif section + name in PATHS and os.path.exists(value):
-            value = os.path.abspath(value)
-        found[name] = value
-    return found
 
 
 def config_files(workdir: str | Path) -> list[Path]:

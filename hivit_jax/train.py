@@ -28,7 +28,7 @@ from hivit_jax.errors import (
     LocalDataError,
     ResourceError,
 )
-from hivit_jax.paths import open_path
+from hivit_jax.paths import open_path, with_absolute_paths
 from hivit_jax.progress import counted
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
@@ -282,7 +282,7 @@ def report_resumption(config: Any, dataset: dict[str, Any], checkpoint: Path) ->
     except (CheckpointError, ConfigError) as error:
         log(f"note: changes since {checkpoint} are unknown: {error}")
         return
-    old, new = (record.with_absolute_paths(c.to_dict()) for c in (saved, config))
+    old, new = (with_absolute_paths(c.to_dict()) for c in (saved, config))
     for line in record.differences(old, new):
         log(f"changed: {line}")
     for line in record.dataset_changes(before, dataset) if before else []:

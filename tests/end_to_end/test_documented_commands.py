@@ -79,7 +79,7 @@ def directory(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.randint(0, 256, (40, 48, 3), np.uint8)).save(path)
 
-    for folder in ("PHOTOS", "photos"):
+    for folder in ("PHOTOS", "TEST", "photos"):
         for k in range(40):
             write(tmp_path / folder / ("cat", "dog")[k % 2] / f"{k}.jpg")
     for name in ("NEW/a.jpg", "NEW/b.png", "one.jpg", "photograph.jpg"):
