@@ -10,11 +10,9 @@ from hivit_jax.data.rasters import read_values
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.sources.file_index import OUTSIDE
 from hivit_jax.data.sources.registry import open_source
-from hivit_jax.data.sources.relabel import is_numbered
+from hivit_jax.data.sources.relabel import MAX_CLASSES, is_numbered
 from hivit_jax.errors import UNAVAILABLE
 from hivit_jax.progress import counted, listed
-
-MAX_CLASSES = 5  # class names that a note lists
 
 
 def dataset_warnings(data: Any, splits: Sequence[str], needs_labels: bool) -> list[str]:
@@ -107,6 +105,7 @@ def _classes_without_training_images(source: Source) -> list[str]:
 
 
 def _without_images(split: str, names: Sequence[str]) -> list[str]:
+    """Return a line about named classes without images; [] if there are none."""
     if not names:
         return []
     return [

@@ -164,6 +164,49 @@ class Source:
         return ", ".join(parts)
 
 
+class DerivedSource(Source):
+    """Source that reads its examples from another source.
+
+    A subclass defines `source_index` if its examples have other indices, and changes
+    attributes after the call of `__init__`.
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.classes, self.labels = source.classes, source.labels
+        self.labeled, self.encoded = source.labeled, source.encoded
+        self.ignored, self.loose = source.ignored, source.loose
+        self.unmatched, self.example_keys = source.unmatched, source.example_keys
+
+    def source_index(self, index: int) -> int:
+        """Return the index of an example in the other source."""
+        return index
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def sample(self, index: int) -> dict[str, Any]:
+        return self._source.sample(self.source_index(index))
+
+    def ask(self, index: int) -> None:
+        self._source.ask(self.source_index(index))
+
+    def forget(self) -> None:
+        self._source.forget()
+
+    def record(self, index: int) -> Record | None:
+        return self._source.record(self.source_index(index))
+
+    def checksum_error(self, index: int) -> str:
+        return self._source.checksum_error(self.source_index(index))
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._source.size(self.source_index(index))
+
+    def name(self, index: int) -> str:
+        return self._source.name(self.source_index(index))
+
+
 def split_labels(text: str) -> list[str]:
     """Return the labels in a text such as ``dog;cat``; [] if the text has none."""
     return [name for part in text.split(SEPARATOR) if (name := part.strip())]

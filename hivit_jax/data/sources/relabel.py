@@ -5,14 +5,20 @@ from typing import Any
 
 import numpy as np
 
-from hivit_jax.data.sources.base import LabelError, Record, Source, label_vector
+from hivit_jax.data.sources.base import (
+    DerivedSource,
+    LabelError,
+    Record,
+    Source,
+    label_vector,
+)
 from hivit_jax.errors import ConfigError
 from hivit_jax.progress import listed
 
-MAX_CLASSES = 5  # class names that an error lists
+MAX_CLASSES = 5  # class names that an error or a note lists
 
 
-class Relabeled(Source):
+class Relabeled(DerivedSource):
     """The examples of another source with the labels of another list of classes.
 
     Args:
@@ -23,10 +29,9 @@ class Relabeled(Source):
     """
 
     def __init__(self, source: Source, classes: Sequence[str], new_labels: np.ndarray):
-        self._source, self._new_labels = source, new_labels
-        self.classes, self.encoded = tuple(classes), source.encoded
-        self.ignored, self.loose = source.ignored, source.loose
-        self.unmatched, self.labels = source.unmatched, source.labels
+        super().__init__(source)
+        self.classes, self._new_labels = tuple(classes), new_labels
+        self.example_keys = ()  # because such messages contain the old labels
         if self.labels is not None:
             labels = np.asarray(self.labels)
             if labels.ndim == 2:
@@ -35,11 +40,8 @@ class Relabeled(Source):
                 valid = (labels >= 0) & (labels < len(new_labels))
                 self.labels = np.where(valid, new_labels[labels * valid], -1)
 
-    def __len__(self) -> int:
-        return len(self._source)
-
     def sample(self, index: int) -> dict[str, Any]:
-        sample = self._source.sample(index)
+        sample = super().sample(index)
         if "label" not in sample:
             return sample
         label, count = np.asarray(sample["label"]), len(self._new_labels)
@@ -57,27 +59,11 @@ class Relabeled(Source):
         new[..., self._new_labels[used]] = vectors[..., used]
         return new
 
-    def ask(self, index: int) -> None:
-        self._source.ask(index)
-
-    def forget(self) -> None:
-        self._source.forget()
-
-    def checksum_error(self, index: int) -> str:
-        return self._source.checksum_error(index)
-
     def record(self, index: int) -> Record | None:
-        record = self._source.record(index)
-        # The labels in messages of type `tf.train.Example` are the old ones.
+        record = super().record(index)
         if record is None or self._source.example_keys:
             return None
         return record._replace(label=int(self._new_labels[record.label]))
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self._source.size(index)
-
-    def name(self, index: int) -> str:
-        return self._source.name(index)
 
 
 def check_labels(data: Any, source: Source) -> None:

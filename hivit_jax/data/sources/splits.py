@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from hivit_jax.data.sources.base import Record, Source
+from hivit_jax.data.sources.base import DerivedSource, Source
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.paths import expand
 
@@ -80,7 +79,7 @@ class FileSource(Source):
         raise NotImplementedError
 
 
-class Subset(Source):
+class Subset(DerivedSource):
     """Selected examples of another source, in the order of that source.
 
     Args:
@@ -97,37 +96,17 @@ class Subset(Source):
         excluded: int = 0,
         unmatched: Sequence[str] = (),
     ):
-        self._source, self._indices = source, indices
-        self.classes, self.labeled = source.classes, source.labeled
-        self.ignored, self.loose = dict(source.ignored), source.loose
+        super().__init__(source)
+        self._indices, self.labels = indices, source.labels[indices]
+        self.ignored, self.unmatched = dict(source.ignored), unmatched
         if excluded:
             self.ignored[EXCLUDED] = excluded
-        self.labels, self.unmatched = source.labels[indices], unmatched
-        self.example_keys = source.example_keys
+
+    def source_index(self, index: int) -> int:
+        return int(self._indices[index])
 
     def __len__(self) -> int:
         return len(self._indices)
-
-    def sample(self, index: int) -> dict[str, Any]:
-        return self._source.sample(int(self._indices[index]))
-
-    def ask(self, index: int) -> None:
-        self._source.ask(int(self._indices[index]))
-
-    def forget(self) -> None:
-        self._source.forget()
-
-    def record(self, index: int) -> Record | None:
-        return self._source.record(int(self._indices[index]))
-
-    def checksum_error(self, index: int) -> str:
-        return self._source.checksum_error(int(self._indices[index]))
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self._source.size(int(self._indices[index]))
-
-    def name(self, index: int) -> str:
-        return self._source.name(int(self._indices[index]))
 
 
 def parse_slice(split: str) -> tuple[str, tuple[int, int]]:
