@@ -3,12 +3,16 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from networks import abstract_model, random_array, random_weight
+from flax import nnx
+from jax.sharding import Mesh
+from networks import abstract_model, fast_jit, random_array, random_weight
+from numpy.testing import assert_allclose
 
 from hivit_jax.kernels.attention_tpu import attention_block
 from hivit_jax.kernels.mlp_tpu import mlp_block
@@ -186,6 +190,27 @@ def output_and_gradients(function, inputs, cotangent):
     return value, *pull(cotangent.astype(value.dtype))
 
 
+def assert_close(actual, expected):
+    """Check arrays pairwise, to 1e-5 of the largest value of each expected array."""
+    for a, b in zip(actual, expected, strict=True):
+        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def mesh_of(**axes):
+    """Return a context manager that sets a mesh with these axis sizes."""
+    devices = np.array(jax.devices()[: np.prod([*axes.values()])])
+    return jax.set_mesh(Mesh(devices.reshape(*axes.values()), tuple(axes)))
+
+
+def tpu_info(mebibytes=128):
+    """Return facts of a v5e as from `pltpu.get_tpu_info`, with any size of VMEM."""
+    return SimpleNamespace(
+        vmem_capacity_bytes=mebibytes * 2**20,
+        bf16_ops_per_second=197e12,
+        mem_bw_bytes_per_second=819e9,
+    )
+
+
 def relative_errors(function, inputs, cotangent, truth, jit):
     """Return the relative errors of output and gradients in the Euclidean norm."""
     results = jit(partial(output_and_gradients, function))(inputs, cotangent)
@@ -251,6 +276,35 @@ def main_stage_block(special: str, batch: int, mlp_ratio: float = 4.0, **options
     if special == "relative bias":
         inputs["relative_index"] = relative_index()
     return graphdef, jax.tree_util.tree_map_with_path(random_weight, params), inputs
+
+
+def assert_block_equals_plain(block, x, cotangent, kernels, **inputs):
+    """Check the kernels of a block, and compare it with the block without kernels.
+
+    The output and the gradients of x and all parameters are compared.
+
+    Args:
+      block: (graphdef, parameters).
+      kernels: names of the kernels that must run.
+      inputs: arguments of the block besides x.
+    """
+    graphdef, params = block
+    leaves, tree = jax.tree.flatten(params)
+
+    def run(choice, x, *leaves):
+        block = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+        return block(x, kernels=choice, **inputs)
+
+    arrays = [x, *leaves]
+    assert kernels_in(jax.make_jaxpr(partial(run, "fused"))(*arrays).jaxpr) == kernels
+    assert_close(
+        *(
+            fast_jit(partial(output_and_gradients, partial(run, choice)))(
+                arrays, cotangent
+            )
+            for choice in ("fused", "plain")
+        )
+    )
 
 
 def unit_coordinates():

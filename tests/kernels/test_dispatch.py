@@ -1,7 +1,6 @@
 """Tests of kernel dispatch: kernels that each backend runs, and their results."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +8,17 @@ import mini_runs
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
 from kernel_cases import (
     SPECIAL,
+    assert_block_equals_plain,
     kernels_in,
     library_attention,
     main_stage_block,
+    mesh_of,
     output_and_gradients,
     plain_block,
     random_arrays,
+    tpu_info,
 )
 from networks import fast_jit, random_array
 from numpy.testing import assert_allclose
@@ -51,7 +52,7 @@ def one_device():
 
     Without a mesh, dispatch uses no kernels, because the tests run on eight devices.
     """
-    with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
+    with mesh_of(data=1):
         yield
 
 
@@ -209,13 +210,7 @@ def on_platform(monkeypatch):
             return library_attention(*qkv, **others)
 
         calls = []
-        v5e = dict(
-            vmem_capacity_bytes=128 * 2**20,
-            bf16_ops_per_second=197e12,
-            mem_bw_bytes_per_second=819e9,
-        )
-        chip = SimpleNamespace(**v5e)
-        monkeypatch.setattr(target.pltpu, "get_tpu_info", lambda: chip)
+        monkeypatch.setattr(target.pltpu, "get_tpu_info", tpu_info)
         monkeypatch.setattr(target, "platform", lambda: name)
         if name == "gpu":  # interpreted, because the GPU kernel runs on the CPU
             monkeypatch.setattr(
@@ -225,12 +220,6 @@ def on_platform(monkeypatch):
         return calls
 
     return patch
-
-
-def mesh_of(**axes):
-    """Return a context manager that sets a mesh with these axis sizes."""
-    devices = np.array(jax.devices()[: np.prod([*axes.values()])])
-    return jax.set_mesh(Mesh(devices.reshape(*axes.values()), tuple(axes)))
 
 
 ATTENTION, MLP = "attention_block", "mlp_block"
@@ -341,25 +330,10 @@ def test_block_equals_plain_jax(
 @pytest.mark.slow
 def test_gradients_of_parameters_are_summed_over_devices():
     """Each of two devices runs the kernels of a block on half of the images."""
-    graphdef, params, inputs = main_stage_block("relative bias", 16)
+    *block, inputs = main_stage_block("relative bias", 16)
     x, cotangent = random_arrays((16, 15, 128), (16, 15, 128))
-    leaves, tree = jax.tree.flatten(params)
-
-    def run(choice, x, *leaves):
-        block = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
-        return block(x, kernels=choice, **inputs)
-
     with mesh_of(data=2):
-        jaxpr = jax.make_jaxpr(partial(run, "fused"))(x, *leaves).jaxpr
-        assert kernels_in(jaxpr) == [ATTENTION, MLP]
-        actual, expected = (
-            fast_jit(partial(output_and_gradients, partial(run, choice)))(
-                [x, *leaves], cotangent
-            )
-            for choice in ("fused", "plain")
-        )
-    for a, b in zip(actual, expected, strict=True):
-        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+        assert_block_equals_plain(block, x, cotangent, [ATTENTION, MLP], **inputs)
 
 
 @pytest.mark.slow
@@ -369,23 +343,9 @@ def test_kernels_on_full_windows_equal_plain_jax(one_device):
     Drop path drops all windows of an image together.
     """
     options = dict(grid=(4, 4), relative_position=True, mlp_ratio=0.5)
-    graphdef, params, _ = main_stage_block("windows", 8, **options)
+    *block, _ = main_stage_block("windows", 8, **options)
     x, cotangent = random_arrays((8, 16, 128), (8, 16, 128))
-    leaves, tree = jax.tree.flatten(params)
-
-    def run(choice, x, *leaves):
-        block = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
-        return block(x, kernels=choice, **drop)
-
     drop = dict(
         drop_path_rate=0.5, drop_path_keys=jax.random.split(jax.random.key(0), 8)
     )
-    inputs = [3 * x, *leaves]
-    jaxpr = jax.make_jaxpr(partial(run, "fused"))(*inputs).jaxpr
-    assert kernels_in(jaxpr) == [ATTENTION]
-    actual, expected = (
-        fast_jit(partial(output_and_gradients, partial(run, choice)))(inputs, cotangent)
-        for choice in ("fused", "plain")
-    )
-    for a, b in zip(actual, expected, strict=True):
-        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+    assert_block_equals_plain(block, 3 * x, cotangent, [ATTENTION], **drop)

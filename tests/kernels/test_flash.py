@@ -2,24 +2,23 @@
 
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import Mesh
 from kernel_cases import (
+    assert_block_equals_plain,
+    assert_close,
     kernels_in,
     library_attention,
     main_stage_block,
+    mesh_of,
     output_and_gradients,
     random_arrays,
     relative_errors,
+    tpu_info,
 )
 from networks import fast_jit
-from numpy.testing import assert_allclose
 
 from hivit_jax.kernels import dispatch, target
 from hivit_jax.kernels.attention_xla import dot_product_attention
@@ -72,8 +71,7 @@ def test_kernel_equals_plain_jax(tokens, heads, head, rows):
         fast_jit(partial(output_and_gradients, function))(inputs, cotangent)
         for function in (partial(fused, rows=rows), plain)
     )
-    for a, b in zip(actual, expected, strict=True):
-        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+    assert_close(actual, expected)
 
 
 def test_bfloat16_is_as_exact_as_plain_jax():
@@ -92,13 +90,12 @@ def test_bfloat16_is_as_exact_as_plain_jax():
 def test_gradient_of_the_bias_is_summed_over_devices():
     """Each of two devices runs the kernel on half of the images."""
     inputs, cotangent = inputs_of(4, 256, 2, 64)
-    with jax.set_mesh(Mesh(np.array(jax.devices()[:2]), ("data",))):
+    with mesh_of(data=2):
         jaxpr = jax.make_jaxpr(attend)(*inputs).jaxpr
         assert kernels_in(jaxpr) == [KERNEL]
         actual = fast_jit(partial(output_and_gradients, attend))(inputs, cotangent)
     expected = output_and_gradients(plain, inputs, cotangent)
-    for a, b in zip(actual, expected, strict=True):
-        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+    assert_close(actual, expected)
 
 
 def test_only_supported_arguments_run_the_kernel():
@@ -110,7 +107,7 @@ def test_only_supported_arguments_run_the_kernel():
         if per_image:
             bias = jnp.stack(images * [bias])
             run = partial(dot_product_attention, bias=bias, mask=None, choice="fused")
-        with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
+        with mesh_of(data=1):
             return kernels_in(jax.make_jaxpr(run)(q, k, v).jaxpr)
 
     assert kernels() == kernels(heads=4, head=32) == [KERNEL]
@@ -125,16 +122,12 @@ def test_bias_must_fit_in_vmem(monkeypatch):
     monkeypatch.setattr(target, "platform", lambda: "tpu")
 
     def kernels(tokens, mebibytes):
-        chip = SimpleNamespace(
-            vmem_capacity_bytes=mebibytes * 2**20,
-            bf16_ops_per_second=197e12,
-            mem_bw_bytes_per_second=819e9,
-        )
+        chip = tpu_info(mebibytes)
         monkeypatch.setattr(target.pltpu, "get_tpu_info", lambda: chip)
         q = jax.ShapeDtypeStruct((2, tokens, 2, 64), jnp.bfloat16)
         bias = jax.ShapeDtypeStruct((2, tokens, tokens), jnp.float32)
         run = partial(attend, choice="auto")
-        with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
+        with mesh_of(data=1):
             return kernels_in(jax.make_jaxpr(run)(q, q, q, bias).jaxpr)
 
     assert kernels(1600, 128) == kernels(1024, 64) == [KERNEL]
@@ -153,22 +146,7 @@ def test_blocks_with_relative_positions_run_the_kernel(monkeypatch):
 
     monkeypatch.setattr(dispatch, "find_target", small_target)
     sizes = dict(grid=(16, 16), relative_position=True, mlp_ratio=0.5)
-    graphdef, params, _ = main_stage_block("nothing", 2, **sizes)
+    *block, _ = main_stage_block("nothing", 2, **sizes)
     x, cotangent = random_arrays((2, 256, 128), (2, 256, 128))
-    leaves, tree = jax.tree.flatten(params)
-
-    def run(choice, x, *leaves):
-        block = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
-        return block(x, kernels=choice)
-
-    with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
-        jaxpr = jax.make_jaxpr(partial(run, "fused"))(x, *leaves).jaxpr
-        assert kernels_in(jaxpr) == [KERNEL]
-        actual, expected = (
-            fast_jit(partial(output_and_gradients, partial(run, choice)))(
-                [3 * x, *leaves], cotangent
-            )
-            for choice in ("fused", "plain")
-        )
-    for a, b in zip(actual, expected, strict=True):
-        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+    with mesh_of(data=1):
+        assert_block_equals_plain(block, 3 * x, cotangent, [KERNEL])
