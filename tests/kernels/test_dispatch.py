@@ -8,15 +8,17 @@ import mini_runs
 import numpy as np
 import pytest
 from flax import nnx
-from kernel_cases import (
+from kernel_blocks import (
     SPECIAL,
     assert_block_equals_plain,
+    main_stage_block,
+    plain_block,
+)
+from kernel_cases import (
     kernels_in,
     library_attention,
-    main_stage_block,
     mesh_of,
     output_and_gradients,
-    plain_block,
     random_arrays,
     tpu_info,
 )

@@ -6,12 +6,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from kernel_cases import (
+from kernel_blocks import (
     assert_block_equals_plain,
+    main_stage_block,
+)
+from kernel_cases import (
     assert_close,
     kernels_in,
     library_attention,
-    main_stage_block,
     mesh_of,
     output_and_gradients,
     random_arrays,
