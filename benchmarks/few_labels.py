@@ -13,9 +13,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 
+from benchmarks.small_data import cache_programs, mean_and_deviation
 from hivit_jax import config as configs
 from hivit_jax.data.sources import digits, registry
 from hivit_jax.distributed.signals import catch_signals
@@ -76,14 +76,7 @@ def compare(workdir: Path, stop: Callable) -> None:
 
     log(f"\n{'top-1 in %':<16}" + "".join(f"{method:>18}" for method in METHODS))
     for title in (*map(str, LABELS), "100 shuffled"):
-        cells = []
-        for method in METHODS:
-            values = results[method].get(title)
-            cells.append(
-                f"{np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}"
-                if values
-                else ""
-            )
+        cells = [mean_and_deviation(results[m].get(title, [])) for m in METHODS]
         log(f"{title + ' labels':<16}" + "".join(f"{cell:>18}" for cell in cells))
     RESULT.write_text(json.dumps(results, indent=2) + "\n")
 
@@ -93,9 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/few_labels"))
     workdir = parser.parse_args().workdir
-    # The cache saves compilations, because many runs compile the same program.
-    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    cache_programs(workdir)
     return run_command(lambda: compare(workdir, catch_signals()))
 
 

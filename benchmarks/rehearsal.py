@@ -37,6 +37,7 @@ from benchmarks.small_data import (
     run_measurements,
     write,
     write_png,
+    write_rows,
 )
 from hivit_jax.reporting.console import log
 
@@ -115,8 +116,7 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
         top1 = run("folder_finetune", directory / f"{name}_{start}", stop, values)
         row = dict(zip(KEYS, (draw, dataset, method, start), strict=True))
         rows.append(row | {"top1": top1["eval/top1"]})
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        RESULT.write_text(f"[\n{lines}\n]\n")
+        write_rows(RESULT, rows)
     log(f"{costs()}\n\n{table(rows)}")
 
 

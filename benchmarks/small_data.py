@@ -158,9 +158,14 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
         top1 = run(recipe, directory / name, stop, values)["eval/top1"]
         row = {"draw": draw, "dataset": dataset, "experiment": experiment}
         rows.append(row | {"top1": top1})
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        RESULT.write_text(f"[\n{lines}\n]\n")
+        write_rows(RESULT, rows)
     log(table(rows))
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write results as JSON, one row per line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -201,10 +206,14 @@ def run_measurements(description: str, name: str, measure: Callable) -> int:
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     args = parser.parse_args()
     workdir = args.workdir.absolute()
-    # Compiled programs are cached, because all draws and datasets use equal programs.
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    cache_programs(workdir)
     return run_command(lambda: measure(workdir, catch_signals(), args.only))
+
+
+def cache_programs(workdir: Path) -> None:
+    """Cache compiled programs in a workdir, because many runs use equal programs."""
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def main() -> int:

@@ -152,7 +152,7 @@ def long_attention(
     if vmem_bytes(tokens, rows, head, q.dtype.itemsize) > target.vmem:
         return None
     plan = Plan(0.0, rows=rows, interpret=target.interpret, heads=heads, tokens=tokens)
-    q, k, v = (x.reshape(*x.shape[:2], width) for x in (q, k, v))
+    q, k, v = (x.reshape(*x.shape[:2], width) for x in (q, k, v))  # [B, N, C]
     out = target.run(flash_attention, q, (bias[0],), plan, (k, v))
     return out.reshape(*out.shape[:2], heads, head)
 

@@ -43,10 +43,11 @@ def flash_attention(
     """
     tokens = plan.tokens
     padding, none = (0, padded_tokens(tokens) - tokens), (0, 0)
+    # [B, N', C] each, where N' is a multiple of 128.
     arrays = [jnp.pad(x.reshape(k.shape), (none, padding, none)) for x in (q, k, v)]
     # Without this bias, queries would attend to the padding.
     bias = jnp.pad(bias, (none, none, padding), constant_values=MASKED)
-    bias = jnp.pad(bias, (none, padding, none))
+    bias = jnp.pad(bias, (none, padding, none))  # [heads, N', N']
     return _attend(*arrays, bias, plan)[:, :tokens].reshape(q.shape)
 
 
