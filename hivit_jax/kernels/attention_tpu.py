@@ -3,8 +3,9 @@ backward.
 
 Shapes: x is [B*N, C], with N tokens per image. Tokens attend to the tokens of their
 image. C is a multiple of 128, and heads are 32, 64 or 128 wide. The forward pass
-saves x, and with `Plan.keep` also q, k, v and the outputs of the heads, which are
-otherwise recomputed.
+saves x, and with `Plan.keep` also q, k and v, which are otherwise recomputed. The
+backward pass always recomputes the outputs of the heads, because the probabilities are
+there anyway.
 
 An optional bias [heads, N, N] is added to the scores of every image. The bias and the
 sum of its gradient stay in VMEM while a core processes its images.
@@ -26,12 +27,12 @@ the linear layers:
 | pass               | bytes | operations |
 |--------------------|-------|------------|
 | forward            | 4 C   | 8 C C      |
-| forward with keep  | 12 C  | 8 C C      |
+| forward with keep  | 10 C  | 8 C C      |
 | backward           | 6 C   | 22 C C     |
-| backward with keep | 14 C  | 16 C C     |
+| backward with keep | 12 C  | 16 C C     |
 
-`keep` also avoids one product of scores and v. A decoder block of mae_hivit_base moves
-1 MB per image, or 2.6 MB with `keep`, and is compute-bound in both cases. Without the
+A decoder block of mae_hivit_base moves 1 MB per image, or 2.2 MB with `keep`, and is
+compute-bound in both cases. Without the
 kernel, the scores of the block's 16 heads would move 55 MB.
 """
 
@@ -82,9 +83,9 @@ def attention_block(
 
 
 def _run(x, weights, bias, branch_scale, plan):
-    """Return the output and a tuple of the saved arrays.
+    """Return (output [B*N, C], saved).
 
-    With `plan.keep` these are q, k and v, [B*N, 3C], and the heads' outputs, [B*N, C].
+    `saved` is (q, k and v [B*N, 3C],) with `plan.keep`, otherwise ().
     """
     tokens, rows = plan.tokens, plan.rows
     width, dtype = x.shape[1], x.dtype
@@ -124,31 +125,31 @@ def _run(x, weights, bias, branch_scale, plan):
         groups.for_each(attend)
         y = dot(heads_out[...].astype(dtype), weights[4][...]) + weights[5][...]
         out_refs[0][...] = (x.astype(F32) + scaled(y)).astype(dtype)
-        for ref, kept in zip(out_refs[1:], scratch, strict=plan.keep):
-            ref[...] = kept[...].astype(dtype)
+        if plan.keep:
+            out_refs[1][...] = qkv[...].astype(dtype)
 
     scratch = [pltpu.VMEM((rows, 3 * width), F32), pltpu.VMEM((rows, width), F32)]
-    (out, *kept), _ = over_rows(
+    (out, *saved), _ = over_rows(
         kernel,
         plan,
         [x],
         [*weights, *biases],
         scratch=scratch,
-        extra_widths=[3 * width, width] if plan.keep else [],
+        extra_widths=[3 * width] if plan.keep else [],
         branch_scale=branch_scale,
         flops=x.size * (8 * width + 4 * tokens),
         name="attention_block",
     )
-    return out, tuple(kept)
+    return out, tuple(saved)
 
 
 def _forward(x, weights, bias, branch_scale, plan):
-    out, kept = _run(x, weights, bias, branch_scale, plan)
-    return out, (x, weights, bias, branch_scale, kept)
+    out, saved = _run(x, weights, bias, branch_scale, plan)
+    return out, (x, weights, bias, branch_scale, saved)
 
 
-def _backward(plan, saved, gradient):
-    x, weights, bias, branch_scale, kept = saved
+def _backward(plan, residuals, gradient):
+    x, weights, bias, branch_scale, saved = residuals
     tokens, rows, keep = plan.tokens, plan.rows, plan.keep
     width, dtype = x.shape[1], x.dtype
     head, groups = width // plan.heads, Groups(rows, tokens)
@@ -160,10 +161,14 @@ def _backward(plan, saved, gradient):
     def kernel(row_refs, weights, out_refs, sums, scratch, scaled):
         qkv, heads_out, dheads_out = scratch  # qkv is overwritten by its gradient
         weights, biases = weights[:6], weights[6:]
-        scale, _, qkv_w, _, proj_w, _ = weights
+        scale, norm_bias, qkv_w, _, proj_w, _ = weights
         x, dout = row_refs[0][...], row_refs[1][...]
         dy = scaled(dout).astype(dtype)
-        x_hat, inverse, n = _restore(x, row_refs[2:], weights, plan, scratch)
+        if keep:
+            x_hat, inverse, n = layer_norm(x, scale[...], norm_bias[...], plan.eps)
+            qkv[...] = row_refs[2][...].astype(F32)
+        else:
+            x_hat, inverse, n = _project(x, weights, plan.eps, qkv)
         dheads_out[...] = dot(dy, proj_w[...], (1, 1))
 
         def attend(window, inside, score_mask, slot):
@@ -181,10 +186,9 @@ def _backward(plan, saved, gradient):
                 p, ds, *gradients = _tile_gradients(q, k, v, do, mask, head)
                 if biases:
                     sums[6][first + tile] += ds
-                if not keep:
-                    o = merge_heads(dot(p, v, (0, 0)), head)
-                    o = jnp.where(inside, o, heads_out[window, columns])
-                    heads_out[window, columns] = o
+                o = merge_heads(dot(p, v, (0, 0)), head)
+                o = jnp.where(inside, o, heads_out[window, columns])
+                heads_out[window, columns] = o
                 for part, new in enumerate(gradients):
                     columns = pl.ds(part * width + tile * LANES, LANES)
                     qkv[window, columns] = jnp.where(inside, new, qkv[window, columns])
@@ -198,12 +202,12 @@ def _backward(plan, saved, gradient):
     (out,), sums = over_rows(
         kernel,
         plan,
-        [x, gradient, *kept],
+        [x, gradient, *saved],
         [*weights, *biases],
         [*weights, *biases],
         [pltpu.VMEM((rows, n * width), F32) for n in (3, 1, 1)],
         branch_scale=branch_scale,
-        flops=x.size * ((16 if keep else 22) * width + (12 if keep else 14) * tokens),
+        flops=x.size * ((16 if keep else 22) * width + 14 * tokens),
         name="attention_block_gradient",
     )
     return out, Weights(*sums[:6]), pull(sums[6])[0] if biases else None, None
@@ -255,23 +259,6 @@ def _project(x, weights, eps, qkv):
     x_hat, inverse, n = layer_norm(x, scale[...], bias[...], eps)
     qkv[...] = dot(n, weights[2][...]) + weights[3][...]
     return x_hat, inverse, n
-
-
-def _restore(x, kept, weights, plan, scratch):
-    """Write q, k, v to scratch[0], and the heads' outputs to scratch[1] if saved.
-
-    Args:
-      kept: refs of the saved arrays.
-
-    Returns:
-      The results of `layer_norm`.
-    """
-    if not plan.keep:
-        return _project(x, weights, plan.eps, scratch[0])
-    normalized = layer_norm(x, weights[0][...], weights[1][...], plan.eps)
-    for ref, saved in zip(scratch[:2], kept, strict=True):
-        ref[...] = saved[...].astype(F32)
-    return normalized
 
 
 def _load_tile(qkv, window, tile, width):

@@ -105,7 +105,7 @@ def attention(
         return None
     square, scores = 2 * width**2, 2 * tokens * width * LANES // head
     forward, backward = 4 * square + 2 * scores, 11 * square + 6 * scores
-    keep = target.should_keep(forward, backward, 3 * square + scores, width, 8 * width)
+    keep = target.should_keep(forward, backward, 3 * square, width, 6 * width)
     weights = _weights(x.dtype, norm, qkv, proj)
     plan = Plan(
         norm.epsilon,
