@@ -161,14 +161,10 @@ def _backward(plan, residuals, gradient):
     def kernel(row_refs, weights, out_refs, sums, scratch, scaled):
         qkv, heads_out, dheads_out = scratch  # qkv is overwritten by its gradient
         weights, biases = weights[:6], weights[6:]
-        scale, norm_bias, qkv_w, _, proj_w, _ = weights
+        scale, _, qkv_w, _, proj_w, _ = weights
         x, dout = row_refs[0][...], row_refs[1][...]
         dy = scaled(dout).astype(dtype)
-        if keep:
-            x_hat, inverse, n = layer_norm(x, scale[...], norm_bias[...], plan.eps)
-            qkv[...] = row_refs[2][...].astype(F32)
-        else:
-            x_hat, inverse, n = _project(x, weights, plan.eps, qkv)
+        x_hat, inverse, n = _restore(x, row_refs[2:], weights, plan.eps, qkv)
         dheads_out[...] = dot(dy, proj_w[...], (1, 1))
 
         def attend(window, inside, score_mask, slot):
@@ -259,6 +255,14 @@ def _project(x, weights, eps, qkv):
     x_hat, inverse, n = layer_norm(x, scale[...], bias[...], eps)
     qkv[...] = dot(n, weights[2][...]) + weights[3][...]
     return x_hat, inverse, n
+
+
+def _restore(x, saved, weights, eps, qkv):
+    """Write q, k, v to `qkv`, from `saved` if it is not empty; else as `_project`."""
+    if not saved:
+        return _project(x, weights, eps, qkv)
+    qkv[...] = saved[0][...].astype(F32)
+    return layer_norm(x, weights[0][...], weights[1][...], eps)
 
 
 def _load_tile(qkv, window, tile, width):

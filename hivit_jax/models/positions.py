@@ -14,7 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hivit_jax.errors import ConfigError
+from hivit_jax.kernels.target import platform
 
+# Largest number of values of a unit for a product with a permutation matrix. On a TPU,
+# the product of larger units takes longer than their transposition.
+MAX_PERMUTED = 2048
 Grid = tuple[int, int]  # units along height, units along width
 
 
@@ -77,6 +81,19 @@ def units_to_cells(units: jax.Array, patch_size: int, inner_patches: int) -> jax
 
     The pixels of a cell are in row-major order, and the channel varies fastest.
     """
+    size = units.shape[-1]
+    if platform() == "tpu" and size <= MAX_PERMUTED:
+        # A product with a permutation matrix is exact and moves half of the bytes of a
+        # transposition, in which XLA:TPU pads the pixels of a row to a tile of 128.
+        order = _split_units(np.arange(size), patch_size, inner_patches).reshape(-1)
+        permutation = jax.nn.one_hot(order, size, axis=0, dtype=units.dtype)
+        units = jnp.matmul(units, permutation, precision="highest")
+        return units.reshape(-1, size // inner_patches**2)
+    return _split_units(units, patch_size, inner_patches)
+
+
+def _split_units(units, patch_size, inner_patches):
+    """Split units [..., P*P*C] by a transposition; see `units_to_cells`."""
     levels, cell = inner_patches.bit_length() - 1, patch_size // inner_patches
     bits = (2,) * levels
     row_length = cell * units.shape[-1] // patch_size**2  # pixels times channels

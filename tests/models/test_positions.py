@@ -59,6 +59,17 @@ def test_cells_and_maps_contain_their_pixels(inner, patch_size, grid):
         assert_array_equal(maps[image, row, column], expected)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 9])
+def test_cells_on_tpus_equal_those_of_the_transposition(channels, monkeypatch):
+    """Units of nine channels are too large for the permutation matrix."""
+    units = random_array((2, 3, 256 * channels))
+    expected = positions.units_to_cells(units, 16, 4)
+    monkeypatch.setattr(positions, "platform", lambda: "tpu")
+    program = jax.make_jaxpr(positions.units_to_cells, static_argnums=(1, 2))
+    assert ("dot_general" in str(program(units, 16, 4))) == (channels < 9)
+    assert_array_equal(positions.units_to_cells(units, 16, 4), expected)
+
+
 @pytest.mark.parametrize("inner", [1, 2, 4, 8])
 def test_merge_order_equals_repeated_merging(inner):
     """`merge_order` equals PatchMerge's order, (0,0), (1,0), (0,1), (1,1), repeated."""
