@@ -59,7 +59,7 @@ def statistics_text(norm_pix_loss: bool, statistics: str = "unit") -> str:
     if not norm_pix_loss:
         return "pixels as predicted"
     if statistics == "unit":
-        return "brightness and contrast of each true unit, unknown to the model"
+        return "brightness and contrast of each unit are those of the original"
     return "average brightness and contrast of the visible units"
 
 

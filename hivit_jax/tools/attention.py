@@ -14,6 +14,7 @@ from hivit_jax import platforms
 from hivit_jax.errors import ConfigError, Parser, run_command
 from hivit_jax.models import Model
 from hivit_jax.preprocessing import preprocess
+from hivit_jax.progress import counted
 from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
@@ -162,7 +163,7 @@ def run(argv: Sequence[str] | None) -> None:
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}") from error
     query = f"unit {unit[0]},{unit[1]}" if unit else "the class token"
-    log(f"written: {out} (attention of {query}, {maps.shape[1]} heads)")
+    log(f"written: {out} (attention of {query}, {counted(maps.shape[1], 'head')})")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

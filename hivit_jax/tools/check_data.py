@@ -104,7 +104,7 @@ def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) 
     for name, chip in CHIPS.items():
         part, basis = chip.utilization.peak, chip.utilization.basis
         needed = part * chip.flops / flops
-        title = f"one {name} at {part:.0%}, {basis}"
+        title = f"one {name} at {part:.1%}, {basis}"
         lines.append(_row(title, f"{needed:,.0f}", f"{needed / speed:,.1f}"))
     return "\n".join([*lines, *(f"  {note}" for note in utilization_notes())])
 

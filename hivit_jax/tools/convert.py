@@ -135,6 +135,8 @@ def convert(
     target = output_path("DST", target, [source])
     if target.suffix not in files.SUFFIXES:
         output_path("DST", target / files.WEIGHTS, [source])
+    elif target.suffix != ".safetensors":
+        files.import_torch(target)  # raises an error before the source is read
     log(f"converting {source}, which may take a minute ...")
     start = time.perf_counter()
     pretrained = read_model(source, averaged=averaged, **overrides)

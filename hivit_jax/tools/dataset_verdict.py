@@ -96,8 +96,9 @@ class Verdict:
             text = f"{split.title}: {len(affected):,} {fault}"
             kind = NO_IMAGE if fault.endswith(NO_IMAGE) else fault
             if kind == NO_IMAGE and split.is_fraction:
-                counts = [each.per_class() for each in self._splits]
-                self.notes += uncovered_classes(split.source.classes, *counts)
+                if split.source.classes:
+                    counts = [each.per_class() for each in self._splits]
+                    self.notes += uncovered_classes(split.source.classes, *counts)
             elif len(affected) > allowed.get(kind, 0):
                 self._failed[kind] = None
                 self.failures.append(text)

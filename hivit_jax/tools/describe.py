@@ -162,10 +162,15 @@ def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
     flops = task.training_flops(model)
     if not flops:
         return "operations per training image: unknown, because the model has no `macs`"
+    title = f"about {flops / 1e9:,.3g} GFLOP per training image; {images:,} images"
+    slowest = min(chip.flops * chip.utilization.peak for chip in CHIPS.values())
+    if images * flops / slowest < 36:  # seconds
+        return f"{title}; less than 0.01 chip-hours on every chip"
     lines = [
-        f"about {flops / 1e9:,.1f} GFLOP per training image; {images:,} images",
+        title,
         "hours and chip-hours at the bfloat16 peak of a chip, which no run reaches,",
-        "and at the part of the peak that is measured or assumed (docs/cost.md):",
+        "and at the part of the peak that is measured or assumed (docs/cost.md);",
+        "on N chips, a run takes chip-hours / N hours:",
         f"{'':23}{'at the peak':>25}{'at a part of the peak':>38}",
         _row("", "chips", "images/s/chip", *HOURS, "part of peak", *HOURS),
     ]
@@ -175,7 +180,7 @@ def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
         realistic = chip_hours / utilization.peak
         hours = (chip_hours / CHIP_COUNT, chip_hours, realistic / CHIP_COUNT, realistic)
         at_peak, chips_at_peak, *rest = (f"{each:,.2f}" for each in hours)
-        part = f"{utilization.peak:.0%} {utilization.basis}"
+        part = f"{utilization.peak:.1%} {utilization.basis}"
         count = str(CHIP_COUNT)
         cells = count, f"{speed:,.0f}", at_peak, chips_at_peak, part, *rest
         lines.append(_row(name, *cells))

@@ -160,12 +160,12 @@ def import_torch(path: Path) -> Any:
     """Return the PyTorch module, which is required for the file `path`.
 
     Raises:
-      CheckpointError: PyTorch is not installed.
+      ConfigError: PyTorch is not installed.
     """
     try:
         import torch
     except ImportError as error:
-        raise CheckpointError(
+        raise ConfigError(
             f"{path} requires PyTorch, which is not installed.\n"
             "Run pip install 'hivit-jax[torch]', or write a .safetensors file"
         ) from error

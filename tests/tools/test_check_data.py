@@ -180,9 +180,9 @@ def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
     rows = {line[1]: line[2:] for line in lines[row + 1 :] if line[:1] == ["one"]}
     assert rows.keys() == chips.CHIPS.keys()
     expected = {
-        "h100": (0.2453, 989, "at 25%, measured"),
-        "v5e": (0.4, 197, "at 40%, assumed"),
-        "v5p": (0.4, 459, "at 40%, assumed"),
+        "h100": (0.2453, 989, "at 24.5%, measured"),
+        "v5e": (0.4, 197, "at 40.0%, assumed"),
+        "v5p": (0.4, 459, "at 40.0%, assumed"),
     }
     assert "\n  measured on h100: HiViT-B, pretraining on one H100" in out
     for name, (part, peak, basis) in expected.items():
@@ -531,6 +531,20 @@ def test_class_without_held_out_images_is_noted(check, tmp_path):
     photo(root, 0, ".").write_bytes(photo(root, 1, ".").read_bytes())
     code, out, _ = check(root, **slices)
     assert "the evaluation has no image of 1 class: astronaut" in out
+
+
+def test_unlabeled_images_with_held_out_images_pass_the_check(check, tmp_path):
+    """The dataset has no classes, so no class lacks held-out images."""
+    root = tmp_path / "own"
+    write(root, {".": 12}, (64, 48))
+    for path in sorted(root.rglob("*.JPEG")):
+        path.rename(root / path.name)
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
+    code, out, err = check(root, data__train_split=".", data__eval_fraction=0.25)
+    assert code == 0, err
+    assert out.endswith("\nhealthy\n")
+    assert "train (.): 9 images, no classes\n" in out
 
 
 def test_entries_of_data_exclude_without_an_image_are_noted(check, healthy, tmp_path):

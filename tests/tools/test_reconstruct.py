@@ -59,7 +59,7 @@ def test_command_draws_a_row_of_panels_per_image(saved, tmp_path, capsys):
     assert err.startswith(f"cannot read {tmp_path / 'photos' / 'aa.png'}: ")
     assert err.endswith("; skipped\n")
     assert "75.0% of each image masked" in printed
-    text = "brightness and contrast of each true unit, unknown to the model"
+    text = "brightness and contrast of each unit are those of the original"
     assert text in printed
     with Image.open(out) as image:
         # Two rows of four panels are wider than high, and higher than one row.
@@ -230,7 +230,7 @@ def test_predictions_are_scaled_by_statistics_of_units():
 @pytest.mark.parametrize(
     ("normalized", "note"),
     [
-        (True, "brightness and contrast of each true unit, unknown to the model"),
+        (True, "brightness and contrast of each unit are those of the original"),
         (False, "pixels as predicted"),
     ],
 )

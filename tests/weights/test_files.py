@@ -288,7 +288,7 @@ def test_files_are_read_but_not_written_without_pytorch(tmp_path, monkeypatch):
         reference.GOLDEN / "official_mae.pth", **state_files.NOT_IN_STATE_DICT
     ).params
     message = r"which is not installed.\nRun pip install 'hivit-jax\[torch\]'"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConfigError, match=message):
         files.write(tmp_path / "x.pth", STATE, "{}")
 
 
