@@ -23,7 +23,7 @@ from hivit_jax.training.schedule import (
     peak_learning_rate,
     warmup_steps,
 )
-from hivit_jax.tree import named_leaves, split, split_state
+from hivit_jax.tree import named_leaves, split, split_params
 from hivit_jax.xla.chips import CHIPS, utilization_notes
 
 CHIP_COUNT = 8  # number of chips in the table of hours
@@ -111,7 +111,7 @@ def parameter_table(model: Model, frozen: Collection[str] = ()) -> str:
     lines = [f"{part:<30} {size:>12,}" for part, size in sizes.items()]
     total = model.parameter_count()
     lines.append(f"{'parameters':<30} {total:>12,}  = {total / 1e6:.4f} M")
-    named = named_leaves(split_state(model)[1])
+    named = named_leaves(split_params(model)[1])
     trained = sum(leaf.size for name, leaf in named.items() if name not in frozen)
     if trained != total:
         lines[-1] += f" ({trained / 1e6:.4f} M trained)"
