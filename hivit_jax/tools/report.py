@@ -155,9 +155,10 @@ def series(lines: Lines) -> dict[str, dict[str, list]]:
 
 
 def training_seconds(lines: Lines, batch_size: int) -> dict[str, list]:
-    """Return {"step", "seconds" of training until the step}, from the throughput.
+    """Return {"step", "seconds"}: the training time until each step.
 
-    The time of evaluations, checkpoints and repeated steps is not included.
+    The time follows from the logged throughput. It excludes evaluations, checkpoints
+    and repeated steps.
     """
     steps, seconds = [0], [0.0]
     for line in lines:
