@@ -44,7 +44,7 @@ from hivit_jax.distributed.sharding import (
 from hivit_jax.errors import HivitError, Parser, run_command
 from hivit_jax.training import step as steps
 from hivit_jax.training.schedule import make_schedule
-from hivit_jax.tree import split_state
+from hivit_jax.tree import split_params
 from hivit_jax.xla.chips import peak_flops
 from hivit_jax.xla.compile import compile_step, keep_freed_memory
 
@@ -90,10 +90,10 @@ class Evaluation:
     def __init__(self, config: Any):
         mesh = make_mesh(config.mesh, config.batch_size)
         self.task = task_of(config)
-        graphdef = split_state(nnx.eval_shape(self.task.build_model))[0]
+        graphdef = split_params(nnx.eval_shape(self.task.build_model))[0]
 
         def init():
-            _, params, model_state = split_state(self.task.build_model())
+            _, params, model_state = split_params(self.task.build_model())
             return {"params": params, "model_state": model_state}
 
         def step(variables, batch):

@@ -16,8 +16,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Name -> its module, imported on first use, because `weights.load` imports orbax and
-# safetensors.
+# Public name -> module that is imported on first use, because `weights.load` imports
+# large packages, such as orbax.
 _MODULES = {
     "load_pretrained": "weights.load",
     "preprocess": "preprocessing",

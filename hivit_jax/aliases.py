@@ -67,7 +67,7 @@ _FLAGS = {
     "--topology=CHIP:SHAPE of --mode compile": "topology",
 }
 _FLAG_OF = {name: flag for flag, text in _FLAGS.items() for name in text.split()}
-# Names of a setting that does not exist, and the reason.
+# Names of a key that would choose the optimizer, and the reason why it does not exist.
 _OPTIMIZER = "optim opt optimizer.name optimizer.type optimizer.opt optimizer.optimizer"
 _NO_CHOICE = (
     "the task determines the optimizer: LARS for a linear probe, AdamW otherwise"
@@ -80,8 +80,8 @@ def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     The error suggests the first of these that exists: a key with the same last
     component in another section, a key that other programs call by this name, a
     similarly spelled key, or a command line flag. If none exists, the error lists valid
-    keys. Keys that several sections have, such as ``name``, are not suggested for other
-    sections.
+    keys. A last component that several sections have, such as ``name``, is suggested
+    only if the unknown key's section does not exist.
 
     Args:
       kind: description of the key, such as "config key".
@@ -126,8 +126,8 @@ def probable_keys(name: str, known: Sequence[str]) -> list[str]:
 def _list_keys(name: str, known: Sequence[str]) -> str:
     """Return text that lists valid keys.
 
-    These are the keys of the section `name` if there is one, else the keys of the
-    unknown key's section if there is one, else all top-level keys and sections.
+    These are the section's keys if `name` is a section; else the keys of the unknown
+    key's section, if it exists; else all top-level keys and sections.
     """
     if section_keys := [_split(key)[1] for key in known if _split(key)[0] == name]:
         return f"it is a section of the config with the keys {', '.join(section_keys)}"

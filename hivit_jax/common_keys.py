@@ -71,8 +71,8 @@ KEYS = {
         ),
         "cache": Key(
             "",
-            "directory for local copies of the files in a bucket, made in the "
-            "background; empty: none",
+            "directory for local copies of a bucket's files, which are copied in the "
+            "background; empty: no copies",
         ),
         "train_split": Key("", "training split; empty: the dataset's default"),
         "eval_split": Key(
@@ -160,8 +160,8 @@ KEYS = {
         ),
         "value_range": Key(
             (),
-            "values of black and white in images with more than 8 bits; (): the whole "
-            "range of unsigned integers of up to 16 bits",
+            "values of black and white in images of more than 8 bits; (): 0 and the "
+            "largest value of the type, only for unsigned integers of up to 16 bits",
             item=float,
         ),
         "interpolation": Key("bicubic", "resize filter", choices=tuple(FILTER_RADIUS)),

@@ -240,8 +240,8 @@ def _convert(
 def _expand_quirks(keys: Mapping[str, Key], init_from: str | None) -> dict[str, Any]:
     """Translate `optimizer.official_quirks=True` of versions before 0.1.
 
-    A classifier without `init_from` followed the official supervised code. All other
-    runs followed the self-supervised code.
+    With this key, a classifier without `init_from` followed the official supervised
+    code. All other runs followed the self-supervised code.
     """
     if "label_smoothing" in keys and not init_from:
         return {"optimizer.schedule": "cosine_from_start"}

@@ -14,7 +14,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
 
-STDOUT_CLOSED = 128 + signal.SIGPIPE  # exit code, as of other programs
+STDOUT_CLOSED = 128 + signal.SIGPIPE  # exit code of programs that SIGPIPE kills
 
 
 class HivitError(Exception):
@@ -57,7 +57,7 @@ class LocalDataError(DataError):
     """A data error that may occur on only some of a run's processes."""
 
 
-# Errors of a dataset that is not on this machine.
+# Errors for a dataset that is not on this machine.
 UNAVAILABLE = (DataError, MissingPackage, MissingDirectory)
 
 
@@ -88,7 +88,8 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; --help shows the usage")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        # Flushed here, because the interpreter prints a traceback if a flush fails.
+        # Inside `run_command`, because a failing flush at the interpreter's exit prints
+        # a traceback.
         print(end="", flush=True)
         super().exit(status, message)
 
@@ -149,19 +150,19 @@ def run_command(action: Callable[[], object]) -> int:
             action()
         print(end="", flush=True)
     except HivitError as error:
-        _discard_unread_output()
+        _discard_if_reader_exited()
         label = "" if isinstance(error, Interrupted) else "error: "
         print(f"{label}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:
-        if not _discard_unread_output():
+        if not _discard_if_reader_exited():
             raise
         return STDOUT_CLOSED
     return 0
 
 
-def _discard_unread_output() -> bool:
-    """Return True if the reader of stdout has exited; then discard all output.
+def _discard_if_reader_exited() -> bool:
+    """If the reader of stdout has exited, discard all output and return True.
 
     Without this, the interpreter would print a traceback when it flushes stdout at
     exit.

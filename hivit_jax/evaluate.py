@@ -29,7 +29,7 @@ from hivit_jax.distributed.sharding import (
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.progress import Progress, counted
 from hivit_jax.reporting import console, metrics
-from hivit_jax.tree import leaf_name, split_state
+from hivit_jax.tree import leaf_name, split_params
 from hivit_jax.weights import adapt, load
 from hivit_jax.xla.compile import announce
 
@@ -81,7 +81,7 @@ def evaluate(
 
     Args:
       heartbeat: called after every batch.
-      source: the test split; None: the config's.
+      source: the test split; None: open the config's test split.
 
     Returns:
       The metrics of `Task.summarize`; eval/count, the number of evaluated examples; and
@@ -130,7 +130,7 @@ def _widen(x: np.ndarray) -> np.ndarray:
 
 
 def local_rows(rows: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Fetch the rows [B, ...] of this process's examples of weight 1."""
+    """Fetch this process's part of rows [B, ...], without examples of weight 0."""
     local = {}
     for name, array in rows.items():
         # First row -> shard; replicas of a shard have the same first row.
@@ -146,7 +146,7 @@ def _merge_records(records: list[list[list]]) -> list:
     return [r for batch in zip(*records, strict=True) for part in batch for r in part]
 
 
-def is_missing(
+def is_evaluation_missing(
     config: Any, task: tasks.Task, workdir: Path, step: int, total_steps: int
 ) -> bool:
     """Return True if the evaluation after a step was due but is not recorded.
@@ -169,11 +169,11 @@ def evaluate_checkpoint(
 ) -> dict[str, float | int]:
     """Evaluate the newest checkpoint of a workdir and log the result.
 
-    If the task needs labels, the classes of the dataset are matched by name to those of
-    the checkpoint, and the training split is not opened.
+    If the task needs labels, the dataset's classes are matched by name to the classes
+    of the checkpoint. The training split need not exist.
 
     Args:
-      checkpoint: model to evaluate instead; any path that `weights.load.read` accepts.
+      checkpoint: any path that `weights.load.read` accepts; "": the workdir.
 
     Raises:
       CheckpointError: there is no checkpoint.
@@ -206,7 +206,7 @@ def restore(
       ConfigError: an array is missing or has another shape.
     """
     model = nnx.eval_shape(task.build_model)
-    graphdef, params, model_state = split_state(model)
+    graphdef, params, model_state = split_params(model)
     arrays = adapt.adapt(pretrained, model)
     shapes = {"params": params, "model_state": model_state}
 

@@ -45,7 +45,7 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
 
 def task_of(sources: Mapping[str, Source], config: Any) -> tasks.Task:
     """Create the task of a config for opened splits; see `make_task`."""
-    first, source = next(iter(sources.items()))
+    first_split, source = next(iter(sources.items()))
     for split, opened in sources.items():
         if not len(opened):
             raise DataError(
@@ -55,7 +55,7 @@ def task_of(sources: Mapping[str, Source], config: Any) -> tasks.Task:
         if [*opened.classes] != [*source.classes]:
             raise DataError(
                 f"{config.data.name}: expected the same classes in both splits, found "
-                f"{len(source.classes)} in {first} and {len(opened.classes)} in "
+                f"{len(source.classes)} in {first_split} and {len(opened.classes)} in "
                 f"{split}, with different names or order"
             )
     if tasks.find(config.task).needs_labels:
@@ -212,8 +212,9 @@ def some_test_examples(config: Any, count: int) -> Batch:
     task, source = make_task(config, split), open_source(config.data, split)
     transform = task.transform(train=False)
     buckets = _buckets(config, transform, source)
-    same = np.flatnonzero(buckets == buckets[0])
-    indices = same[np.linspace(0, len(same) - 1, min(count, len(same)), dtype=np.int64)]
+    candidates = np.flatnonzero(buckets == buckets[0])
+    count = min(count, len(candidates))
+    indices = candidates[np.linspace(0, len(candidates) - 1, count, dtype=np.int64)]
     plan = [order.PlannedBatch(int(buckets[0]), indices, np.zeros_like(indices))]
     return next(_load(config, task, transform, source, lambda: plan, len(indices)))
 
@@ -222,7 +223,7 @@ def check_splits(config: Any, task: tasks.Task) -> list[str]:
     """Read a few evenly spaced examples of each split, as training and evaluation do.
 
     Returns:
-      Lines about data that the run does not use.
+      Lines about ignored, reduced or missing data.
 
     Raises:
       DataError: none of a split's checked examples can be read, or one of them

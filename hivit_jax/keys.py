@@ -210,11 +210,11 @@ class Key:
         """Description of the allowed values, for ``docs/config.md``."""
         if self.choices:
             return ", ".join(f"`{choice}`" for choice in self.choices)
-        name, kind = TYPE_NAMES[self.value_type], self.value_type
+        kind, type_name = self.value_type, TYPE_NAMES[self.value_type]
         if kind in (bool, str) or (kind is tuple and self._element_type is None):
-            return name
+            return type_name
         text = self._range_text("value")
-        return text if kind in (tuple, object) else f"{name}, {text}"
+        return text if kind in (tuple, object) else f"{type_name}, {text}"
 
 
 def _to_python(value: Any) -> Any:
@@ -235,8 +235,8 @@ def setting(default: Any = MISSING, **limits: Any) -> Any:
 def field_keys(cls: type) -> dict[str, Key]:
     """Return {field: key} of a dataclass.
 
-    Limits come from `setting`. The comment of a key is the first sentence about its
-    field in the docstring of the class or of a base class.
+    Limits come from `setting`. The comment of a key is the docstring's text about its
+    field up to the first ".", ":" or ";". Docstrings of base classes count too.
     """
     comments = {}
     for base in reversed(cls.__mro__):

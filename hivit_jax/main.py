@@ -161,8 +161,8 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
         compile_ahead(config, flags.workdir, flags.topology, flags.search_batch)
         return
     if setup_process:
-        process = flags.coordinator_address, flags.num_processes, flags.process_id
-        processes.start(*process, config.peer_timeout)
+        cluster = flags.coordinator_address, flags.num_processes, flags.process_id
+        processes.start(*cluster, config.peer_timeout)
         platforms.start()
         default_cache = flags.workdir and f"{flags.workdir}/compiled"
         enable_compilation_cache(config.compilation_cache or default_cache)

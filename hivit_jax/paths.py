@@ -79,11 +79,11 @@ def with_absolute_paths(values: Mapping[str, Any], section: str = "") -> dict[st
       values: the config, or a section of it, as nested dicts.
       section: name of the section and a dot; "": the whole config.
     """
-    found = {}
+    result = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             value = with_absolute_paths(value, f"{section}{name}.")
         elif section + name in PATH_KEYS and os.path.exists(value):
             value = os.path.abspath(value)
-        found[name] = value
-    return found
+        result[name] = value
+    return result

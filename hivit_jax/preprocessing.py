@@ -43,16 +43,16 @@ def preprocess(model: Model) -> Callable[[Any], np.ndarray]:
     """
     info = model.info
 
-    def run(images: Any) -> np.ndarray:
+    def convert(images: Any) -> np.ndarray:
         is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
         resized = [_resize(x, info) for x in (images if is_batch else [images])]
         return np.concatenate([normalize(x[None]) for x in resized])
 
-    # Jitted with constants, as in training, because XLA multiplies by the reciprocal of
-    # a constant divisor.
+    # Constants, as in training. XLA divides by a constant in another way: it multiplies
+    # by the reciprocal, which may round differently.
     mean, std = (np.divide(x, 255 * info.scale) for x in (info.mean, info.std))
     normalize = jax.jit(lambda images: image_ops.normalize(images, mean, std))
-    return run
+    return convert
 
 
 def _resize(image: Any, info: ModelInfo) -> np.ndarray:

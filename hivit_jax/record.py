@@ -113,10 +113,10 @@ def check_task(old: str, new: str, workdir: Any) -> None:
 
 
 def check_classes(old: Sequence[str], new: Sequence[str], workdir: Any) -> None:
-    """Raise ConfigError if a run would resume with another class of a label.
+    """Raise ConfigError if a label of a run has another class when the run resumes.
 
-    Classes may be added or missing at the end, which changes no label. Numbers instead
-    of names fit any names.
+    Classes may be added or missing at the end, which changes no label. Numbers in
+    place of names match any names.
 
     Args:
       old, new: class names in the order of the labels.
@@ -143,8 +143,8 @@ def check_batch_size(old: int, new: int, accumulate_steps: int, workdir: Any) ->
     """
     if old == new:
         return
-    # The smallest divisor of `old` whose microbatches are no larger than those of the
-    # new config.
+    # The fewest microbatches that divide `old` and are no larger than the microbatches
+    # of the new config.
     fewest = -(-old * accumulate_steps // new)
     steps = next((k for k in range(fewest, old + 1) if old % k == 0), old)
     advice = (

@@ -26,7 +26,7 @@ DISK_ADVICE = "Free some space, choose another --workdir, or lower keep_checkpoi
 
 @contextmanager
 def raise_resource_errors() -> Iterator[None]:
-    """Context manager and decorator that reports exhausted memory and full disks.
+    """Context manager and decorator for errors of exhausted memory and full disks.
 
     Raises:
       ResourceError: replaces an exception that was caused by exhausted memory or a full

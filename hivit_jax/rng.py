@@ -20,7 +20,7 @@ def step_keys(seed: int, purpose: str, first: jax.Array, count: int) -> Keys:
     Args:
       seed: seed of the run.
       purpose: "train" or "eval". Different purposes have independent keys.
-      first: uint32 scalar, number of earlier samples in the run or evaluation; wraps
+      first: uint32 scalar, position of the first sample in the run or evaluation; wraps
         around after 4.29e9 samples.
       count: number of samples.
     """

@@ -48,14 +48,14 @@ def train(
     stop_requested: Callable[[int], str | None] = lambda step: None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
-    """Train to the last step, starting from the newest checkpoint in the workdir.
+    """Train to the last step, from the newest checkpoint in the workdir, if any.
 
     Args:
       config: result of `hivit_jax.config.load`.
       workdir: directory for config.json, metrics.jsonl, checkpoints/ and figures/.
         For a finished run, only a missing evaluation result is written.
-      stop_requested: called with the number of completed steps, after every step.
-        Returns None or the reason to save and exit, the same on all processes.
+      stop_requested: called with the number of completed steps, at the start and after
+        every step. Returns None or the reason to save and exit, equal on all processes.
       heartbeat: called after every step and every batch of an evaluation.
 
     Returns:
@@ -106,7 +106,7 @@ def train(
     frozen, writer = evaluate.put_frozen(task, mesh), None
     stop_early = partial(check_progress, workdir, config.early_stopping, task.best)
     finished = step >= total_steps or stop_early(step)[0]
-    missing = evaluate.is_missing(config, task, workdir, step, total_steps)
+    missing = evaluate.is_evaluation_missing(config, task, workdir, step, total_steps)
     if not finished or missing:
         resources.check_disk(workdir, training.state)
         if jax.process_index() == 0:
@@ -114,7 +114,7 @@ def train(
 
     # --- Evaluation -----------------------------------------------------------------
     eval_step = evaluate.make_eval_step(config, task, training.graphdef, mesh)
-    make_panels = evaluate.make_panels(config, task, training.graphdef, mesh)
+    compute_panels = evaluate.make_panels(config, task, training.graphdef, mesh)
 
     def run_evaluation():
         variables = {
@@ -126,7 +126,7 @@ def train(
             values = evaluate.evaluate(
                 config, task, eval_step, variables, mesh, heartbeat
             )
-            panels = make_panels(variables)
+            panels = compute_panels(variables)
         if values:
             log(console.eval_line(f"step {step}", values))
         if writer:
@@ -177,7 +177,7 @@ def train(
                 log(console.step_line(step, total_steps, scalars))
                 check_unreadable(scalars["unreadable"], num_images, config.data)
                 with throughput.pause():
-                    # Precedes the checkpoint, so that no resumed run skips this.
+                    # Evaluate before saving, so that no resumed run skips this.
                     if due["eval"] and (results := run_evaluation()):
                         stalled, improved = stop_early(step)
                         finished |= stalled
@@ -193,7 +193,7 @@ def train(
         log(console.final_line(workdir, checkpoints.steps(), best))
         return results
     except (DataError, DivergedError, ResourceError) as error:
-        # All processes must save together, but only one of them sees a local error.
+        # All processes must save together, but not all of them raise a local error.
         local = isinstance(error, (LocalDataError, ResourceError))
         if step > first_step and (jax.process_count() == 1 or not local):
             checkpoints.save(state, record_text(config))
@@ -256,8 +256,8 @@ def check_resumption(
             before = read.load_dataset_info(checkpoint)
         except CheckpointError:
             continue  # a damaged checkpoint, which is reported when it is restored
+        # A user's own task is not checked, because it may have been renamed.
         if {saved["task"], config.task} <= tasks.TASKS.keys():
-            # A user's own task may have been renamed.
             record.check_task(saved["task"], config.task, workdir)
         if step == 0:  # before the first step, any batch size and classes fit
             return

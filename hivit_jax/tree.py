@@ -1,4 +1,4 @@
-"""Names and splitting of pytrees of arrays."""
+"""Split modules into arrays, and name the leaves of pytrees."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def split_state(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
+def split_params(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
     """Split a module into (graphdef, parameters, model state) for `nnx.merge`.
 
     Parameters and model state are nested dicts of arrays. The model state contains

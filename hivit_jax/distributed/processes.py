@@ -29,7 +29,7 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
     """Connect this process to the other processes of its run.
 
     Without an address, JAX infers the other processes from TPU metadata or SLURM
-    variables. Without these, the process runs alone.
+    variables. If it finds neither, the process runs alone.
 
     Args:
       address: HOST:PORT of process 0, or "".

@@ -164,8 +164,8 @@ def param_spec(
         tensor_dim = TENSOR_DIMS.get("/".join(name.rsplit("/", 2)[-2:]))
     if tensor_dim is not None and shape[tensor_dim] % mesh.shape["tensor"] == 0:
         spec[tensor_dim] = "tensor"
-    shard = zero == 3 or name.startswith("opt_state/")
-    if shard and math.prod(shape) >= MIN_SHARDED_SIZE:
+    over_fsdp = zero == 3 or name.startswith("opt_state/")
+    if over_fsdp and math.prod(shape) >= MIN_SHARDED_SIZE:
         for dim in sorted(range(len(shape)), key=lambda d: -shape[d]):
             if spec[dim] is None and shape[dim] % mesh.shape["fsdp"] == 0:
                 spec[dim] = "fsdp"

@@ -21,7 +21,7 @@ from hivit_jax.rng import Keys
 from hivit_jax.tasks import defaults, warnings
 from hivit_jax.training.freezing import frozen_parameters
 from hivit_jax.training.optimizer import make_optimizer
-from hivit_jax.tree import named_leaves, split_state
+from hivit_jax.tree import named_leaves, split_params
 
 PerSample = dict[str, jax.Array]  # name -> float32 [B]
 Rows = dict[str, jax.Array]  # name -> [B, ...]
@@ -148,7 +148,7 @@ class Task:
 
     def frozen_parameters(self, model: Model) -> frozenset[str]:
         """Return the names of the parameters that `model.freeze` selects."""
-        names = named_leaves(split_state(model)[1])
+        names = named_leaves(split_params(model)[1])
         return frozen_parameters(self.config.model.freeze, names)
 
     def frozen(self) -> Any:

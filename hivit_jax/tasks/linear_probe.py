@@ -13,7 +13,7 @@ from hivit_jax.tasks.classification import Classification
 from hivit_jax.tasks.metrics import classification_metrics, multi_label_metrics
 from hivit_jax.tasks.warnings import peak_text
 from hivit_jax.training.schedule import peak_learning_rate
-from hivit_jax.tree import leaf_name, split_state
+from hivit_jax.tree import leaf_name, split_params
 
 TRUST = 0.001  # ratio of an update's norm to the weights' norm, at learning rate 1
 # A warning is logged if the norms of all updates of a run, relative to the weights'
@@ -75,7 +75,7 @@ class LinearProbe(Classification):
         As in MAE's ``util/lars.py``, the trust ratio applies to matrices only and
         precedes the momentum; the learning rate follows the momentum.
         """
-        options, params = self.config.optimizer, split_state(model)[1]
+        options, params = self.config.optimizer, split_params(model)[1]
         matrices = jax.tree.map(lambda x: x.ndim > 1, params)
         trust_ratio = optax.scale_by_trust_ratio(trust_coefficient=TRUST)
         lars = optax.chain(

@@ -23,7 +23,7 @@ from hivit_jax.progress import Progress, counted
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
 from hivit_jax.tasks.metrics import topk_correct
-from hivit_jax.tree import split_state
+from hivit_jax.tree import split_params
 from hivit_jax.weights import adapt, load
 from hivit_jax.xla.compile import announce
 
@@ -150,10 +150,10 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
         log(f"warning: {warning}")
     pretrained = load.read_for(config.model, config.init_from)
     model = nnx.eval_shape(task.build_model)
-    graphdef = split_state(model)[0]
+    graphdef = split_params(model)[0]
 
     def init():
-        _, params, model_state = split_state(task.build_model())
+        _, params, model_state = split_params(task.build_model())
         return {"params": params, "model_state": model_state}
 
     shardings = state_shardings(mesh, jax.eval_shape(init))

@@ -66,14 +66,16 @@ def attention_maps(
       ConfigError: the block or unit does not exist, or the block has windows.
     """
     graphdef, params = split(model)
-    (rows, columns), first = model.config.grid, model.config.class_tokens
+    (rows, columns), class_tokens = model.config.grid, model.config.class_tokens
     row, column = unit or center_unit(model)
     if not (0 <= row < rows and 0 <= column < columns):
         raise ConfigError(
             f"unit {row},{column} of {model.name}: expected 0,0 to "
             f"{rows - 1},{columns - 1}"
         )
-    query = 0 if first and unit is None else first + row * columns + column
+    query = class_tokens + row * columns + column
+    if class_tokens and unit is None:
+        query = 0
 
     @jax.jit
     def run(params, images):
@@ -88,7 +90,8 @@ def attention_maps(
                 f"block {block} of {model.name} computes attention in windows; "
                 "expected a block with attention between all units"
             )
-        return weights[:, :, query, first:].reshape(*weights.shape[:2], rows, columns)
+        weights = weights[:, :, query, class_tokens:]
+        return weights.reshape(*weights.shape[:2], rows, columns)
 
     return np.asarray(announce(run, "the model")(params, images))
 
@@ -114,11 +117,11 @@ def panels(
     pictures = {"image": np.repeat(images, 3 // images.shape[-1], axis=-1)}
     side = images.shape[1] // maps.shape[2]
     if unit:
-        (top, left), width = (side * index for index in unit), max(1, side // 8)
+        (top, left), thickness = (side * index for index in unit), max(1, side // 8)
         square = np.s_[:, top : top + side, left : left + side]
         rows, columns = (
-            slice(top + width, top + side - width),
-            slice(left + width, left + side - width),
+            slice(top + thickness, top + side - thickness),
+            slice(left + thickness, left + side - thickness),
         )
         inside = np.s_[:, rows, columns]
         marked = pictures["image"].copy()

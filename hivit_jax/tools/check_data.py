@@ -102,10 +102,10 @@ def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) 
         return lines[0]
     lines += ["", _row("estimate at part of peak", "images/s", "cores")]
     for name, chip in CHIPS.items():
-        part, basis = chip.utilization.peak, chip.utilization.basis
-        needed = part * chip.flops / flops
-        title = f"one {name} at {part:.1%}, {basis}"
-        lines.append(_row(title, f"{needed:,.0f}", f"{needed / speed:,.1f}"))
+        fraction, basis = chip.utilization.peak, chip.utilization.basis
+        images_per_second = fraction * chip.flops / flops
+        cells = f"{images_per_second:,.0f}", f"{images_per_second / speed:,.1f}"
+        lines.append(_row(f"one {name} at {fraction:.1%}, {basis}", *cells))
     return "\n".join([*lines, *(f"  {note}" for note in utilization_notes())])
 
 
@@ -122,8 +122,8 @@ def check_dataset(
       max_images: number of random images to check per split; 0: all.
       lists: two files for unreadable images, see `Split.write_unreadable`.
       group: regular expression; values of its first group that occur in names of both
-        splits are reported.
-      sheet: PNG file for some images of each class.
+        splits are reported. "": none.
+      sheet: PNG file for the first images of each class; None: not written.
 
     Raises:
       ConfigError: the dataset is synthetic.

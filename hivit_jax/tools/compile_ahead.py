@@ -168,7 +168,7 @@ def largest_batch(
 
 def summary(report: dict[str, Any]) -> str:
     """Return the report as a few lines of text."""
-    memory, cost = report["hbm_bytes_per_device"], report["roofline"]
+    memory, roofline = report["hbm_bytes_per_device"], report["roofline"]
     total, limit = memory["total"], memory["limit"] / GIB
     needed = "more than" if total is None else f"{total / GIB:.2f} GiB of"
     lines = [
@@ -178,7 +178,7 @@ def summary(report: dict[str, Any]) -> str:
         f"{'fits' if report['fits'] else 'does NOT fit'}: {needed} {limit:.2f} GiB "
         "per device",
     ]
-    if cost:
+    if roofline:
         lines[-1] += (
             f" (arguments {memory['arguments'] / GIB:.2f}, "
             f"temporaries {memory['temporaries'] / GIB:.2f})"
@@ -193,8 +193,8 @@ def summary(report: dict[str, Any]) -> str:
             for c in report["collectives"]
         ]
         lines.append(
-            f"at most {cost['images_per_second_per_chip']:,.0f} images/s per chip, "
-            f"bound by {cost['bound']}"
+            f"at most {roofline['images_per_second_per_chip']:,.0f} images/s per chip, "
+            f"bound by {roofline['bound']}"
         )
     run = report.get("run", {})
     if run.get("hours_at_bound"):

@@ -120,8 +120,8 @@ def convert(
 ) -> None:
     """Write a pretrained model to a file or a directory.
 
-    Without overrides, the file or directory contains the training config, so that
-    predictions equal those of the source.
+    The training config is also written, so that predictions equal those of the source.
+    A file contains it only without overrides.
 
     Args:
       target: a ``.safetensors`` or ``.pth`` file, or a directory for `save_pretrained`.
@@ -144,7 +144,7 @@ def convert(
     if target.suffix in files.SUFFIXES:
         state = to_state_dict(split(model)[1], model, layout)
         metadata = {"arguments": arguments_of(model), "info": asdict(model.info)}
-        if not overrides:  # because they may contradict the training config
+        if not overrides:  # overrides may contradict the training config
             metadata["recipe"] = shareable(pretrained.recipe)
         files.write(target, state, json.dumps(metadata))
     else:

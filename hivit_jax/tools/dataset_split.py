@@ -31,9 +31,10 @@ FAULTS = (
 
 
 class Split:
-    """Images to check of the split "train" or "test": all, or a random selection.
+    """Images of a split that are checked: all, or a random selection.
 
     Args:
+      split: "train" or "test".
       max_images: number of images to select; 0: all.
 
     Attributes:

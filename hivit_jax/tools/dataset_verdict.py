@@ -78,7 +78,7 @@ class Verdict:
         self._splits, self._data = splits, splits[0].config.data
         self._failed: dict[str, None] = {}  # distinct faults, in order of occurrence
         self.failures: list[str] = []
-        self._errors: list[str] = []  # the failures, and the number of allowed images
+        self._errors: list[str] = []  # the failures, with the number of allowed images
         sources = [split.source for split in splits]
         self.notes = exclusion_notes(self._data.exclude, sources)
 
@@ -86,7 +86,7 @@ class Verdict:
         """Sort the faults of a split into failures and notes.
 
         Args:
-          split: a split that has been read. Splits must be added in order.
+          split: a split that has been read. The training split must be added first.
           faults: result of `Split.faults`.
         """
         max_unreadable = self._data.max_unreadable

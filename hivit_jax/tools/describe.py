@@ -23,11 +23,11 @@ from hivit_jax.training.schedule import (
     peak_learning_rate,
     warmup_steps,
 )
-from hivit_jax.tree import named_leaves, split, split_state
+from hivit_jax.tree import named_leaves, split, split_params
 from hivit_jax.xla.chips import CHIPS, utilization_notes
 
 CHIP_COUNT = 8  # number of chips in the table of hours
-HOURS = "hours", "chip-hours"
+HOURS = "hours", "chip-hours"  # column titles
 
 
 def describe(config: Any) -> str:
@@ -111,7 +111,7 @@ def parameter_table(model: Model, frozen: Collection[str] = ()) -> str:
     lines = [f"{part:<30} {size:>12,}" for part, size in sizes.items()]
     total = model.parameter_count()
     lines.append(f"{'parameters':<30} {total:>12,}  = {total / 1e6:.4f} M")
-    named = named_leaves(split_state(model)[1])
+    named = named_leaves(split_params(model)[1])
     trained = sum(leaf.size for name, leaf in named.items() if name not in frozen)
     if trained != total:
         lines[-1] += f" ({trained / 1e6:.4f} M trained)"
@@ -177,12 +177,12 @@ def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
     for name, chip in CHIPS.items():
         utilization, speed = chip.utilization, chip.flops / flops
         chip_hours = images / speed / 3600
-        realistic = chip_hours / utilization.peak
-        hours = (chip_hours / CHIP_COUNT, chip_hours, realistic / CHIP_COUNT, realistic)
-        at_peak, chips_at_peak, *rest = (f"{each:,.2f}" for each in hours)
+        at_peak, at_part = (
+            (f"{each / CHIP_COUNT:,.2f}", f"{each:,.2f}")
+            for each in (chip_hours, chip_hours / utilization.peak)
+        )
         part = f"{utilization.peak:.1%} {utilization.basis}"
-        count = str(CHIP_COUNT)
-        cells = count, f"{speed:,.0f}", at_peak, chips_at_peak, part, *rest
+        cells = str(CHIP_COUNT), f"{speed:,.0f}", *at_peak, part, *at_part
         lines.append(_row(name, *cells))
     lines += [
         *utilization_notes(),

@@ -2,8 +2,8 @@
 
 The file contains the program and the parameters, for any batch size. It is serialized
 StableHLO, which `jax.export` runs without this package, or ONNX if B ends in ``.onnx``.
-An ONNX file contains class names and preprocessing (`describe_images`) as metadata.
-StableHLO files have no metadata, so these facts are written to B.json.
+An ONNX file contains class names and preprocessing (`info_of`) as metadata. StableHLO
+files have no metadata, so these facts are written to B.json.
 """
 
 import json
@@ -51,7 +51,7 @@ def export(
     for platform in platforms:
         if platform not in PLATFORMS:
             raise errors.unknown("platform", platform, PLATFORMS)
-    function = jax.jit(_inference(model, what))
+    function = jax.jit(_inference_function(model, what))
     errors.require("flatbuffers", "hivit-jax[export]")
     with _without_source_directories():
         exported = stablehlo.export(function, platforms=tuple(platforms))(
@@ -73,7 +73,7 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
       ConfigError: the output is unknown, a masked autoencoder is to be exported as a
         classifier, jax2onnx is not installed, or the compute dtype is not float32.
     """
-    function, dtype = _inference(model, what), model.run_options.dtype
+    function, dtype = _inference_function(model, what), model.run_options.dtype
     # onnxruntime does not load Gemm nodes that mix bfloat16 and float32.
     if dtype != "float32":
         raise ConfigError(f"ONNX export: dtype={dtype}; expected float32")
@@ -89,12 +89,12 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
         output_names=["logits"] if what == "classifier" else strides,
         model_name="hivit",
     )
-    for key, value in describe_images(model).items():
+    for key, value in info_of(model).items():
         onnx.metadata_props.add(key=key, value=json.dumps(value))
     return onnx.SerializeToString()
 
 
-def describe_images(model: Model) -> dict[str, Any]:
+def info_of(model: Model) -> dict[str, Any]:
     """Return `model.info` as JSON values: class names, size, crop, mean, std."""
     return json.loads(json.dumps(asdict(model.info)))
 
@@ -103,9 +103,9 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
     """Load a file written by `export`, or by `export_onnx` if its suffix is ``.onnx``.
 
     Returns:
-      A function of images. For images of the wrong shape or dtype, it raises JAX's
-      ValueError or onnxruntime's error. It raises JAX's ValueError on a platform that
-      the model was not exported for.
+      A function from images to outputs. For images of the wrong shape or dtype, it
+      raises JAX's ValueError or onnxruntime's error. It raises JAX's ValueError on a
+      platform that the model was not exported for.
 
     Raises:
       CheckpointError: the file does not exist or is not a valid exported model.
@@ -153,7 +153,7 @@ def compare(model: Model, what: str, path: Path) -> float:
     # onnxruntime multiplies in float32. JAX on GPUs and TPUs by default does not.
     is_onnx = path.suffix == ".onnx"
     with jax.default_matmul_precision("highest") if is_onnx else nullcontext():
-        expected = _flat(jax.jit(_inference(model, what))(images))
+        expected = _flat(jax.jit(_inference_function(model, what))(images))
     difference, largest = np.abs(exported - expected).max(), np.abs(expected).max()
     limit = 1e-4 if model.run_options.dtype == "float32" else 3e-2
     if not difference <= limit * largest:  # also true for NaN
@@ -165,7 +165,7 @@ def compare(model: Model, what: str, path: Path) -> float:
     return float(difference)
 
 
-def _inference(model: Model, what: str) -> Callable[[jax.Array], Any]:
+def _inference_function(model: Model, what: str) -> Callable[[jax.Array], Any]:
     if what not in OUTPUTS:
         raise errors.unknown("output", what, OUTPUTS)
     model = nnx.merge(*nnx.split(model))  # a copy of the module that shares its arrays
@@ -201,7 +201,7 @@ def _flat(outputs: Any) -> np.ndarray:
 
 
 def _signature(model: Model, what: str) -> str:
-    outputs = jax.eval_shape(_inference(model, what), _input_spec(model))
+    outputs = jax.eval_shape(_inference_function(model, what), _input_spec(model))
     arrays = [_input_spec(model), *jax.tree.leaves(outputs)]
     first, *rest = [f"{x.dtype}{list(x.shape)}" for x in arrays]
     return f"{first} -> {', '.join(rest)}"
@@ -237,8 +237,8 @@ def make_parser() -> errors.Parser:
 def run(argv: Sequence[str] | None) -> None:
     """Parse the arguments and export the model.
 
-    If the exported program can run here, its outputs are first compared with the
-    model's.
+    If the exported program can run here, its outputs are compared with the model's
+    before `--out` is replaced.
     """
     flags = make_parser().parse_args(argv)
     out = output_path("--out", flags.out, [flags.checkpoint])
@@ -269,7 +269,7 @@ def run(argv: Sequence[str] | None) -> None:
             comparison = f"largest difference from the model {difference:.1e}"
         part.replace(out)
         if not is_onnx:
-            text = json.dumps(describe_images(model), indent=2) + "\n"
+            text = json.dumps(info_of(model), indent=2) + "\n"
             out.with_name(f"{out.name}.json").write_text(text)
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}") from error

@@ -83,7 +83,7 @@ def write_features(
       batch_size: 0: the training's batch size, but at most `files.MAX_BATCH`.
 
     Returns:
-      The number of readable images.
+      The number of readable images. If it is 0, no file is written.
 
     Raises:
       HivitError: the checkpoint is not usable, or the images cannot be read.

@@ -59,9 +59,9 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     return flags
 
 
-def check_readable(count: int, paths: Sequence[str]) -> None:
-    """Raise DataError if no image of the paths could be read."""
-    if not count:
+def check_readable(num_readable: int, paths: Sequence[str]) -> None:
+    """Raise DataError if no image of the paths, or of the test split, is readable."""
+    if not num_readable:
         names = listed(paths, 3) if paths else "test split"
         raise DataError(f"{names}: no image can be read")
 
@@ -77,10 +77,10 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
     """
     recipe = pretrained.recipe
     if not recipe:
-        model = {k: v for k, v in pretrained.arguments.items() if v is not None}
+        arguments = {k: v for k, v in pretrained.arguments.items() if v is not None}
         # In a config, 0 would stand for the dataset's number of classes.
-        if model.get("num_classes") == 0:
-            model["num_classes"] = 1
+        if arguments.get("num_classes") == 0:
+            arguments["num_classes"] = 1
         model_class, model_config, _ = configure(**pretrained.arguments)
         names = [
             name
@@ -89,9 +89,9 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
         ]
         info = make_info(model_config, **pretrained.info)
         data = {key: getattr(info, name) for key, name in DATA_KEYS.items()}
-        # With a canvas, `model.image_size` could not exceed the default canvas.
+        # Canvas 0, because `model.image_size` may exceed the default canvas.
         data |= {"canvas": 0, "scale": 1 / info.scale}
-        recipe = {"task": names[0], "model": model, "data": data}
+        recipe = {"task": names[0], "model": arguments, "data": data}
     config = configs.complete_saved(recipe, pretrained.path)
     config = config.copy_and_resolve_references()
     config.batch_size = batch_size or min(config.batch_size, MAX_BATCH)
@@ -128,8 +128,8 @@ def open_images(
 def drawn_images(paths: Sequence[str | Path]) -> list[Path]:
     """Return the image files that a figure shows, in the order of the paths.
 
-    Of a directory with more than `MAX_DRAWN` images, evenly spaced images are drawn. A
-    line states their number.
+    Of a directory with more than `MAX_DRAWN` images, evenly spaced images are drawn,
+    and their number is logged.
 
     Args:
       paths: image files, and directories that are searched recursively.
@@ -159,7 +159,7 @@ def read_drawn(
 ) -> np.ndarray:
     """Return the images that a figure shows, [B, H, W, C]; see `drawn_images`.
 
-    A line on stderr names each image that cannot be read. The figure omits this image.
+    The figure omits images that cannot be read. A line on stderr names each of them.
 
     Args:
       read: function from a file to its image [H, W, C]. Raises a DataError that starts
@@ -194,7 +194,10 @@ def one_device() -> Mesh:
 
 
 class _TolerantTransform(Transform):
-    """A task's transform for which a DataError marks an image as unreadable."""
+    """A task's transform that raises ValueError in place of DataError.
+
+    The loader ends at a DataError, but marks an image as unreadable at a ValueError.
+    """
 
     def __init__(self, transform: Transform):
         self.batch_size, self.draws = transform.batch_size, transform.draws

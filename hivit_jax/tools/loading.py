@@ -18,7 +18,7 @@ from hivit_jax.weights.adapt import Pretrained
 def read_model(path: str | Path, **options: Any) -> Pretrained:
     """Read a pretrained model; log its path and, for a checkpoint, its rank.
 
-    If the file contains no mean, std or crop, another line contains the assumed values.
+    If the file lacks mean, std or crop, another line states the assumed values.
 
     Args:
       path: any path that `weights.load.read` accepts.
@@ -37,7 +37,10 @@ def read_model(path: str | Path, **options: Any) -> Pretrained:
 
 
 def preprocessing_note(pretrained: Pretrained) -> str:
-    """Return a line about facts that the file of a model does not contain, or ""."""
+    """Return a line about the mean, std or crop that a model's file lacks; "": none.
+
+    The line also mentions unknown class names.
+    """
     missing = [name for name in ("mean", "std", "crop") if name not in pretrained.info]
     notes = []
     if missing:

@@ -31,7 +31,7 @@ class Columns(NamedTuple):
     Attributes:
       image: name of the column of image files, or of structs with a field "bytes".
       label: name of the column of labels: numbers, texts, or lists of either.
-      names: class names; None: the metadata contain none.
+      names: class names; None: the metadata contains none.
       several: True if the labels are lists.
     """
 
@@ -150,18 +150,18 @@ def _columns(files: dict[str, list[Path]], label_column: str) -> Columns:
     paths = [path for group in files.values() for path in group]
     schemas = [_call_pyarrow(path, "read_schema") for path in paths]
     schema, features = schemas[0], _features(schemas[0])
-    images = [field.name for field in schema if _is_image(field.type)]
-    labels = [label_column] if label_column else []
-    labels += [name for name in LABEL_COLUMNS if name in schema.names]
-    labels += [name for name, feature in features.items() if _names_of(feature)[0]]
-    if not images:
+    image_columns = [field.name for field in schema if _is_image(field.type)]
+    candidates = [label_column] if label_column else []
+    candidates += [name for name in LABEL_COLUMNS if name in schema.names]
+    candidates += [name for name, feature in features.items() if _names_of(feature)[0]]
+    if not image_columns:
         raise DataError(f"{paths[0]}: no column of images in {', '.join(schema.names)}")
-    if not labels or labels[0] not in schema.names:
+    if not candidates or candidates[0] not in schema.names:
         raise ConfigError(
             f"--label_column={label_column!r}: expected one of the columns of "
             f"{paths[0]}: {', '.join(schema.names)}"
         )
-    image, label = images[0], labels[0]
+    image, label = image_columns[0], candidates[0]
     for path, other in zip(paths, schemas, strict=True):
         for name in (image, label):
             if (
@@ -187,7 +187,7 @@ def _is_image(kind: Any) -> bool:
 
 
 def _names_of(feature: Any) -> tuple[list[str] | None, bool]:
-    """Return the class names of a feature, and True for a sequence of labels."""
+    """Return a feature's class names or None, and True for a sequence of labels."""
     if isinstance(feature, list) and feature:
         return _names_of(feature[0])[0], True
     if isinstance(feature, dict):

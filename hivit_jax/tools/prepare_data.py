@@ -45,7 +45,7 @@ from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-CONNECT_SECONDS = 20.0  # longest wait for the answer of a server
+CONNECT_SECONDS = 20.0  # longest wait for a server's answer
 # Flag -> (default, help).
 FLAGS = {
     "manual_dir": ("", f"directory of manual downloads: {TRAIN}, {VALIDATION}"),
@@ -90,8 +90,8 @@ def prepare(
     totals = {} if is_complete(final) else _check_tars(builder, manual_dir)
 
     def splits() -> Splits:
-        examples = _generators(builder, manual_dir)
-        return {split: (x, totals.get(split)) for split, x in examples.items()}
+        generators = _generators(builder, manual_dir)
+        return {split: (x, totals.get(split)) for split, x in generators.items()}
 
     write_dataset(builder.info, final, short_side, shard_size, splits)
     root = builder.data_dir_root
@@ -136,13 +136,15 @@ def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
       The number of images of each split, where it is known.
 
     Raises:
-      ConfigError: a tar file is missing.
+      ConfigError: `manual_dir` or a tar file is missing.
       DataError: a tar file is damaged or has unexpected entries.
     """
-    needed = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
-    if needed and not os.path.isdir(manual_dir):
-        raise ConfigError(f"--manual_dir={manual_dir!r} is not a directory; {needed}")
-    tars = [Path(manual_dir, tar) for tar in (TRAIN, VALIDATION) if tar in needed]
+    instructions = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+    if instructions and not os.path.isdir(manual_dir):
+        raise ConfigError(
+            f"--manual_dir={manual_dir!r} is not a directory; {instructions}"
+        )
+    tars = [Path(manual_dir, tar) for tar in (TRAIN, VALIDATION) if tar in instructions]
     missing = [tar.name for tar in tars if not tar.is_file()]
     if missing:
         found = listed(sorted(os.listdir(manual_dir)), 8)
@@ -203,12 +205,12 @@ def _generators(builder: Any, manual_dir: str) -> dict[str, Iterable]:
 
 
 def _check_reachable(resource: Any) -> Any:
-    """Return a resource of TFDS that is about to be downloaded.
+    """Check that the server of a TFDS resource answers; return the resource.
 
-    HTTP errors are ignored here, because TFDS handles them.
+    HTTP errors are ignored, because TFDS handles them.
 
     Raises:
-      DataError: no connection to the server.
+      DataError: the server cannot be reached.
     """
     url = resource.url
     if not url.startswith("http"):
@@ -218,7 +220,7 @@ def _check_reachable(resource: Any) -> Any:
     except HTTPError:
         pass
     except URLError as error:
-        if not isinstance(error.reason, SSLError):  # TFDS has other certificates
+        if not isinstance(error.reason, SSLError):  # TFDS uses its own certificates
             raise DataError(
                 f"{urlsplit(url).netloc} cannot be reached: {error.reason}\n"
                 f"Check the network or the proxy settings, or download {url} elsewhere "

@@ -71,7 +71,7 @@ def reconstruct(
         out = model(images, noise=noise, mask_ratio=mask_ratio)
         _, mean, scale = model.targets(images)
         if statistics == "visible":
-            visible = (1 - out.mask)[..., None]  # all images have the same number
+            visible = (1 - out.mask)[..., None]  # equally many in all images
             mean, scale = (
                 jnp.broadcast_to(
                     (x * visible).sum(1, keepdims=True) / visible.sum(1)[:1], x.shape
@@ -139,10 +139,10 @@ def read(
     value_range: Sequence[float] = (),
     dtype: str = "uint8",
 ) -> np.ndarray:
-    """Read an image file as [height, width, channels].
+    """Read an image file, and resize its center crop to the model's size.
 
     Args:
-      shape: (height, width, channels) of the model's image.
+      shape: (height, width, channels) of the result.
       value_range, dtype: see `rasters.decode`.
 
     Raises:

@@ -91,7 +91,7 @@ def _write(
     from array_record.python import array_record_module as array_record
     from tensorflow_datasets.core import example_serializer, splits
 
-    features, image = info.features, info.supervised_keys[0]
+    features, image_key = info.features, info.supervised_keys[0]
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
 
     def encode(item):
@@ -102,7 +102,8 @@ def _write(
         key, example = item
         if short_side:
             try:
-                example = example | {image: shrink(example[image], short_side)}
+                image = shrink(example[image_key], short_side)
+                example = example | {image_key: image}
             except Exception as error:
                 raise DataError(f"image {key!r} cannot be read: {error}") from error
         # Without this, the order of the features differs between processes.
@@ -112,6 +113,7 @@ def _write(
     shards = sorted(directory.glob(f"{stem}-*"))
     readers = [array_record.ArrayRecordReader(str(shard)) for shard in shards]
     lengths = [reader.num_records() for reader in readers]
+    # The last of the examples in complete shards.
     last = deque(islice(examples, sum(lengths)), maxlen=1)
     if last and serialize(encode(last[0])) != readers[-1].read([lengths[-1] - 1])[0]:
         raise DataError(

@@ -57,21 +57,22 @@ def make_report(workdirs: Iterable[str]) -> str:
     while len(set(names)) < len(paths):
         names, parts = ["/".join(path.parts[-parts:]) for path in paths], parts + 1
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
-    keys = [run.pop("config") for run in runs]
-    data = {"runs": runs, "charts": charts(runs), "config": config_table(keys)}
-    # "<" could otherwise end the script element that contains the text.
+    run_configs = [run.pop("config") for run in runs]
+    data = {"runs": runs, "charts": charts(runs), "config": config_table(run_configs)}
+    # Without this, a "<" could end the script element that contains the text.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = resources.files("hivit_jax.tools") / "report.html"
     return page.read_text(encoding="utf-8").replace("{{DATA}}", text)
 
 
 def read_run(workdir: Path, name: str) -> dict[str, Any]:
-    """Return the content of a run's report, JSON-serializable.
+    """Return a run's part of a report, JSON-serializable.
 
     Returns:
-      "name"; "summary" {label: text}; "series" {metric: {"step", "value"}}; "seconds"
-      of training by step; "batch_size"; "events"; "figures"; "left_out", the number of
-      steps by figure that "figures" lacks; "config" {key: value}.
+      "name"; "summary" {label: text}; "series" {metric: {"step", "value"}}; "seconds",
+      the result of `training_seconds`; "batch_size"; "events"; "figures" {figure:
+      images}; "left_out" {figure: number of omitted images}; "config" {key: value}.
+      Without a config, "seconds" and "batch_size" are None.
 
     Raises:
       ConfigError: `workdir` contains no metrics, or a config file is damaged.
@@ -103,10 +104,10 @@ def read_metrics(workdir: Path) -> Lines:
     if not path.exists():
         found = "no directory"
         if workdir.is_dir():
-            inside = sorted(p.parent.name for p in workdir.glob(f"*/{METRICS}"))
+            runs = sorted(p.parent.name for p in workdir.glob(f"*/{METRICS}"))
             found = "no file"
-            if inside:
-                found += f"; subdirectories with metrics: {listed(inside, 5)}"
+            if runs:
+                found += f"; subdirectories with metrics: {listed(runs, 5)}"
         raise ConfigError(
             f"{path}: expected the metrics of a run, found {found}.\n"
             "Pass the --workdir of a run that has logged at least one step"
@@ -137,9 +138,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def series(lines: Lines) -> dict[str, dict[str, list]]:
-    """Return "step" and "value" of each metric; None for values that are not finite.
+    """Return {metric: {"step", "value"}}; values that are not finite are None.
 
-    Leaves out `NOT_DRAWN` and values that are not numbers.
+    Leaves out the metrics `NOT_DRAWN` and values that are not numbers.
     """
     columns: dict[str, dict[str, list]] = {}
     for line in lines:
@@ -154,9 +155,10 @@ def series(lines: Lines) -> dict[str, dict[str, list]]:
 
 
 def training_seconds(lines: Lines, batch_size: int) -> dict[str, list]:
-    """Return the seconds of training until each step, from the logged throughput.
+    """Return {"step", "seconds"}: the training time until each step.
 
-    The time of evaluations, checkpoints and repeated steps is not included.
+    The time follows from the logged throughput. It excludes evaluations, checkpoints
+    and repeated steps.
     """
     steps, seconds = [0], [0.0]
     for line in lines:
@@ -199,24 +201,24 @@ def config_table(run_configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 def figures(workdir: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
     """Return the images of each figure in the order of their steps, as data URIs.
 
-    If a figure has more than `MAX_STEPS` steps, returns evenly spaced ones that include
-    the first and the last. The figure of the curves is not included.
+    If a figure has more than `MAX_STEPS` images, returns evenly spaced images that
+    include the first and the last. The figure of the curves is not included.
 
     Returns:
-      The images by figure, and the number of other steps by figure.
+      The images by figure, and the number of omitted images by figure.
     """
     paths: dict[str, list[tuple[int, Path]]] = {}
     for path in (workdir / "figures").glob("*.png"):
         name, step = re.fullmatch(r"(.+?)(?:_(\d{7,}))?", path.stem).groups()
         if path.stem != "curves":
             paths.setdefault(name, []).append((int(step or 0), path))
-    found, left_out = {}, {}
-    for name, images in sorted(paths.items()):
-        images, n = sorted(images), min(len(images), MAX_STEPS)
-        chosen = [images[k * (len(images) - 1) // max(n - 1, 1)] for k in range(n)]
-        found[name] = [{"step": step, "src": _data_uri(p)} for step, p in chosen]
-        left_out[name] = len(images) - n
-    return found, left_out
+    images, left_out = {}, {}
+    for name, pairs in sorted(paths.items()):
+        pairs, n = sorted(pairs), min(len(pairs), MAX_STEPS)
+        chosen = [pairs[k * (len(pairs) - 1) // max(n - 1, 1)] for k in range(n)]
+        images[name] = [{"step": step, "src": _data_uri(p)} for step, p in chosen]
+        left_out[name] = len(pairs) - n
+    return images, left_out
 
 
 def _data_uri(path: Path) -> str:
@@ -234,8 +236,8 @@ def run(argv: Sequence[str] | None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir of a run")
     parser.add_argument("--out", required=True, help="HTML file to write")
     flags = parser.parse_args(argv)
-    read_files = [f"{expand(run)}/{METRICS}" for run in flags.runs]
-    out = output_path("--out", flags.out, read_files)
+    inputs = [f"{expand(run)}/{METRICS}" for run in flags.runs]
+    out = output_path("--out", flags.out, inputs)
     text = make_report(flags.runs)
     try:
         out.write_text(text, encoding="utf-8")

@@ -25,7 +25,7 @@ from hivit_jax.distributed.sharding import (
 from hivit_jax.tasks.base import Task
 from hivit_jax.training.accumulation import accumulate_gradients
 from hivit_jax.training.freezing import freeze_updates, select_frozen, stop_gradients
-from hivit_jax.tree import split_state
+from hivit_jax.tree import split_params
 
 # A state has the keys "step" (int32), "params", "model_state" and "opt_state". With
 # averaged parameters, a state also has the key "ema".
@@ -77,7 +77,7 @@ def prepare(
         `sharding.param_spec`.
     """
     model = nnx.eval_shape(task.build_model)
-    graphdef = split_state(model)[0]
+    graphdef = split_params(model)[0]
     frozen = task.frozen_parameters(model)
     optimizer = freeze_updates(task.optimizer(model, schedule), frozen)
     init = make_init(task, optimizer, ema_decay)
@@ -115,7 +115,7 @@ def make_init(
     """Return a function without arguments that returns the initial train state."""
 
     def init():
-        _, params, model_state = split_state(task.build_model())
+        _, params, model_state = split_params(task.build_model())
         state = {
             "step": jnp.int32(0),
             "params": params,
@@ -237,7 +237,7 @@ def make_gradient(
         values = task.loss(model, frozen, batch, keys)
         weight = batch["weight"] / total_weight
         means = {name: (value * weight).sum() for name, value in values.items()}
-        return means["loss"], (means, split_state(model)[2])
+        return means["loss"], (means, split_params(model)[2])
 
     def gradient(*arguments):
         grads, (means, model_state) = jax.grad(loss_fn, has_aux=True)(*arguments)

@@ -17,7 +17,7 @@ from hivit_jax.checkpoints.manager import Checkpoints
 from hivit_jax.distributed import sharding
 from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
 from hivit_jax.training.schedule import make_schedule
-from hivit_jax.tree import named_leaves, split, split_state
+from hivit_jax.tree import named_leaves, split, split_params
 from hivit_jax.xla.compile import compile_step
 
 OPTIONAL = ("tensorflow", "tensorflow_datasets", "tensorboardX", "sklearn", "torch")
@@ -377,7 +377,7 @@ def test_evaluation_counts_every_image_once(recipe):
     The last batch of 128 is padded.
     """
     config = recipe("digits")
-    graphdef, params, model_state = split_state(
+    graphdef, params, model_state = split_params(
         inputs.task_of_recipe(config).build_model()
     )
     variables = {"params": params, "model_state": model_state, "frozen": {}}

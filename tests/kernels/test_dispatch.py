@@ -32,7 +32,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import dispatch, numerics, target
 from hivit_jax.models import create_model
 from hivit_jax.training.schedule import make_schedule
-from hivit_jax.tree import named_leaves, split, split_state
+from hivit_jax.tree import named_leaves, split, split_params
 from hivit_jax.xla.compile import compile_step
 
 # Widths that kernels accept: stem 128 and 256, main stage 512, decoder 128.
@@ -150,7 +150,7 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
         config.mesh.data, config.mesh.fsdp = 1, 2
         mesh = sharding.make_mesh(config.mesh, 16, devices=jax.devices()[:2])
         task = inputs.make_task(config)
-        graphdef, *state = split_state(task.build_model())
+        graphdef, *state = split_params(task.build_model())
         variables = dict(zip(("params", "model_state"), state, strict=True))
         variables |= {"frozen": {}}
         variables = jax.device_put(variables, sharding.state_shardings(mesh, variables))

@@ -12,7 +12,7 @@ from hivit_jax.distributed import sharding
 from hivit_jax.models.norms import BatchNorm
 from hivit_jax.rng import Keys
 from hivit_jax.training.accumulation import accumulate_gradients
-from hivit_jax.tree import split_state
+from hivit_jax.tree import split_params
 
 RANDOM = np.random.RandomState(0)
 IMAGES = RANDOM.normal(2, 3, (16, 4, 5, 6)).astype(np.float32)
@@ -56,9 +56,9 @@ def test_batch_norm_equals_pytorch():
 
 def test_statistics_are_model_state_and_not_parameters():
     """Scale and bias are parameters; statistics are model state."""
-    _, params, model_state = split_state(BatchNorm(6))
+    _, params, model_state = split_params(BatchNorm(6))
     assert (params.keys(), model_state.keys()) == ({"scale", "bias"}, {"mean", "var"})
-    assert split_state(BatchNorm(6, affine=False))[1] == {}
+    assert split_params(BatchNorm(6, affine=False))[1] == {}
 
 
 def test_examples_of_weight_0_are_ignored():
@@ -104,12 +104,12 @@ def test_eight_devices_give_the_results_of_one(sizes, parts):
         "image": np.concatenate([IMAGES, 2 - IMAGES]),
         "weight": np.float32([1] * 13 + [0] + [1] * 17 + [0]),
     }
-    graphdef, params, model_state = split_state(Network())
+    graphdef, params, model_state = split_params(Network())
 
     def loss(params, model_state, batch, keys):
         model = nnx.merge(graphdef, params, model_state)
         total = (model(batch["image"], batch["weight"]) * batch["weight"]).sum()
-        return total, split_state(model)[2]
+        return total, split_params(model)[2]
 
     def gradient(*arguments):
         (total, model_state), grads = jax.value_and_grad(loss, has_aux=True)(*arguments)

@@ -13,7 +13,7 @@ from vit import official_names
 from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
 from hivit_jax.models.windows import Windows
-from hivit_jax.tree import named_leaves, split_state
+from hivit_jax.tree import named_leaves, split_params
 
 MINI = dict(image_size=64, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=4)
 
@@ -52,7 +52,7 @@ def test_swin_pretraining_has_the_official_weight_decay():
     task = inputs.task_of_recipe(mini_runs.recipe("simmim_swin"))
     (facts,) = swin.FACTS["weight_decay"].values()
     model = abstract_model("simmim_swin_base")
-    trained = named_leaves(split_state(model)[1])
+    trained = named_leaves(split_params(model)[1])
     found = official_names(model, {name: task.is_decayed(name) for name in trained})
     assert found == {name: decay > 0 for name, decay in facts.items()}
 

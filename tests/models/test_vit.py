@@ -10,7 +10,7 @@ from vit import FACTS, official_names
 from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import create_model
-from hivit_jax.tree import named_leaves, split, split_state
+from hivit_jax.tree import named_leaves, split, split_params
 
 MINI = dict(image_size=64, embed_dim=64, depth=2, num_heads=2)
 PUBLISHED = {
@@ -45,7 +45,7 @@ def test_vit_pretraining_has_the_official_weight_decay():
     task = inputs.task_of_recipe(mini_runs.recipe("mae_vit"))
     facts = FACTS["weight_decay"]["mae_vit_base pretraining (0.05)"]
     model = abstract_model("mae_vit_base")
-    trained = named_leaves(split_state(model)[1])
+    trained = named_leaves(split_params(model)[1])
     actual = official_names(model, {name: task.is_decayed(name) for name in trained})
     for name, decay in facts.items():
         assert actual.get(name) == (None if decay is None else decay > 0), name

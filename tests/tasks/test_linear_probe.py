@@ -12,7 +12,7 @@ from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
 from hivit_jax.models.norms import BatchNorm
 from hivit_jax.train import train
-from hivit_jax.tree import leaf_name, split_state
+from hivit_jax.tree import leaf_name, split_params
 
 MOMENTUM, TRUST = 0.9, 0.001
 
@@ -48,7 +48,7 @@ class ProbeModel(nnx.Module):
 def test_ten_steps_equal_the_official_lars():
     """MAE's LARS scales the gradient of a kernel, and then applies momentum."""
     model = ProbeModel()
-    params = split_state(model)[1]
+    params = split_params(model)[1]
     task = inputs.make_task(probe())
     optimizer = task.optimizer(model, lambda step: 0.1 * (step + 1))
     state, random = optimizer.init(params), np.random.RandomState(0)
@@ -102,7 +102,7 @@ def test_probe_trains_only_statistics_and_head(pretrained, tmp_path, capsys):
     assert (params[0]["head/kernel"] != params[2]["head/kernel"]).any()
 
     task = inputs.make_task(config)
-    graphdef, *shapes = split_state(task.build_model())
+    graphdef, *shapes = split_params(task.build_model())
     model = nnx.merge(
         graphdef,
         *(

@@ -17,7 +17,7 @@ from networks import fast_jit
 from hivit_jax import inputs
 from hivit_jax.training.optimizer import make_optimizer
 from hivit_jax.training.schedule import make_schedule
-from hivit_jax.tree import split, split_state
+from hivit_jax.tree import split, split_params
 from hivit_jax.weights.names.official import to_official
 
 # Recipe -> (golden file, prefix of its arrays, helper, keys of the official schedule).
@@ -56,7 +56,7 @@ def options_of(facts, **keys):
 def training_setup(fixture, helper):
     """Return model, loss function, parameters, and converter to official names."""
     model, _ = helper.build(fixture)
-    graphdef, params, tables = split_state(model)
+    graphdef, params, tables = split_params(model)
     facts = helper.FIXTURES[fixture]["input"]
     if helper is swin:
         images = swin.fixture_images(fixture)

@@ -16,13 +16,13 @@ from hivit_jax.train import train
 from hivit_jax.training.freezing import freeze_updates, frozen_parameters
 from hivit_jax.training.optimizer import make_optimizer
 from hivit_jax.training.step import make_init, make_train_step
-from hivit_jax.tree import named_leaves, split_state
+from hivit_jax.tree import named_leaves, split_params
 
 
 @pytest.fixture(scope="module")
 def names():
     """Return the names of the parameters of HiViT-T."""
-    return [*named_leaves(split_state(networks.abstract_model("hivit_tiny"))[1])]
+    return [*named_leaves(split_params(networks.abstract_model("hivit_tiny"))[1])]
 
 
 def first_three_components(frozen):
@@ -103,7 +103,7 @@ def test_frozen_parameters_keep_every_bit():
     """
     task, frozen = networks.SquareTask(), {"kernel"}
     optimizer = freeze_updates(optax.adamw(0.1, weight_decay=0.5), frozen)
-    graphdef = split_state(task.build_model())[0]
+    graphdef = split_params(task.build_model())[0]
     options = dict(seed=0, ema_decay=0.9, frozen_names=frozen)
     step = jax.jit(make_train_step(task, graphdef, optimizer, lambda _: 0.1, **options))
     state = make_init(task, optimizer, 0.9)()

@@ -14,7 +14,7 @@ from flax import nnx
 
 from hivit_jax import inputs
 from hivit_jax.training import optimizer
-from hivit_jax.tree import leaf_name, named_leaves, split, split_state
+from hivit_jax.tree import leaf_name, named_leaves, split, split_params
 from hivit_jax.weights.names.official import to_official
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
@@ -48,7 +48,7 @@ def test_ten_steps_equal_the_official_adamw(
         0.05,
     )
     transform = inputs.task_of_recipe(config).optimizer(model, lambda step: 1e-3)
-    graphdef, params, tables = split_state(model)
+    graphdef, params, tables = split_params(model)
 
     def loss_fn(params, noise):
         return nnx.merge(graphdef, params, tables)(images, noise=noise).loss
@@ -93,7 +93,7 @@ def by_official_name(model, values):
     """Return {official name: number} from a pytree with a number per parameter."""
     filled = jax.tree.map(
         lambda leaf, value: np.broadcast_to(np.float64(value), leaf.shape),
-        split_state(model)[1],
+        split_params(model)[1],
         values,
     )
     return {name: a.flat[0] for name, a in to_official(filled, model).items()}
@@ -102,7 +102,7 @@ def by_official_name(model, values):
 def weight_decays(model, task):
     """Return {official name: weight decay}."""
     decays = jax.tree_util.tree_map_with_path(
-        lambda path, _: 0.05 * task.is_decayed(leaf_name(path)), split_state(model)[1]
+        lambda path, _: 0.05 * task.is_decayed(leaf_name(path)), split_params(model)[1]
     )
     return by_official_name(model, decays)
 

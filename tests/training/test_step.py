@@ -11,7 +11,7 @@ import pytest
 from networks import SquareTask
 
 from hivit_jax.training.step import make_init, make_train_step
-from hivit_jax.tree import split_state
+from hivit_jax.tree import split_params
 
 
 def optimizer_with_growing_state(start):
@@ -26,7 +26,7 @@ def optimizer_with_growing_state(start):
 def make_state_and_step(optimizer, schedule=lambda step: 0.1, ema_decay=0.5):
     """Return the initial state and the jitted train step of a `SquareTask`."""
     task = SquareTask()
-    graphdef = split_state(task.build_model())[0]
+    graphdef = split_params(task.build_model())[0]
     step = make_train_step(
         task, graphdef, optimizer, schedule, seed=0, ema_decay=ema_decay
     )
