@@ -192,7 +192,7 @@ class Zip(Archives):
     def _index_file(self, path: str) -> dict[str, Any]:
         map_path = _map_path(path)
         found = {member.name: member for member in zip.members(path)}
-        lines = storage.read(map_path)().decode().splitlines()
+        lines = storage.start_read(map_path)().decode().splitlines()
         chosen, labels = [], []
         for number, line in enumerate(lines, 1):
             name, _, label = line.rstrip().rpartition("\t")

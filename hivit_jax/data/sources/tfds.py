@@ -214,7 +214,7 @@ def _local_metadata(path: str) -> Iterator[str]:
         copied.mkdir(parents=True)
         for name in storage.list_files(path):
             if name.endswith((".json", ".txt")) and "/" not in name:
-                (copied / name).write_bytes(storage.read(f"{path}/{name}")())
+                (copied / name).write_bytes(storage.start_read(f"{path}/{name}")())
         yield str(copied)
 
 
