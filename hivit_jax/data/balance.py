@@ -37,10 +37,10 @@ class BalancedOrder:
     def samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the examples at positions of the endless sequence of all epochs.
 
-        Returns (example indices [b], passes [b]). A pass is the index, from 0, of the
-        permutation of the class that the example comes from. The pass replaces the
-        epoch as key of the transform's random numbers, so that an example that occurs
-        twice in an epoch is augmented differently.
+        Returns (example indices [b], passes [b]). The permutations of a class are
+        numbered from 0. The pass of an example is the number of its permutation. It
+        replaces the epoch as key of the transform's random numbers, so that an example
+        that occurs twice in an epoch is augmented differently.
 
         Args:
           positions: int [b]; position p is in epoch ``p // n``.
