@@ -16,8 +16,8 @@ from hivit_jax.tree import named_leaves
 def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Return {item: {array name: digest}}; a digest has 64 bits, as hex text.
 
-    The digest does not depend on the array's sharding. A change of a single number, of
-    at most 32 bits, always changes the digest.
+    The digest does not depend on the array's sharding. If a single number changes, the
+    digest always changes. Numbers have at most 32 bits.
     """
     result: dict[str, dict[str, str]] = {}
     for item, tree in trees.items():

@@ -31,7 +31,8 @@ from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import prepare_workdir
 
 INTERVAL = 10.0  # seconds between two heartbeats of an owner
-# Intervals without a heartbeat after which an owner on another machine counts as dead.
+# Intervals without a heartbeat after which an owner that is not in the PID namespace of
+# this process counts as dead.
 WATCHED_INTERVALS = 2
 
 Owner = dict[str, Any]
@@ -86,7 +87,7 @@ def this_process() -> Owner:
         "pid": os.getpid(),
         "started": _start_time(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "machine": _machine_id(),
+        "machine": _pid_namespace_id(),
         "token": uuid.uuid4().hex,
         "beats": f"{0:010d}",  # of fixed length, because it is overwritten in place
     }
@@ -95,13 +96,13 @@ def this_process() -> Owner:
 def is_dead(owner: Owner, path: Path) -> bool:
     """Return True if the owner of a lock no longer runs.
 
-    An owner on this machine is alive if a process has the owner's process ID and start
-    time. The ID alone is not enough, because a later process may have the same ID. An
-    owner on another machine is alive if the content of the lock changes within
-    `WATCHED_INTERVALS` intervals. Times are not compared, because the clocks of the
+    An owner in this PID namespace is alive if a process has the owner's process ID and
+    start time. The ID alone is not enough, because a later process may have the same
+    ID. Any other owner is alive if the content of the lock changes within
+    `WATCHED_INTERVALS` intervals. Times are not compared, because the clocks of two
     machines may differ.
     """
-    if owner.get("machine") == _machine_id():
+    if owner.get("machine") == _pid_namespace_id():
         return owner.get("started") != _start_time(owner.get("pid", 0))
     log(
         f"{path} belongs to {_describe_owner(owner)}; waiting "
@@ -126,7 +127,8 @@ def _acquire(workdir: Path, owner: Owner) -> Path:
         for path in _lock_files(workdir):
             other = _read_owner(path)
             alive = other is not None and not is_dead(other, path)
-            if alive and path.exists():  # otherwise the other run has just ended
+            # An alive owner whose file is gone has just ended its run.
+            if alive and path.exists():
                 raise ConfigError(
                     f"{workdir} is in use by {_describe_owner(other)}.\n"
                     "Wait for that run, or choose another --workdir"
@@ -139,8 +141,8 @@ def _acquire(workdir: Path, owner: Owner) -> Path:
             continue  # another run was faster
         if {*_lock_files(workdir)} - {*dead} == {path}:
             break
-        # Another run created a file after the files were listed. Both runs delete
-        # their own file and try again after different delays.
+        # Another run created a file after the files were listed. Each of the two runs
+        # deletes its own file and tries again after a different delay.
         path.unlink()
         time.sleep(int(owner["token"], 16) % 100 / 100)
     for stale, other in dead.items():
@@ -156,7 +158,7 @@ def _create_exclusively(path: Path, text: str) -> bool:
             with open(path, "x") as file:
                 file.write(text)
             return True
-        # fsspec can create a file in a bucket only if the file does not exist.
+        # In a bucket, fsspec's mode "x" creates the file only if it does not exist yet.
         import fsspec
 
         with fsspec.open(str(path), "xb") as file:
@@ -189,8 +191,8 @@ def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> Non
         text = json.dumps(owner | {"beats": f"{beats:010d}"})
         with suppress(Exception):  # because buckets cause exceptions of many types
             others = {*_lock_files(path.parent)} - {path}
-            # Two heartbeats in a row must find the same file of another run, because
-            # `_acquire` may create a file and delete it at once.
+            # End only if two heartbeats in a row find the same file of another run,
+            # because `_acquire` may create a file and delete it again immediately.
             if others & previous_others:
                 new_owner = _read_owner(max(others, key=_lock_number)) or {}
                 exit_now(
@@ -231,13 +233,13 @@ def _read_owner(path: Path) -> Owner | None:
 def _describe_owner(owner: Owner) -> str:
     if "pid" not in owner:
         return "a run whose lock file is damaged"
-    return f"process {owner['pid']} on {owner['host']}, running since {owner['since']}"
+    return f"process {owner['pid']} on {owner['host']}, started {owner['since']}"
 
 
-def _machine_id() -> str:
-    """Return an identifier of the PID namespace of this process.
+def _pid_namespace_id() -> str:
+    """Return a text that identifies the PID namespace of this process.
 
-    The identifier differs between machines, boots of a machine and containers.
+    It differs between machines, boots of a machine and containers.
     """
     name = platform.node()
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:

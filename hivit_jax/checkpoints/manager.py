@@ -5,12 +5,12 @@
 optimizer state and the step; *config*; *dataset*, with the size and class names; and
 *digests* of every array, because Orbax restores flipped bits without an error. Each
 item can be restored alone. Orbax gives only complete checkpoints their final name, so
-that incomplete checkpoints are never restored. In buckets, complete checkpoints contain
-`read.COMMIT_FILE` instead.
+that incomplete checkpoints are never restored. In buckets, the file `read.COMMIT_FILE`
+marks complete checkpoints instead.
 
 Versions before 0.1 saved the model state inside *params*, and optimizer moments of the
-model state inside *optimizer*. `restore` finds this model state by array name and drops
-the moments. Names of optimizer arrays may also differ between versions; see
+model state inside *optimizer*. `restore` finds that model state by array name and drops
+these moments. Names of optimizer arrays may also differ between versions; see
 `checkpoints.names`.
 """
 
@@ -62,7 +62,7 @@ class Checkpoints:
       workdir: the run's directory.
       keep: number of newest checkpoints to keep. The first checkpoint with the best
         evaluation is also kept.
-      best: evaluation metric that selects the best checkpoint, and "min" or "max".
+      best: name of the metric that selects the best checkpoint, and "min" or "max".
       dataset: JSON-serializable facts about the dataset, saved with every checkpoint.
     """
 
@@ -198,23 +198,24 @@ class Checkpoints:
         path = self.directory / str(step)
         named = {item: named_leaves(tree) for item, tree in abstract_state.items()}
         model_state = named["model_state"]
-        restore = partial(_restore, path, variables=named["params"] | model_state)
+        all_variables = named["params"] | model_state
+        restore_item = partial(_restore_item, path, variables=all_variables)
         if (path / "model_state").is_dir():
-            arrays = restore("params", named["params"])
-            arrays |= restore("model_state", model_state)
+            arrays = restore_item("params", named["params"])
+            arrays |= restore_item("model_state", model_state)
         else:
-            arrays = restore("params", named["params"] | model_state)
+            arrays = restore_item("params", all_variables)
         variables = {item: abstract_state[item] for item in ("params", "model_state")}
         state = {item: _rebuild(tree, arrays) for item, tree in variables.items()}
         optimizer = {item: abstract_state[item] for item in ("opt_state", "step")}
         expected = named_leaves(optimizer)
-        arrays = restore("optimizer", expected, ignored=model_state)
+        arrays = restore_item("optimizer", expected, ignored=model_state)
         state |= _rebuild(optimizer, arrays)
         if "ema" in abstract_state:
             # If averaging was switched on after the checkpoint was written, the
             # checkpoint has no average. The average then starts from the parameters.
             item = preferred_params_item(path)
-            arrays = restore(item, named["ema"], ignored=model_state)
+            arrays = restore_item(item, named["ema"], ignored=model_state)
             state["ema"] = _rebuild(abstract_state["ema"], arrays)
         return state
 
@@ -229,7 +230,7 @@ class Checkpoints:
             self._manager.close()
 
 
-def _restore(
+def _restore_item(
     step_path: Path,
     item: str,
     expected: Mapping[str, jax.ShapeDtypeStruct],
@@ -253,7 +254,7 @@ def _restore(
         for name, leaf in named_leaves(metadata).items()
         if expected_names[name] in expected or not f"/{name}".endswith(suffixes)
     }
-    _check_same(step_path, saved, expected)
+    _check_arrays(step_path, saved, expected)
     mesh = next(iter(expected.values())).sharding.mesh
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -277,7 +278,7 @@ def _rebuild(tree: Any, arrays: Mapping[str, jax.Array]) -> Any:
     )
 
 
-def _check_same(
+def _check_arrays(
     path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> None:
     """Raise ConfigError for the first array whose name, shape or dtype differs."""

@@ -39,10 +39,11 @@ def _without_gaps(names: Iterable[str], variables: Container[str]) -> list[str]:
     """
 
     def positions(name):
-        """Yield (i, components before i, position) for each component i that is one."""
+        """Yield (i, components before i, position) if component i is a position."""
         parts = name.split("/")
-        ends = (i for i in range(len(parts)) if "/".join(parts[i:]) in variables)
-        for i, part in enumerate(parts[: next(ends, len(parts))]):
+        starts = (i for i in range(len(parts)) if "/".join(parts[i:]) in variables)
+        variable_start = next(starts, len(parts))
+        for i, part in enumerate(parts[:variable_start]):
             if parts[0] == "opt_state" and part.isdigit():
                 yield i, tuple(parts[:i]), int(part)
 

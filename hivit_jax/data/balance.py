@@ -12,7 +12,7 @@ from hivit_jax.errors import ConfigError
 
 
 class BalancedOrder:
-    """Order of the examples of a run; replaces `order.samples_at`.
+    """Order of the examples of a run; its `samples_at` replaces `order.samples_at`.
 
     An epoch has as many examples as the dataset. Each class has an endless sequence of
     permutations of its examples. An epoch with m positions for the class uses the next
@@ -32,13 +32,13 @@ class BalancedOrder:
         self._seed, self._n = seed, len(labels)
         self._members = by_label(labels)
         self.counts = balanced_counts([*map(len, self._members)], balance)
-        self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
+        self._cached_epoch = lru_cache(maxsize=2)(self._compute_epoch)
 
     def samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the examples at positions of the endless sequence of all epochs.
 
-        Returns (example indices [b], passes [b]). The permutations of a class count
-        from 0. The pass is the index of the permutation that contains the position. It
+        Returns (example indices [b], passes [b]). The permutations of a class are
+        numbered from 0. The pass of an example is the number of its permutation. It
         replaces the epoch as key of the transform's random numbers, so that an example
         that occurs twice in an epoch is augmented differently.
 
@@ -49,7 +49,7 @@ class BalancedOrder:
         indices, passes = np.empty_like(offsets), np.empty_like(offsets)
         for epoch in np.unique(epochs):
             selected = epochs == epoch
-            found = self._epoch(int(epoch))[:, offsets[selected]]
+            found = self._cached_epoch(int(epoch))[:, offsets[selected]]
             indices[selected], passes[selected] = found
         return indices, passes
 
@@ -63,7 +63,8 @@ class BalancedOrder:
             indices = np.empty_like(offsets)
             for k in np.unique(passes):
                 selected = passes == k
-                # Classes count from 1 here, because SeedSequence ignores a trailing 0.
+                # SeedSequence ignores a trailing 0: without `1 +`, the key of class 0
+                # would equal the key of `permutation`.
                 order = shuffled([self._seed, int(k), 1 + class_index], len(members))
                 indices[selected] = members[order[offsets[selected]]]
             parts.append(np.stack([indices, passes]))
@@ -75,7 +76,7 @@ def check_balance(class_counts: Sequence[int], data: Mapping[str, Any]) -> None:
     """Raise ConfigError unless the class of every training image is known.
 
     Args:
-      class_counts: result of `Source.class_counts`.
+      class_counts: result of `Source.class_counts`; () if the classes are unknown.
       data: the `data` section of a config.
     """
     if not class_counts:
@@ -94,11 +95,12 @@ def balanced_counts(sizes: list[int], balance: float) -> np.ndarray:
 
     Args:
       sizes: number of examples of each class, at least 1.
+      balance: see `BalancedOrder`.
     """
     total, weights = sum(sizes), np.array(sizes) ** (1.0 - balance)
-    # Without rounding, the result could depend on a machine's rounding errors.
-    exact = np.round(total * weights / weights.sum(), 6)
-    counts = np.floor(exact).astype(np.int64)
-    largest = np.argsort(counts - exact, kind="stable")
-    counts[largest[: total - counts.sum()]] += 1
+    # Rounded to 6 digits, so that all machines compute the same numbers.
+    fractional = np.round(total * weights / weights.sum(), 6)
+    counts = np.floor(fractional).astype(np.int64)
+    by_remainder = np.argsort(counts - fractional, kind="stable")  # largest first
+    counts[by_remainder[: total - counts.sum()]] += 1
     return counts

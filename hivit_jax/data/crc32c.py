@@ -20,7 +20,7 @@ def crc32c(data: bytes) -> int:
 
 
 def masked_crc32c(data: bytes) -> int:
-    """Return the checksum of tfrecord files: a rotated CRC-32C plus a constant."""
+    """Return the checksum that tfrecords contain: a rotated CRC-32C plus a constant."""
     value = crc32c(data)
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -36,8 +36,8 @@ def numpy_crc32c(data: bytes) -> int:
     # `length` is a multiple of 8, so that the cache of `_zeros_matrix` has few entries.
     length = -(-len(data) // (lanes * 8)) * 8
     padded = np.zeros(lanes * length, np.uint8)
-    # Leading zeros do not change a CRC whose register starts at 0. The register of
-    # CRC-32C starts at all ones; inverting the first four bytes has the same effect.
+    # Leading zeros do not change a register that starts at 0. The register of CRC-32C
+    # starts at all ones; to start at 0 and invert the first four bytes is equivalent.
     start = len(padded) - len(data)
     padded[start:] = np.frombuffer(data, np.uint8)
     if len(data) < 4:
@@ -61,7 +61,7 @@ def _bytewise(data: bytes) -> int:
 
 @cache
 def _table() -> np.ndarray:
-    """Return the register's change for each value of its lowest byte, uint32 [256]."""
+    """Return the change of a register for each byte shifted out, uint32 [256]."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, table >> 1 ^ np.uint32(POLYNOMIAL), table >> 1)
@@ -69,7 +69,7 @@ def _table() -> np.ndarray:
 
 
 def _append_zeros(values: np.ndarray, count: int) -> np.ndarray:
-    """Return the CRCs, uint32 [n], after `count` more zero bytes."""
+    """Return the registers, uint32 [n], after `count` more zero bytes."""
     result = np.zeros_like(values)
     for bit, column in enumerate(_zeros_matrix(count)):
         result ^= np.where(values >> np.uint32(bit) & 1, column, np.uint32(0))
@@ -78,7 +78,7 @@ def _append_zeros(values: np.ndarray, count: int) -> np.ndarray:
 
 @cache
 def _zeros_matrix(count: int) -> np.ndarray:
-    """Return the CRC of each single bit after `count` more zero bytes, uint32 [32]."""
+    """Return the register of each single bit after `count` zero bytes, uint32 [32]."""
     columns = np.uint32(1) << np.arange(32, dtype=np.uint32)
     if count % 2 == 0:
         return _append_zeros(_append_zeros(columns, count // 2), count // 2)

@@ -8,7 +8,7 @@ import numpy as np
 
 from hivit_jax.augment.resample import FILTER_RADIUS, MAXIMUM, crop_resize_matrix
 
-# Along one axis: start and length of a box, and number of pixels without the padding.
+# Along one axis of a padded image: start and length of a box, number of real pixels.
 Span = tuple[float, float, int]
 
 
@@ -111,11 +111,11 @@ def paste_crop(
 
     Args:
       pixels: uint8, uint16 or float32 [h, w, C].
-      out: array [H', W', C] with the dtype of `pixels`; at least `size`.
+      out: array [H', W', C], at least as large as `size`, with the dtype of `pixels`.
       size: (height, width) of the model's image.
 
     Returns:
-      The position of the box in `out`, in the format of `augment.resample`.
+      The box in `out`, for rows and for columns, as in `augment.resample`.
     """
     rows, columns = (
         _filter_range(crop, axis, size[axis], FILTER_RADIUS[interpolation], antialias)
@@ -171,17 +171,17 @@ def resize(
     if antialias:
         (top, height, _), (left, width, _) = box
         edges = (left, top, left + width, top + height)
-        # PIL resizes RGB images as a whole. Other images are resized band by band,
+        # PIL resizes 8-bit RGB images as a whole. Others are resized band by band,
         # because PIL does not support them or would treat their last band as alpha.
-        whole = dtype == np.uint8 and pixels.shape[-1] == 3
-        bands = [pixels] if whole else np.moveaxis(pixels, -1, 0)
+        is_rgb = dtype == np.uint8 and pixels.shape[-1] == 3
+        bands = [pixels] if is_rgb else np.moveaxis(pixels, -1, 0)
         bands = [band if dtype == np.uint8 else band.astype("f4") for band in bands]
-        shape, filter = tuple(size)[::-1], Image.Resampling[interpolation.upper()]
+        pil_size, filter = tuple(size)[::-1], Image.Resampling[interpolation.upper()]
         bands = [
-            np.asarray(Image.fromarray(band).resize(shape, filter, edges))
+            np.asarray(Image.fromarray(band).resize(pil_size, filter, edges))
             for band in bands
         ]
-        pixels = bands[0] if whole else np.stack(bands, -1)
+        pixels = bands[0] if is_rgb else np.stack(bands, -1)
     else:
         for axis in (1, 0):
             matrix = crop_resize_matrix(

@@ -22,7 +22,7 @@ from hivit_jax.errors import DataError
 # without them.
 
 PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
-# Second bytes of JPEG markers. Bytes in FRAMES start a frame; each specifies a coding.
+# Second bytes of JPEG markers. FRAMES are the starts of a frame, one for each coding.
 START_OF_SCAN, BASELINE, FRAMES = 0xDA, 0xC0, {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 END_OF_IMAGE = b"\xff\xd9"
 # A JPEG marker after the start of a scan, except restart markers.
@@ -90,7 +90,7 @@ class StoredValues:
         return self.limits
 
     def to_8_bits(self, value_range: Sequence[float]) -> Any:
-        """Convert to a PIL image with values rounded and clipped to 0 .. 255.
+        """Convert to a PIL image with values scaled to 0 .. 255, rounded and clipped.
 
         Raises:
           UnsuitableImageError: see `black_and_white`.
@@ -113,7 +113,7 @@ class StoredValues:
 def decode(
     encoded: bytes, channels: int, value_range: Sequence[float] = ()
 ) -> np.ndarray:
-    """Decode an image of any format to uint8 [h, w, channels].
+    """Decode an image of any format that PIL supports to uint8 [h, w, channels].
 
     For images of up to 8 bits, the result is identical to PIL's. 16-bit values are
     divided by 257. Pillow itself reduces some 16-bit images to 8 bits: color JPEG 2000,
@@ -121,8 +121,8 @@ def decode(
     result differs from a division by 257 by at most one level.
 
     Args:
-      value_range: values of black and white in images with more than 8 bits; (): the
-        whole range of unsigned integers of up to 16 bits.
+      value_range: (low, high), the values of black and white in images with more than 8
+        bits. (): 0 and the largest value, for unsigned integers of up to 16 bits.
 
     Raises:
       DataError: the image contains floats, signed integers or 32-bit integers, and
@@ -220,7 +220,7 @@ def stored_values(image: Any, encoded: bytes) -> StoredValues | None:
             f"expected FITS with 8-bit values, found PIL mode {image.mode!r}; convert "
             "the file to TIFF"
         )
-    if tags.get(PHOTOMETRIC) == 0:  # 0 is white
+    if tags.get(PHOTOMETRIC) == 0:  # the value 0 is white
         limits = limits[::-1]
     return StoredValues(array, "L", limits)
 

@@ -25,15 +25,16 @@ def image_findings(
 ) -> dict[str, str]:
     """Return {finding: detail} of an image; details may be "".
 
-    For a YCbCr JPEG without EXIF, reading the header is enough. Any other image is also
-    opened with PIL, and its format is compared with the suffix of its name.
+    For a YCbCr JPEG without EXIF, only the header is read. Any other image is opened
+    with PIL, and its format is compared with the suffix of its name.
 
     Args:
       encoded: content of the file.
       get_name: returns the name of the file.
-      pixels: the decoded image, [h, w, C]. Lost values are reported only for uint8.
+      pixels: the decoded image, [h, w, C]. Values are checked only if it is uint8.
       size: (height, width) of the model's image.
-      canvas: side of the array that the device resizes from; 0: none.
+      canvas: side of the square array in which crops are sent to the device for
+        resizing; 0: the device does not resize.
       value_range: see `decode`.
     """
     shape = pixels.shape
@@ -72,12 +73,12 @@ def _value_findings(
 
     Values count as lost in three cases:
 
-    - both fewer than 64 distinct values (levels) and fewer than a quarter of the stored
-      levels remain;
+    - fewer than 64 levels (distinct values) remain, and fewer than a quarter of the
+      stored levels;
     - only one of several levels remains;
     - only the dropped alpha channel varies.
 
-    Values outside of the range from black to white count as clipped.
+    If no values are lost, values that are not between black and white count as clipped.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -86,11 +87,11 @@ def _value_findings(
                 if low < high:
                     reason = "because the alpha channel is dropped"
                     return {LOST: f"one level remains, {reason}"}
-            is_raster = has_other_bands(encoded)
-            stored = None if is_raster else stored_values(image, encoded)
+            read_as_raster = has_other_bands(encoded)
+            stored = None if read_as_raster else stored_values(image, encoded)
     except UnidentifiedImageError:  # NumPy arrays and TIFF with many bands
-        is_raster = True
-    if is_raster:
+        read_as_raster = True
+    if read_as_raster:
         stored = read_values(encoded)
         stored = None if stored.array.dtype == np.uint8 else stored
     if stored is None:

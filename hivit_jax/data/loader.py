@@ -142,8 +142,8 @@ class Loader:
             batch["weight"][position] = readable
             batch["unreadable"][position] = not readable
 
-    def _fill_one(self, out: Batch, index: int, epoch: int) -> bool:
-        """Read one example; return False if it is unreadable."""
+    def _fill_one(self, out: dict[str, np.ndarray], index: int, epoch: int) -> bool:
+        """Read one example into its arrays; return False if it is unreadable."""
         try:
             sample = self._source.sample(index)
             draws = transforms.uniforms(self._seed, epoch, index, self._transform.draws)
@@ -176,10 +176,10 @@ def synthetic_batches(
       local_batch_size: examples of a batch on this process.
     """
     rng = np.random.default_rng(seed)
-    count = 64  # different examples of noise per bucket
+    num_noise = 64  # different examples of noise per bucket
     noise = [
         {
-            name: rng.integers(0, 256, (count, *struct.shape[1:]), np.uint8)
+            name: rng.integers(0, 256, (num_noise, *struct.shape[1:]), np.uint8)
             for name, struct in shapes.items()
             if struct.dtype == np.uint8
         }
@@ -191,7 +191,7 @@ def synthetic_batches(
         batch = {}
         for name, array in transform.shapes[bucket].items():
             if name in noise[bucket]:
-                batch[name] = noise[bucket][name][indices % count]
+                batch[name] = noise[bucket][name][indices % num_noise]
             else:
                 values = (indices % num_classes).reshape(-1, *[1] * len(array.shape))
                 values = np.broadcast_to(values, (local_batch_size, *array.shape))
@@ -213,7 +213,7 @@ _logged: set[str] = set()
 
 
 def _log_unreadable(name: str, error: Exception) -> None:
-    """Log an unreadable example to stderr, once per process."""
+    """Log an unreadable example to stderr; each process logs it only once."""
     if name not in _logged:
         _logged.add(name)
         reason = f"{type(error).__name__}: {error}"

@@ -1,4 +1,7 @@
-"""Notes at the start of a run about ignored, reduced or missing data."""
+"""Notes at the start of a run about ignored, reduced or missing data.
+
+Each function returns lines of text, or [] if there is nothing to note.
+"""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,7 +23,7 @@ def dataset_warnings(data: Any, splits: Sequence[str], needs_labels: bool) -> li
 
     Args:
       data, splits: see `unmatched_exclusions`.
-      needs_labels: add the line about classes.
+      needs_labels: add the lines about classes.
     """
     found = unmatched_exclusions(data, splits)
     sources = _open(data, splits) if needs_labels else []
@@ -80,22 +83,25 @@ def uncovered_classes(
       names: names of all classes.
       train, test: number of images per class in each split.
     """
-    found = [n for n, k, m in zip(names, train, test, strict=True) if k and not m]
+    counts = zip(names, train, test, strict=True)
+    found = [name for name, in_train, in_test in counts if in_train and not in_test]
     return _without_images("evaluation", found)
 
 
 def classes_without_images(source: Source, split: str = "evaluation") -> list[str]:
-    """Return a line about the classes of a split that have no images."""
-    counts = _class_counts(source)
-    return _without_images(
-        split, [n for n, k in zip(source.classes, counts, strict=False) if not k]
-    )
+    """Return a line about the classes of a source that have no images.
+
+    Args:
+      split: name of the source's split in the line.
+    """
+    counts = zip(source.classes, _class_counts(source), strict=False)
+    return _without_images(split, [name for name, count in counts if not count])
 
 
 def _classes_without_training_images(source: Source) -> list[str]:
     """Return a line about classes of the training split that have no images.
 
-    Labels that start at 1 are a frequent cause.
+    If only the numbered class "0" has none, the line explains that labels start at 0.
     """
     lines = classes_without_images(source, "training")
     is_empty = [not count for count in _class_counts(source)]
@@ -105,7 +111,7 @@ def _classes_without_training_images(source: Source) -> list[str]:
 
 
 def _without_images(split: str, names: Sequence[str]) -> list[str]:
-    """Return a line about named classes without images; [] if there are none."""
+    """Return a line about the classes `names` of a split, which have no images."""
     if not names:
         return []
     return [

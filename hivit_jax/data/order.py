@@ -80,7 +80,7 @@ def train_plan(
       n: number of training examples.
       batch_size: size of the global batch.
       positions: positions of the global batch that this process fills, int [b].
-      find: function of positions that replaces `samples_at`.
+      find: function from positions to (example indices, epochs); None: `samples_at`.
     """
     find = find or partial(samples_at, n=n, seed=seed)
     for step in range(first, last):
@@ -121,25 +121,31 @@ def bucketed_steps(buckets: np.ndarray, batch_size: int) -> int:
 def split_by_bucket(
     order: np.ndarray, buckets: np.ndarray, batch_size: int
 ) -> list[tuple[int, np.ndarray]]:
-    """Split examples in a given order, int64 [n], into batches (bucket, indices).
+    """Split the examples of a dataset into batches (bucket, example indices).
 
     Batches are sorted by the position of their first example in `order`.
+
+    Args:
+      order: example indices, int64 [n].
+      buckets: bucket of every example, int [n].
     """
     batches = []
     for bucket in np.unique(buckets):
         positions = np.flatnonzero(buckets[order] == bucket)
         for start in range(0, len(positions), batch_size):
-            batch = positions[start : start + batch_size]
-            batches.append((batch[0], int(bucket), order[batch]))
-    return [(bucket, batch) for _, bucket, batch in sorted(batches, key=lambda b: b[0])]
+            part = positions[start : start + batch_size]
+            batches.append((part[0], int(bucket), order[part]))
+    batches.sort(key=lambda batch: batch[0])
+    return [(bucket, indices) for _, bucket, indices in batches]
 
 
 def eval_plan(
     buckets: np.ndarray, batch_size: int, positions: np.ndarray
 ) -> Iterator[PlannedBatch]:
-    """Yield batches that contain each example of a split once, in order within buckets.
+    """Yield batches that contain each example of a split once.
 
-    The last batch of each bucket is padded. For the arguments see `bucketed_plan`.
+    Each bucket's examples are in order, and its last batch is padded. For the arguments
+    see `bucketed_plan`.
     """
     order = np.arange(len(buckets))
     for bucket, indices in split_by_bucket(order, buckets, batch_size):

@@ -16,8 +16,8 @@ from PIL import Image, ImageEnhance, ImageOps
 DRAWS = 8
 FILL = (124, 116, 104)  # color outside the image: ImageNet's mean
 
-# (image, level) -> image. The level is sign * magnitude / 10. _posterize, _solarize and
-# _solarize_add ignore its sign.
+# Function (image, level) -> image. The level is sign * magnitude / 10. _posterize,
+# _solarize and _solarize_add ignore its sign.
 Operation = Callable[[Image.Image, float], Image.Image]
 
 
@@ -121,7 +121,7 @@ def choose(
     for k in range(0, 4 * num_ops, 4):
         name_draw, apply_draw, magnitude_draw, sign_draw = draws[k : k + 4]
         if apply_draw < probability:
-            # Draws are bounded away from 0, because the quantile of 0 is -infinity.
+            # Draws are bounded away from 0, because inv_cdf does not accept 0.
             noise = std * NormalDist().inv_cdf(max(magnitude_draw, 2.0**-54))
             magnitude = min(max(mean_magnitude + noise, 0.0), 10.0)
             name = names[int(name_draw * len(names))]

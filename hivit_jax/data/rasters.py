@@ -14,12 +14,13 @@ from hivit_jax.data.decoding import (
 from hivit_jax.progress import counted
 
 DTYPES = ("uint8", "uint16", "float32")  # values of `data.dtype`
+# First bytes of files.
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 WHITE_IS_0, PALETTE, YCBCR = 0, 3, 6  # values of the tag PhotometricInterpretation
 # Luminance of red, green and blue, as in PIL.
 LUMINANCE = (0.299, 0.587, 0.114)
-LIMITS = {"uint8": (0, 255), "uint16": (0, 65535)}
+LIMITS = {"uint8": (0, 255), "uint16": (0, 65535)}  # (black, white)
 
 
 class ChannelError(UnsuitableImageError):
@@ -55,7 +56,7 @@ def decode(
       Exception: an error of any type if the image cannot be read.
     """
     may_use_pil = dtype == "uint8" and channels in PIL_MODES
-    # has_other_bands is called last, because it parses the header of a TIFF.
+    # has_other_bands is called last, because parsing the header of a TIFF is slow.
     if may_use_pil and not encoded.startswith(NPY) and not has_other_bands(encoded):
         try:
             return decoding.decode(encoded, channels, value_range)
@@ -102,11 +103,11 @@ def has_other_bands(encoded: bytes) -> bool:
 
 
 def read_values(encoded: bytes, channels: int = 0) -> StoredValues:
-    """Return the values of an image as stored, [h, w, bands].
+    """Return the stored values of an image, as an array [h, w, bands] with limits.
 
     Args:
-      channels: number of channels of the model. If it is 1 or 3, PIL's alpha channel
-        is dropped.
+      channels: number of channels of the model. If it is 1 or 3, an alpha channel that
+        PIL decodes is dropped. 0: all bands are returned.
 
     Raises:
       Exception: an error of any type if the image cannot be read.
@@ -120,7 +121,7 @@ def read_values(encoded: bytes, channels: int = 0) -> StoredValues:
 
 
 def _with_bands(array: np.ndarray, axes: str, inverted: bool = False) -> StoredValues:
-    """Return an array as [h, w, bands] with the limits of its dtype.
+    """Return the values of an array as [h, w, bands], with the limits of its dtype.
 
     Args:
       axes: letter of each axis, with Y and X for rows and columns; "": rows and

@@ -49,7 +49,8 @@ class Records:
     ):
         self._files, self._file_indices = files, file_indices
         self._starts, self._stops, self._cache = starts, stops, cache
-        # Queues, because the next epoch may ask for a record before this one reads it.
+        # Queues, because the next epoch may ask for a record before the current epoch
+        # has read it.
         self._asked: defaultdict[int, deque[storage.Waiter]] = defaultdict(deque)
         self._lock = threading.Lock()
 
@@ -61,7 +62,7 @@ class Records:
         """Start reading record i, unless it is in a local file."""
         path = self._locate(i)
         if storage.is_remote(path):
-            wait = self._start(path, i)
+            wait = self._start_reading(path, i)
             with self._lock:
                 self._asked[i].append(wait)
 
@@ -69,14 +70,14 @@ class Records:
         """Return record i.
 
         Raises:
-          StorageError, OSError: as in `storage.read`.
+          StorageError, OSError: as in `storage.start_read`.
         """
         with self._lock:
-            waiting = self._asked.get(i)
-            wait = waiting.popleft() if waiting else None
-            if not waiting:
+            asked = self._asked.get(i)
+            wait = asked.popleft() if asked else None
+            if not asked:
                 self._asked.pop(i, None)
-        return wait() if wait else self._start(self._locate(i), i)()
+        return wait() if wait else self._start_reading(self._locate(i), i)()
 
     def forget(self) -> None:
         """Drop the records that were asked for but not read."""
@@ -86,16 +87,16 @@ class Records:
         path = self.file(i)
         return self._cache.locate(path) if self._cache else path
 
-    def _start(self, path: str, i: int) -> storage.Waiter:
+    def _start_reading(self, path: str, i: int) -> storage.Waiter:
         if self._starts is None:
-            return storage.read(path)
-        return storage.read(path, int(self._starts[i]), int(self._stops[i]))
+            return storage.start_read(path)
+        return storage.start_read(path, int(self._starts[i]), int(self._stops[i]))
 
 
 def load_index(
     directory: str,
     files: Sequence[str],
-    index_file: Callable[[str], Any],
+    make_file_index: Callable[[str], Any],
     merge: Callable[[list[Any]], Index],
     version: str = "",
 ) -> Index:
@@ -111,9 +112,9 @@ def load_index(
     Args:
       directory: directory of the files.
       files: paths or addresses of the files.
-      index_file: function that indexes a file. Threads call it concurrently.
-      merge: function that builds the index from the results of `index_file`, which are
-        in the order of the files.
+      make_file_index: function that indexes a file. Threads call it concurrently.
+      merge: function that builds the index from the results of `make_file_index`, which
+        are in the order of the files.
       version: version of the index. An index of another version is not used.
     """
     remote = storage.is_remote(directory)
@@ -123,14 +124,15 @@ def load_index(
     name = f"hivit_jax_index_{key}.npz"
     paths = [f"{directory.rstrip('/')}/{name}"] * remote
     paths.append(str(cache_directory() / name))
-    # `joined` is called first, because `all_processes` initializes the accelerator.
+    # `all_processes` initializes the accelerator, so it is called only if `joined`
+    # reports that the run has several processes.
     shared = remote and processes.joined()
     index = _read_index(paths)
     if shared and not processes.all_processes(index is not None):
-        index = None  # because all processes or none must build it
+        index = None  # a process lacks the index, so all processes must build it
     if index is None:
         start = time.perf_counter()
-        index = merge(_index_files(directory, files, index_file, shared))
+        index = merge(_make_file_indexes(directory, files, make_file_index, shared))
         to_stderr(f"indexed {directory} in {time.perf_counter() - start:.1f} s")
         _save_index(paths, index, shared)
     return index
@@ -140,20 +142,20 @@ def _read_index(paths: Sequence[str]) -> Index | None:
     """Return the first index that can be read, or None."""
     for path in paths:
         try:
-            with np.load(io.BytesIO(storage.read(path)())) as saved:
+            with np.load(io.BytesIO(storage.start_read(path)())) as saved:
                 return dict(saved)
         except (storage.MissingObject, OSError, ValueError, KeyError):
             pass  # missing or damaged
     return None
 
 
-def _index_files(
+def _make_file_indexes(
     directory: str,
     files: Sequence[str],
-    index_file: Callable[[str], Any],
+    make_file_index: Callable[[str], Any],
     shared: bool,
 ) -> list[Any]:
-    """Return the result of `index_file` for each file.
+    """Return the result of `make_file_index` for each file.
 
     Args:
       shared: each process indexes an equal share of the files, and all processes
@@ -168,7 +170,7 @@ def _index_files(
     )
     try:
         with ThreadPoolExecutor(THREADS) as pool:
-            results = pool.map(index_file, own)
+            results = pool.map(make_file_index, own)
             results = Progress("indexing", len(own), "files").track(results)
             found = dict(zip(own, results, strict=True))
     except HivitError as caught:
@@ -206,6 +208,7 @@ def _save_index(paths: Sequence[str], index: Index, shared: bool) -> None:
 
 
 def _stamp(path: str) -> str:
+    """Return a text that differs after a local file has changed."""
     try:
         status = os.stat(path)
     except FileNotFoundError as error:

@@ -27,14 +27,14 @@ class ShardCache:
 
     Args:
       directory: the cache directory.
-      check: called with the path of each complete copy; raises an error if the copy is
-        damaged.
+      check: function of the path of a complete copy that raises an error if the copy is
+        damaged; None: copies are not checked.
     """
 
     def __init__(self, directory: str, check: Callable[[str], None] | None = None):
         self._root, self._check = Path(directory), check
         self._copies: dict[str, str] = {}  # address of a file -> path of its copy
-        self._requested: set[str] = set()  # queued, in progress or failed
+        self._requested: set[str] = set()  # queued, in progress, copied or failed
         self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -116,7 +116,7 @@ class ShardCache:
 
         Args:
           wait: if another process or thread is copying the file, wait for it; False:
-            return at once.
+            return immediately.
         """
         try:
             target = self.target(address)

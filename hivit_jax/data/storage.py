@@ -20,13 +20,13 @@ RETRIES = {"max_retries": 8, "initial_delay": "500ms", "max_delay": "30s"}
 CONCURRENCY = 256  # requests in flight
 TIMEOUT = 600.0  # seconds to wait for an answer before raising an error
 PART_BYTES = 2**24  # `copy` reads parts of this size
-LOGIN = {
+LOGIN = {  # scheme of an address -> instructions
     "gs": "run gcloud auth application-default login, or grant the VM's service "
     "account the role Storage Object Viewer",
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
 }
 
-Waiter = Callable[[], bytes]
+Waiter = Callable[[], bytes]  # waits for a read and returns the bytes
 
 
 class StorageError(LocalDataError):
@@ -52,7 +52,7 @@ def is_remote(path: str | os.PathLike) -> bool:
     return bool(separator)
 
 
-def read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
+def start_read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
     """Start reading bytes `start` to `stop`; return a function that returns the bytes.
 
     A local file is not read until the returned function is called.
@@ -68,8 +68,8 @@ def read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
       OSError: (by the returned function) a local file cannot be read or is too short.
     """
     if not is_remote(path):
-        return lambda: _pread(path, start, stop)
-    future = _start(path, start, stop)
+        return lambda: _read_local(path, start, stop)
+    future = _request(path, start, stop)
 
     def wait() -> bytes:
         try:
@@ -78,7 +78,7 @@ def read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
             if start >= 0:
                 raise
             # The object is shorter than `-start`.
-            return _result(path, _start(path, 0, None)).value
+            return _result(path, _request(path, 0, None)).value
 
     return wait
 
@@ -139,11 +139,11 @@ def copy(path: str, file: BinaryIO, stopped: Callable[[], bool] = lambda: False)
     return position
 
 
-def read_up_to(path: str, start: int, size: int) -> bytes:
+def read_at_most(path: str, start: int, size: int) -> bytes:
     """Return `size` bytes from `start` on, or fewer at the end of the file.
 
     Raises:
-      StorageError, OSError: as in `read`.
+      StorageError, OSError: as in `start_read`.
     """
     if is_remote(path):
         part = _read_part(path, start, size)
@@ -185,10 +185,9 @@ def _open_store(scheme: str, bucket: str) -> Any:
     tensorstore = require("tensorstore", "tensorstore")
     driver = DRIVERS[scheme]
     spec = {"driver": driver, "bucket": bucket}
-    name = "gcs" if scheme == "gs" else "s3"
     context = {
-        f"{name}_request_retries": RETRIES,
-        f"{name}_request_concurrency": {"limit": CONCURRENCY},
+        f"{driver}_request_retries": RETRIES,
+        f"{driver}_request_concurrency": {"limit": CONCURRENCY},
     }
     if endpoint := scheme == "s3" and os.environ.get("AWS_ENDPOINT_URL"):
         spec |= {"endpoint": endpoint, "aws_region": "us-east-1"}
@@ -199,22 +198,23 @@ def _open_store(scheme: str, bucket: str) -> Any:
 def _read_part(path: str, start: int, size: int) -> Any:
     """Return tensorstore's answer with up to `size` bytes, or None if none are left."""
     try:
-        return _result(path, _start(path, start, start + size))
+        return _result(path, _request(path, start, start + size))
     except _RangeError:
         pass  # fewer than `size` bytes are left
     try:
-        return _result(path, _start(path, start, None))
+        return _result(path, _request(path, start, None))
     except _RangeError:
         return None
 
 
-def _start(path: str, start: int, stop: int | None) -> Any:
+def _request(path: str, start: int, stop: int | None) -> Any:
+    """Request a byte range of an object; return tensorstore's future answer."""
     store, key = _locate(path)
     return store.read(key, byte_range=slice(start, stop) if start or stop else None)
 
 
 def _result(path: str, future: Any) -> Any:
-    """Wait for tensorstore's answer.
+    """Wait for tensorstore's answer and return it.
 
     Raises:
       StorageError: the answer is an error.
@@ -252,7 +252,7 @@ def _fail(path: str, error: Exception) -> NoReturn:
     raise StorageError(f"cannot access {path}: {reason}{hint}") from error
 
 
-def _pread(path: str, start: int, stop: int | None) -> bytes:
+def _read_local(path: str, start: int, stop: int | None) -> bytes:
     with open(path, "rb", buffering=0) as file:
         if start < 0:
             start = max(os.fstat(file.fileno()).st_size + start, 0)

@@ -104,10 +104,10 @@ def _stored_kind(encoded: bytes, channels: int) -> tuple[int, str, bool]:
 
 
 def equal_files(splits: Sequence[Mapping[int, bytes]]) -> list[tuple[int, int]]:
-    """Return a pair of indices (train, test) for each file that is in both splits.
+    """Return indices (train, test) for each evaluation file that is a training file.
 
     Args:
-      splits: digests of the training and evaluation split.
+      splits: {index: digest} of the training split and of the evaluation split.
     """
     train_index = {digest: index for index, digest in reversed([*splits[0].items()])}
     test = sorted(splits[1].items())
@@ -116,7 +116,11 @@ def equal_files(splits: Sequence[Mapping[int, bytes]]) -> list[tuple[int, int]]:
 
 
 def shared_groups(pattern: str, splits: Sequence[Iterable[str]]) -> list[str]:
-    """Return the values of a pattern's first group in names of both splits, sorted."""
+    """Return the values of a pattern's first group that both splits contain, sorted.
+
+    Args:
+      splits: names of the images of the two splits.
+    """
     found = []
     for names in splits:
         matches = (re.search(pattern, name) for name in names)

@@ -7,7 +7,7 @@ from hivit_jax.data import storage
 from hivit_jax.errors import DataError
 
 BLOCK = 512  # bytes; headers and data start at multiples of this size
-READ_AHEAD = 4096  # bytes; covers the small members that follow an image
+READ_AHEAD = 4096  # bytes; enough for the small members that follow an image
 REGULAR = b"0\0"  # types of regular files
 
 
@@ -20,28 +20,28 @@ class Member(NamedTuple):
 
 
 def members(path: str) -> Iterator[tuple[Member, Callable[[], bytes]]]:
-    """Yield the members of a tar file in order, each with a function that reads it.
+    """Yield the regular files of a tar file, each with a function that reads it.
 
     Raises:
       DataError: the file is not a tar file, or is truncated.
       StorageError, OSError: the file cannot be read.
     """
-    read, position, name, size, stop = _reader(path), 0, "", -1, 0
+    read, position, name, pax_size, stop = _reader(path), 0, "", -1, 0
     while True:
         header = read(position, BLOCK)
         if len(header) < BLOCK or not any(header):
             break
         kind = header[156:157]
-        length = _number(path, header[124:136]) if size < 0 else size
+        size = _number(path, header[124:136]) if pax_size < 0 else pax_size
         start = position + BLOCK
-        stop = start + length
-        position = start + -(-length // BLOCK) * BLOCK
+        stop = start + size
+        position = start + -(-size // BLOCK) * BLOCK
         if kind == b"L":  # GNU: name of the next member
-            name = _text(read(start, length))
+            name = _text(read(start, size))
         elif kind == b"x":  # pax: attributes of the next member
-            attributes = _pax(read(start, length))
+            attributes = _parse_pax(read(start, size))
             name = attributes.get("path", name)
-            size = int(attributes.get("size", -1))
+            pax_size = int(attributes.get("size", -1))
         else:
             if kind in REGULAR:
                 member = Member(name or _name(header), start, stop)
@@ -51,7 +51,7 @@ def members(path: str) -> Iterator[tuple[Member, Callable[[], bytes]]]:
                         member.start, member.stop - member.start
                     ),
                 )
-            name, size = "", -1
+            name, pax_size = "", -1
     if not stop or len(read(stop - 1, 1)) < 1:
         raise DataError(f"{path} is not a valid tar file (empty or truncated?)")
 
@@ -64,14 +64,14 @@ def _reader(path: str) -> Callable[[int, int], bytes]:
         nonlocal first, data
         if not first <= position <= position + size <= first + len(data):
             first = position
-            data = storage.read_up_to(path, position, max(size, READ_AHEAD))
+            data = storage.read_at_most(path, position, max(size, READ_AHEAD))
         return data[position - first : position - first + size]
 
     return read
 
 
 def _number(path: str, field: bytes) -> int:
-    """Return a number of a header: octal digits, or binary with the highest bit set."""
+    """Parse a number of a header: octal digits, or binary if the highest bit is set."""
     try:
         if field[0] & 0x80:
             return int.from_bytes(field[1:], "big")
@@ -90,8 +90,8 @@ def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode(errors="surrogateescape")
 
 
-def _pax(data: bytes) -> dict[str, str]:
-    """Parse records "LENGTH KEY=VALUE"."""
+def _parse_pax(data: bytes) -> dict[str, str]:
+    """Return {key: value} of records "LENGTH KEY=VALUE"."""
     found = {}
     while data:
         length, _, rest = data.partition(b" ")

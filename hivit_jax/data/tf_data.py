@@ -37,7 +37,7 @@ def tensorflow() -> ModuleType:
     Raises:
       MissingPackage: tensorflow is not installed.
     """
-    # Without these, tensorflow logs messages when it is imported.
+    # Without these variables, tensorflow logs messages when it is imported.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     tf = require("tensorflow", "hivit-jax[tf]")
@@ -140,7 +140,7 @@ class TfReader:
         return dict(sorted(spec.items()))
 
     def _rows(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the examples of each planned batch, [local_batch_size] per array."""
+        """Yield the records of each planned batch, as arrays [local_batch_size]."""
         for bucket, indices, epochs in self._plan():
             padding = (0, self._local_batch_size - len(indices))
             indices = np.pad(indices, padding, constant_values=-1)
@@ -156,7 +156,7 @@ class TfReader:
             }
 
     def _record(self, index: int) -> Record:
-        """Return the record to read with TensorFlow; NO_RECORD: `_load` reads it."""
+        """Return an example's record, or NO_RECORD if TensorFlow cannot read it."""
         if index < 0:
             return NO_RECORD
         if self._uses_tf_decoder and index not in self._unreadable:
@@ -171,13 +171,13 @@ class TfReader:
 
         If TensorFlow fails to read an example, `_load` reads the whole batch again.
         """
-        batches = self._elements(rows, self._load)
+        batches = self._one_batch(rows, self._load)
         if self._uses_tf_decoder:
-            fast = self._elements(rows, self._decode).ignore_errors()
-            batches = fast.concatenate(batches).take(1)
+            decoded = self._one_batch(rows, self._decode).ignore_errors()
+            batches = decoded.concatenate(batches).take(1)
         return batches.get_single_element()
 
-    def _elements(self, rows: dict[str, Any], load: Callable) -> Any:
+    def _one_batch(self, rows: dict[str, Any], load: Callable) -> Any:
         """Return a dataset with one batch, whose examples are loaded in parallel."""
         elements = self._tf.data.Dataset.from_tensor_slices(rows)
         elements = elements.map(load, self._threads, deterministic=True)
@@ -222,6 +222,7 @@ class TfReader:
         )
 
     def _decode_record(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Read a record and decode its crop if possible, otherwise call `_load`."""
         tf, (encoded, label) = self._tf, self._read(row)
         window = tf.numpy_function(
             self._window, [encoded, label, row["index"], row["epoch"]], tf.int32

@@ -6,7 +6,7 @@ bytes), the data, and a checksum of the data (4 bytes).
 
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -63,9 +63,9 @@ def offsets(path: str, count: int, cache: ShardCache | None) -> np.ndarray:
     """
     path, found = cache.fetch(path) if cache else path, [0]
     for _ in range(count):
-        header = storage.read(path, found[-1], found[-1] + HEADER)()
+        header = storage.start_read(path, found[-1], found[-1] + HEADER)()
         found.append(found[-1] + HEADER + FOOTER + struct.unpack("<Q", header[:8])[0])
-    storage.read(path, found[-1] - FOOTER, found[-1])()
+    storage.start_read(path, found[-1] - FOOTER, found[-1])()
     return np.array(found)
 
 
@@ -106,7 +106,7 @@ def check_file(path: str) -> None:
         position = stop
 
 
-def verify(record: bytes, crc32c: Callable[[bytes], int] = masked_crc32c) -> None:
+def verify(record: bytes) -> None:
     """Check a record's length and both checksums.
 
     Raises:
@@ -116,5 +116,5 @@ def verify(record: bytes, crc32c: Callable[[bytes], int] = masked_crc32c) -> Non
         ("length", record[:8], record[8:HEADER]),
         ("data", unpack(record), record[-FOOTER:]),
     ):
-        if crc32c(data) != int.from_bytes(checksum, "little"):
+        if masked_crc32c(data) != int.from_bytes(checksum, "little"):
             raise DamagedRecord(f"the checksum of the record's {name} is wrong")

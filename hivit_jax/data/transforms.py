@@ -77,7 +77,8 @@ class ImageTransform(Transform):
       channels: number of channels.
       canvas: side of the square array that the device resizes from; 0: resize on the
         host.
-      crop_scale: relative area of random crops; None: `center_crop` with `crop_pct`.
+      crop_scale: lowest and highest area of random crops, relative to the image; None:
+        `center_crop` with `crop_pct`.
       randaugment: apply RandAugment to the resized image; requires canvas=0.
       num_classes: labels must be smaller than this number; 0: no check.
       num_labels: length of an image's label vector of zeros and ones. Shorter vectors
@@ -114,9 +115,9 @@ class ImageTransform(Transform):
             self._randaugment = policy.randaugment
             self.draws += policy.DRAWS
         self._num_labels = num_labels
-        stored_size = (canvas, canvas) if canvas else self._size
+        array_size = (canvas, canvas) if canvas else self._size
         shapes = {
-            "image": jax.ShapeDtypeStruct((*stored_size, channels), np.dtype(dtype)),
+            "image": jax.ShapeDtypeStruct((*array_size, channels), np.dtype(dtype)),
             "label": jax.ShapeDtypeStruct(
                 (num_labels,) if num_labels else (),
                 np.uint8 if num_labels else np.int32,
@@ -160,8 +161,8 @@ class ImageTransform(Transform):
     @property
     def copies_crops(self) -> bool:
         """True if `__call__` copies every random crop that fits into the canvas."""
-        stored_size = self.shapes[0]["image"].shape[:2]
-        is_resized = self._randaugment or stored_size == self._size
+        array_size = self.shapes[0]["image"].shape[:2]
+        is_resized = self._randaugment or array_size == self._size
         is_color = self._channels == 3 and self._dtype == "uint8"
         return bool(self._crop_scale) and is_color and not is_resized
 

@@ -21,7 +21,7 @@ CHECK_HINT = (
 
 
 def missing_files(data: Any, source: Source) -> str:
-    """Return text for a CSV file or list if most of its images do not exist, or "".
+    """Return a hint if most images that a CSV file or list names do not exist, or "".
 
     At most 1,000 evenly spaced images are checked.
 
@@ -60,7 +60,7 @@ class UnreadableImages:
         self._data, self._total, self._announced = data, total, False
         self.indices: set[int] = set()  # on all processes, after `gather`
         self._failed: set[int] = set()  # on this process, since the last `gather`
-        self._recovered: set[int] = set()
+        self._recovered: set[int] = set()  # of `indices`, now read by this process
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield this process's batches unchanged and note their unreadable images."""

@@ -7,14 +7,14 @@ from hivit_jax.data import storage
 from hivit_jax.errors import DataError
 
 END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
-MAX_END = 22 + 2**16 + 20 + 56  # maximum size of the records after the directory
+MAX_END = 22 + 2**16 + 20 + 56  # maximum size of the end after the central directory
 NONE_32 = 2**32 - 1  # means that the number is in the zip64 field
 
 
 class Member(NamedTuple):
     """File in a zip file.
 
-    Bytes `start` to `stop` contain the member's local header and data, perhaps more.
+    Bytes `start` to `stop` begin with the member's local header and data.
     """
 
     name: str
@@ -29,11 +29,12 @@ def members(path: str) -> list[Member]:
       DataError: the file is not a zip file, or a member is compressed.
       StorageError, OSError: the file cannot be read.
     """
-    first, size = _directory(path)
-    data, position, found = storage.read(path, first, first + size)(), 0, []
+    directory, size = _central_directory(path)
+    data, position = storage.start_read(path, directory, directory + size)(), 0
+    found = []
     while position < size:
         fields = struct.unpack_from("<4s6H3I5H2I", data, position)
-        method, compressed = fields[4], fields[8]
+        method, compressed_size = fields[4], fields[8]
         lengths = fields[10:13]  # of name, extra field and comment
         start = position + 46
         name = data[start : start + lengths[0]].decode(errors="surrogateescape")
@@ -48,11 +49,11 @@ def members(path: str) -> list[Member]:
             )
         offset = fields[16]
         if offset == NONE_32:
-            # In the zip64 field, the offset follows the sizes that are NONE_32.
-            offset = _extra_64(extra)[[fields[9], compressed].count(NONE_32)]
+            # The zip64 field contains the sizes that are NONE_32, then the offset.
+            offset = _extra_64(extra)[[fields[9], compressed_size].count(NONE_32)]
         found.append((offset, name))
     offsets = sorted(offset for offset, _ in found)
-    ends = dict(zip(offsets, [*offsets[1:], first], strict=True))
+    ends = dict(zip(offsets, [*offsets[1:], directory], strict=True))
     return [Member(name, offset, ends[offset]) for offset, name in found]
 
 
@@ -65,26 +66,26 @@ def data_of(encoded: bytes) -> bytes:
     if encoded[:4] != b"PK\3\4":
         raise ValueError("expected a local header of a zip file")
     (size,) = struct.unpack_from("<I", encoded, 18)
-    name, extra = struct.unpack_from("<2H", encoded, 26)
-    start = 30 + name + extra
+    name_length, extra_length = struct.unpack_from("<2H", encoded, 26)
+    start = 30 + name_length + extra_length
     if size == NONE_32:
-        size = _extra_64(encoded[30 + name : start])[1]
+        size = _extra_64(encoded[30 + name_length : start])[1]
     if start + size > len(encoded):
         raise ValueError("the member overlaps the next one")
     return encoded[start : start + size]
 
 
-def _directory(path: str) -> tuple[int, int]:
+def _central_directory(path: str) -> tuple[int, int]:
     """Return the start and size of the central directory."""
-    tail = storage.read(path, -MAX_END)()
-    at = tail.rfind(END)
-    if at < 0:
+    tail = storage.start_read(path, -MAX_END)()
+    end = tail.rfind(END)
+    if end < 0:
         raise DataError(f"{path} is not a valid zip file (truncated?)")
-    size, first = struct.unpack_from("<2I", tail, at + 12)
-    if NONE_32 in (size, first) or tail[at - 20 : at - 16] == LOCATOR_64:
-        at = tail.rfind(END_64, 0, at)
-        size, first = struct.unpack_from("<2Q", tail, at + 40)
-    return first, size
+    size, start = struct.unpack_from("<2I", tail, end + 12)
+    if NONE_32 in (size, start) or tail[end - 20 : end - 16] == LOCATOR_64:
+        end = tail.rfind(END_64, 0, end)
+        size, start = struct.unpack_from("<2Q", tail, end + 40)
+    return start, size
 
 
 def _extra_64(extra: bytes) -> tuple[int, ...]:

@@ -126,11 +126,11 @@ def test_run_is_refused_while_a_lock_of_another_machine_changes(
         text = json.dumps(owner | {"beats": "0000000001"})
         path = tmp_path / "run-1.lock"
         threading.Timer(0.1, path.write_text, [text]).start()
-        check_refused(tmp_path, "on far, running since 2099")
+        check_refused(tmp_path, "on far, started 2099")
     else:
         with lock.hold(tmp_path):
             assert lock_files(tmp_path) == ["run-2.lock"]
-        assert "on far, running since 2099" in capsys.readouterr().out
+        assert "on far, started 2099" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null"])

@@ -30,18 +30,18 @@ def root(request, bucket):
 
 def test_reads_return_the_requested_range(root):
     path = f"{root}{KEY}"
-    assert storage.read(path)() == DATA
-    assert storage.read(path, 5, 15)() == DATA[5:15]
-    assert storage.read(path, 100)() == DATA[100:]
-    assert storage.read(path, -7)() == DATA[-7:]
-    assert storage.read(path, -len(DATA) - 7)() == DATA
-    assert storage.read_up_to(path, 5, 15) == DATA[5:20]
-    assert storage.read_up_to(path, len(DATA) - 5, 15) == DATA[-5:]
-    assert storage.read_up_to(path, len(DATA), 15) == b""
+    assert storage.start_read(path)() == DATA
+    assert storage.start_read(path, 5, 15)() == DATA[5:15]
+    assert storage.start_read(path, 100)() == DATA[100:]
+    assert storage.start_read(path, -7)() == DATA[-7:]
+    assert storage.start_read(path, -len(DATA) - 7)() == DATA
+    assert storage.read_at_most(path, 5, 15) == DATA[5:20]
+    assert storage.read_at_most(path, len(DATA) - 5, 15) == DATA[-5:]
+    assert storage.read_at_most(path, len(DATA), 15) == b""
     with pytest.raises((OSError, storage.StorageError), match="ends before|is shorter"):
-        storage.read(path, len(DATA) - 1, len(DATA) + 1)()
+        storage.start_read(path, len(DATA) - 1, len(DATA) + 1)()
     with pytest.raises((OSError, storage.StorageError), match="missing"):
-        storage.read(f"{root}missing", 0, 1)()
+        storage.start_read(f"{root}missing", 0, 1)()
 
 
 def test_listing_contains_only_files_below_the_directory(root, bucket):
@@ -91,18 +91,18 @@ def test_copy_fails_if_the_object_is_replaced(bucket, tmp_path, monkeypatch):
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_busy_server_is_retried(bucket, scheme, status):
     bucket.failures = [status] * 2
-    assert storage.read(f"{scheme}://bucket/{KEY}", 5, 15)() == DATA[5:15]
+    assert storage.start_read(f"{scheme}://bucket/{KEY}", 5, 15)() == DATA[5:15]
     assert bucket.reads(KEY) == 3
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_truncated_answers_are_retried_then_fail(bucket, scheme):
     bucket.truncated = 2
-    assert storage.read(f"{scheme}://bucket/{KEY}", 5, 1500)() == DATA[5:1500]
+    assert storage.start_read(f"{scheme}://bucket/{KEY}", 5, 1500)() == DATA[5:1500]
     assert bucket.reads(KEY) == 3
     bucket.truncated = 100
     with pytest.raises(storage.StorageError, match="partial file"):
-        storage.read(f"{scheme}://bucket/{KEY}", 5, 1500)()
+        storage.start_read(f"{scheme}://bucket/{KEY}", 5, 1500)()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_truncated_answers_are_retried_then_fail(bucket, scheme):
 def test_errors_contain_address_status_and_hint(bucket, scheme, status, hint):
     bucket.statuses = {KEY: status}
     with pytest.raises(storage.StorageError) as error:
-        storage.read(f"{scheme}://bucket/{KEY}", 5, 15)()
+        storage.start_read(f"{scheme}://bucket/{KEY}", 5, 15)()
     assert error.value.exit_code == 4
     first_line = rf"cannot access {scheme}://bucket/{KEY}: HTTP status {status} \("
     assert re.match(rf"{first_line}.*\)\n.*{hint}", str(error.value))
@@ -128,15 +128,15 @@ def test_read_from_a_silent_server_times_out(bucket, monkeypatch):
     bucket.delay = 1.0
     monkeypatch.setattr(storage, "TIMEOUT", 0.01)
     with pytest.raises(storage.StorageError, match="no answer within"):
-        storage.read(f"gs://bucket/{KEY}")()
+        storage.start_read(f"gs://bucket/{KEY}")()
 
 
 def test_written_object_can_be_read_and_listed(root, bucket):
     storage.write(f"{root}new/file", b"data")
-    assert storage.read(f"{root}new/file")() == b"data"
+    assert storage.start_read(f"{root}new/file")() == b"data"
     assert bucket.keys() == [KEY, "new/file"]
 
 
 def test_unknown_scheme_is_an_error():
     with pytest.raises(ConfigError, match=r"ftp://x/y: expected .* gs:// or s3://"):
-        storage.read("ftp://x/y")
+        storage.start_read("ftp://x/y")

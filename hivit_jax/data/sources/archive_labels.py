@@ -38,11 +38,11 @@ def json_label(data: bytes) -> bytes | None:
     return _join([*map(str, numbers)])
 
 
-def _join(names: Sequence[str]) -> bytes | None:
+def _join(texts: Sequence[str]) -> bytes | None:
     """Join class indices, or return None if one of the texts is not a class index."""
-    if not all(name.isdecimal() for name in names):
+    if not all(text.isdecimal() for text in texts):
         return None
-    return (SEPARATOR.join(str(int(name)) for name in names) or SEPARATOR).encode()
+    return (SEPARATOR.join(str(int(text)) for text in texts) or SEPARATOR).encode()
 
 
 def check_labels(index: Index, files: Sequence[str], multi_label: bool) -> None:
@@ -94,9 +94,9 @@ def to_vectors(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
     Raises:
       LabelError: a label is larger than all labels of the training split.
     """
-    known, found = (
+    train_labels, image_labels = (
         [[*map(int, split_labels(text.decode()))] for text in part]
         for part in (train, labels)
     )
-    num_classes = 1 + max(chain.from_iterable(known), default=-1)
-    return np.stack([multi_hot(numbers, num_classes) for numbers in found])
+    num_classes = 1 + max(chain.from_iterable(train_labels), default=-1)
+    return np.stack([multi_hot(numbers, num_classes) for numbers in image_labels])

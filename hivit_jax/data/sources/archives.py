@@ -33,9 +33,9 @@ VERSION = "3"  # of saved indexes; earlier versions have one label per image
 class Archives(FileSource):
     """Images in archives, with integer labels or without labels.
 
-    Subclasses implement `_files` and `_index_file`. The classes are "0", "1", ... up to
-    the largest label of the training split. Several labels of an image are separated by
-    ``;``. An image with the label ``;`` belongs to no class.
+    Subclasses implement `_files` and `_make_file_index`. The classes are "0", "1", ...
+    up to the largest label of the training split. Several labels of an image are
+    separated by ``;``. An image with the label ``;`` belongs to no class.
 
     Args:
       directory: directory of the archives, or its address in a bucket.
@@ -126,14 +126,14 @@ class Archives(FileSource):
           names: names in the archives, bytes [n].
           ignored: number of ignored files, int64 [1].
         """
-        index = load_index(directory, files, self._index_file, _merge, VERSION)
+        index = load_index(directory, files, self._make_file_index, _merge, VERSION)
         if not len(index["labels"]):
             expected = f"files that end in {', '.join(SUFFIXES)}"
             raise DataError(f"{files[0]} contains no images; expected {expected}")
         check_labels(index, files, self._multi_label)
         return index
 
-    def _index_file(self, path: str) -> dict[str, Any]:
+    def _make_file_index(self, path: str) -> dict[str, Any]:
         """Return the `INDEX_ARRAYS`, and "ignored", the number of ignored members."""
         raise NotImplementedError
 
@@ -146,7 +146,7 @@ class WebDataset(Archives):
 
     A split is a pattern of file names relative to the directory, such as
     ``imagenet1k-train-{0000..1023}.tar``. A split without ``*`` and ``{`` selects the
-    tar file of this name, and all tar files whose names contain it.
+    tar file of this name, and all tar files whose names contain the split.
     """
 
     def _files(self, directory: str, split: str) -> list[str]:
@@ -164,7 +164,7 @@ class WebDataset(Archives):
             )
         return [f"{directory}/{name}" for name in found]
 
-    def _index_file(self, path: str) -> dict[str, Any]:
+    def _make_file_index(self, path: str) -> dict[str, Any]:
         return _tar_index(path)
 
 
@@ -189,10 +189,10 @@ class Zip(Archives):
     def _image(self, record: bytes) -> bytes:
         return zip.data_of(record)
 
-    def _index_file(self, path: str) -> dict[str, Any]:
+    def _make_file_index(self, path: str) -> dict[str, Any]:
         map_path = _map_path(path)
         found = {member.name: member for member in zip.members(path)}
-        lines = storage.read(map_path)().decode().splitlines()
+        lines = storage.start_read(map_path)().decode().splitlines()
         chosen, labels = [], []
         for number, line in enumerate(lines, 1):
             name, _, label = line.rstrip().rpartition("\t")
@@ -217,7 +217,7 @@ INDEX_ARRAYS = ("starts", "stops", "labels", "names")  # see `Archives._index`
 
 
 def _merge(parts: Sequence[dict[str, Any]]) -> Index:
-    """Return the index of several archives from the results of `_index_file`."""
+    """Return the index of several archives from the results of `_make_file_index`."""
     index = {k: np.concatenate([part[k] for part in parts]) for k in INDEX_ARRAYS}
     counts = [len(part["names"]) for part in parts]
     index["files"] = np.repeat(np.arange(len(parts)), counts)
@@ -226,7 +226,7 @@ def _merge(parts: Sequence[dict[str, Any]]) -> Index:
 
 
 def _tar_index(path: str) -> dict[str, Any]:
-    """Return the index of a tar file; see `Archives._index_file`."""
+    """Return the index of a tar file; see `Archives._make_file_index`."""
     images: list[tar.Member] = []
     labels: list[bytes] = []
     image_key, current, label, has_cls, ignored = "", "", UNLABELED, False, 0
@@ -241,7 +241,7 @@ def _tar_index(path: str) -> dict[str, Any]:
             labels.append(label)
             image_key = key
         elif extension == ".cls":
-            label, has_cls = _label(path, member.name, read), True
+            label, has_cls = _read_label(path, member.name, read), True
         elif extension == ".json" and not has_cls:
             label = json_label(read()) or UNLABELED
             ignored += label == UNLABELED
@@ -252,7 +252,7 @@ def _tar_index(path: str) -> dict[str, Any]:
     return _arrays(images, labels) | {"ignored": ignored}
 
 
-def _label(path: str, name: str, read: Callable[[], bytes]) -> bytes:
+def _read_label(path: str, name: str, read: Callable[[], bytes]) -> bytes:
     text = read().decode(errors="replace").strip()
     label = text_label(text)
     if label is None:
@@ -274,7 +274,7 @@ def _arrays(found: Sequence[Any], labels: Sequence[bytes]) -> Index:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """Return the patterns for ``{0000..1023}``, or the pattern itself."""
+    """Return a pattern for each number in ``{0000..1023}``, or the pattern itself."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not found:
         return [pattern]
@@ -282,4 +282,4 @@ def _expand_braces(pattern: str) -> list[str]:
     numbers = range(int(first), int(last) + 1)
     before, after = pattern[: found.start()], pattern[found.end() :]
     expanded = (f"{before}{n:0{len(first)}}{after}" for n in numbers)
-    return [each for one in expanded for each in _expand_braces(one)]
+    return [each for pattern in expanded for each in _expand_braces(pattern)]

@@ -227,7 +227,7 @@ def single_label(label: Any) -> int:
 
 
 def multi_hot(labels: Sequence[int] | int, num_classes: int) -> np.ndarray:
-    """Return uint8 [num_classes], 1 for each of the labels of an image.
+    """Return a vector, uint8 [num_classes], that is 1 at each label of an image.
 
     Raises:
       LabelError: a label is out of range.

@@ -38,7 +38,7 @@ def ignored_reason(name: str, suffixes: Sequence[str] = SUFFIXES) -> str:
     ending = os.path.splitext(name)[1].lower()
     if is_hidden(name):
         return HIDDEN
-    ending = ending.encode(errors="backslashreplace").decode()  # for the terminal
+    ending = ending.encode(errors="backslashreplace").decode()  # can be printed
     return "" if ending in suffixes else ending or "without an ending"
 
 
@@ -64,10 +64,10 @@ def _walk(root: Path, progress: Progress) -> list[tuple[str, list[str]]]:
       progress: counter of files.
     """
     found = []
-    for directory, subdirectories, names in os.walk(root, followlinks=True):
+    for directory, children, names in os.walk(root, followlinks=True):
         progress.update(len(names))
-        names += filter(is_hidden, subdirectories)
-        subdirectories[:] = [name for name in subdirectories if not is_hidden(name)]
+        names += filter(is_hidden, children)
+        children[:] = [name for name in children if not is_hidden(name)]
         found.append((directory, sorted(names)))
     return sorted(found)
 
@@ -159,16 +159,16 @@ def _bucket_index(
             ignored[HIDDEN] += 1
             continue
         reason = ignored_reason(name, suffixes)
-        label = {"top": parts[0], "leaf": directory, "none": ""}[class_level]
-        if not label and class_level != "none":
+        class_name = {"top": parts[0], "leaf": directory, "none": ""}[class_level]
+        if not class_name and class_level != "none":
             ignored[reason or OUTSIDE] += 1
             loose += [] if reason else [name]
         elif reason:
             ignored[reason] += 1
             if class_level == "top":
-                found.setdefault(label, [])  # because an empty class is an error
+                found.setdefault(class_name, [])  # because an empty class is an error
         else:
-            found.setdefault(label, []).append((directory, name))
+            found.setdefault(class_name, []).append((directory, name))
     classes = sorted(found)
     files = [f"{d}/{name}".lstrip("/") for c in classes for d, name in sorted(found[c])]
     return {

@@ -31,7 +31,7 @@ from hivit_jax.paths import expand
 from hivit_jax.progress import Progress
 
 __all__ = ["HIDDEN", "OUTSIDE", "SYSTEM_NAMES", "Folder", "Images", "is_hidden"]
-FOLDER_SPLITS = "train", "val"  # default names
+FOLDER_SPLITS = "train", "val"  # default names of the splits
 
 
 class Images(Source):
@@ -186,17 +186,17 @@ class Folder(FileSource):
 
 
 def folder_splits(
-    directory: str, train_split: str, eval_split: str, has_evaluation: bool
+    directory: str, train_split: str, eval_split: str, has_eval_split: bool
 ) -> tuple[str, str]:
-    """Return the training and evaluation split of class folders.
+    """Return the names of the training and evaluation split of class folders.
 
     Args:
-      has_evaluation: False if evaluation images are held out or there are none. The
-        default training split is then `directory` itself, unless `directory` contains a
-        directory "train".
+      has_eval_split: False if evaluation images are held out of the training split, or
+        there are none. The default training split is then `directory` itself, unless
+        `directory` contains a directory "train".
     """
     train_default, eval_default = FOLDER_SPLITS
-    if not has_evaluation:
+    if not has_eval_split:
         eval_split = ""
         if not is_directory(f"{directory}/{train_default}"):
             train_default = "."
@@ -214,10 +214,10 @@ def check_workdir(workdir: str, data: Mapping[str, Any]) -> None:
     is_remote = any(map(storage.is_remote, (directory, workdir)))
     if data["name"] != "folder" or not directory or is_remote:
         return
-    has_evaluation = data["eval_split"] != NO_EVALUATION and not data["eval_fraction"]
-    keys = data["train_split"], data["eval_split"], has_evaluation
+    has_eval_split = data["eval_split"] != NO_EVALUATION and not data["eval_fraction"]
+    options = data["train_split"], data["eval_split"], has_eval_split
     workdir = Path(workdir).resolve()
-    for split in folder_splits(directory, *keys):
+    for split in folder_splits(directory, *options):
         searched = Path(directory, parse_slice(split)[0]).resolve()
         if searched in (workdir, *workdir.parents):
             raise ConfigError(

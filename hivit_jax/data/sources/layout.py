@@ -16,7 +16,7 @@ def found_in(directory: str, names: Iterable[str] = ()) -> str:
 
     Args:
       directory: `data.dir`.
-      names: files in a bucket; local directories are listed.
+      names: names in a bucket; not used for a local directory, which is listed.
     """
     text, path = f"data.dir={directory!r}", expand(directory)
     if not storage.is_remote(path):

@@ -66,7 +66,8 @@ class Paths(Source):
 def _label(file: str, path: Path, label_of: dict[str, int]) -> int:
     """Return the label of a file by the names of its directories, nearest first.
 
-    Names of several directories, such as ``animals/cat``, also count.
+    The name of a class may consist of several directories, such as ``animals/cat``. The
+    label is -1 if no directory has the name of a class.
 
     Args:
       path: the given file, or the given directory that contains the file.

@@ -80,13 +80,13 @@ def open_source(
     selection = Selection(**{key: data[key] for key in names if key in data})
     labels = data.get("class_level", "top"), data.get("multi_label", False)
     directories = expand(data["dir"]), expand(data.get("cache", ""))
-    known, name = bool(classes) and split == "test", data["name"]
-    if known and not selection.eval_fraction and name in SELECTABLE:
+    classes_known, name = bool(classes) and split == "test", data["name"]
+    if classes_known and not selection.eval_fraction and name in SELECTABLE:
         # The split's own classes suffice, so that no training split is needed.
         values["train_split"] = values["eval_split"] or DEFAULT_SPLITS[name][1]
-    options = *values.values(), selection, *labels, known
+    options = *values.values(), selection, *labels, classes_known
     source = _open(split, name, *directories, *options)
-    return match_classes(source, classes, data["dir"]) if known else source
+    return match_classes(source, classes, data["dir"]) if classes_known else source
 
 
 @lru_cache(maxsize=8)
@@ -192,8 +192,8 @@ def _open_folder(
     class_level: str,
 ) -> Source:
     """Open a split of class folders or unlabeled images."""
-    has_evaluation = eval_split != NO_EVALUATION and not selection.eval_fraction
-    splits = folder_splits(directory, train_split, eval_split, has_evaluation)
+    has_eval_split = eval_split != NO_EVALUATION and not selection.eval_fraction
+    splits = folder_splits(directory, train_split, eval_split, has_eval_split)
     chosen, train, percent = _parse_splits(split, *splits, selection)
     source = Folder(directory, chosen, train, class_level)
     return select(source, selection, split == "test", percent)

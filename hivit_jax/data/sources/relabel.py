@@ -24,14 +24,14 @@ class Relabeled(DerivedSource):
     Args:
       source: the other source.
       classes: class names in the order of the new labels.
-      new_labels: new label of each class of `source`, int64 [k]; -1: the class has no
-        image.
+      new_labels: new label of each class of `source`, int64 [k]; -1: none, which
+        requires that the class has no image.
     """
 
     def __init__(self, source: Source, classes: Sequence[str], new_labels: np.ndarray):
         super().__init__(source)
         self.classes, self._new_labels = tuple(classes), new_labels
-        self.example_keys = ()  # because such messages contain the old labels
+        self.example_keys = ()  # because messages with these keys have the old labels
         if self.labels is not None:
             labels = np.asarray(self.labels)
             if labels.ndim == 2:
@@ -84,8 +84,9 @@ def check_labels(data: Any, source: Source) -> None:
 def match_classes(source: Source, classes: Sequence[str], directory: str) -> Source:
     """Return a source whose labels refer to the class names of a trained model.
 
-    Classes are matched by name. Labels stay unchanged if either the source or the model
-    has numbers instead of names, or if the images have no labels.
+    Classes are matched by name. Labels stay unchanged if the source has numbers instead
+    of names, if the model has as many numbers as the source has names, or if the images
+    have no labels.
 
     Args:
       classes: class names of the model.

@@ -174,7 +174,7 @@ def select(
 
 
 def _listed_paths(file: str, root: str) -> dict[str, set[str]]:
-    """Return {line of a file: its path as written and relative to `root`}.
+    """Return {line of a file: {its path as written, its path relative to `root`}}.
 
     Line feeds in paths are escaped, as check_data writes them.
     """
@@ -206,9 +206,9 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.n
 
     A group is held out if the hash of its name, in [0, 1), is below `fraction`. This
     does not depend on the other groups, with one exception: if all groups of a class
-    are on one side of `fraction`, the group whose hash is nearest changes sides. The
-    last training group of a class stays, and the next group changes sides instead. A
-    class with a single group is therefore never held out.
+    are on one side of `fraction`, the group whose hash is nearest changes sides. If the
+    nearest is the last training group of one of its classes, the next nearest changes
+    sides instead. A class with a single group is therefore never held out.
 
     Args:
       groups: name of each example's group.
@@ -222,7 +222,7 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.n
     for members in class_groups:
         if chosen[members].all():
             chosen[members[hashes[members].argmax()]] = False
-    training = [int((~chosen[members]).sum()) for members in class_groups]
+    num_training = [int((~chosen[members]).sum()) for members in class_groups]
     classes_of = defaultdict(list)
     for k, members in enumerate(class_groups):
         for group in members.tolist():
@@ -231,10 +231,10 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.n
         if chosen[members].any():
             continue
         for group in members[hashes[members].argsort()].tolist():
-            if all(training[k] > 1 for k in classes_of[group]):
+            if all(num_training[k] > 1 for k in classes_of[group]):
                 chosen[group] = True
                 for k in classes_of[group]:
-                    training[k] -= 1
+                    num_training[k] -= 1
                 break
     return chosen[group_of]
 

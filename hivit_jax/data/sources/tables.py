@@ -103,24 +103,24 @@ class Table(FileSource):
             return
         if rows.labels is None:
             raise DataError(f"{file}: expected labels as in {train_file}, found none")
-        known = _labels_of_rows(train_file, train_rows, multi_label)
-        self.classes, label_of = _classes(train_file, known)
+        train_labels = _labels_of_rows(train_file, train_rows, multi_label)
+        self.classes, index_of = _classes(train_file, train_labels)
         chosen_rows = Columns(self._paths, [rows.labels[i] for i in chosen], None)
         if rows is train_rows:
-            names = [known[i] for i in chosen]
+            labels = [train_labels[i] for i in chosen]
         else:
-            names = _labels_of_rows(file, chosen_rows, multi_label)
-        for path, text, image_labels in zip(*chosen_rows[:2], names, strict=True):
-            if any(name not in label_of for name in image_labels):
+            labels = _labels_of_rows(file, chosen_rows, multi_label)
+        for path, text, names in zip(*chosen_rows[:2], labels, strict=True):
+            if any(name not in index_of for name in names):
                 raise DataError(
                     f"{file}: {path} has the label {text!r}; expected one of the "
                     f"{len(self.classes)} classes of {train_file}"
                 )
-        found = [[label_of[name] for name in image_labels] for image_labels in names]
+        indices = [[index_of[name] for name in names] for names in labels]
         if multi_label:
-            self.labels = np.stack([multi_hot(k, len(self.classes)) for k in found])
+            self.labels = np.stack([multi_hot(k, len(self.classes)) for k in indices])
         else:
-            self.labels = np.array(found, np.int32)[:, 0]
+            self.labels = np.array(indices, np.int32)[:, 0]
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -26,7 +26,7 @@ from hivit_jax.paths import expand
 from hivit_jax.progress import listed
 
 SEVERAL_LABELS = "Sequence of ClassLabel"
-FEATURES = (["Image", "ClassLabel"], ["Image", SEVERAL_LABELS])
+FEATURES = (["Image", "ClassLabel"], ["Image", SEVERAL_LABELS])  # supported types
 
 
 class Tfds(Source):
@@ -111,14 +111,14 @@ class Tfds(Source):
 
         Args:
           path: address of the directory.
-          counts: number of records of each file.
+          counts: number of records of each file; a file has one offset more.
         """
         cache, counts_by_path = self._cache, dict(zip(self._paths, counts, strict=True))
 
-        def index_file(path):
+        def offsets_of(path):
             return tfrecord.offsets(path, counts_by_path[path], cache)
 
-        offsets = load_index(path, self._paths, index_file, tfrecord.merge)["offsets"]
+        offsets = load_index(path, self._paths, offsets_of, tfrecord.merge)["offsets"]
         first = np.cumsum([0, *counts])[:-1] + np.arange(len(counts))
         positions = first[self._file_indices] + self._record_indices
         ranges = offsets[positions], offsets[positions + 1]
@@ -201,10 +201,10 @@ class Tfds(Source):
 
 @contextmanager
 def _local_metadata(path: str) -> Iterator[str]:
-    """Provide the directory with a dataset's metadata: `path` itself if it is local.
+    """Context manager that provides a local directory with a dataset's metadata.
 
-    The metadata in a bucket are copied, because TFDS needs tensorflow or gcsfs to read
-    them there.
+    If `path` is local, it is this directory. The metadata in a bucket are copied,
+    because TFDS needs tensorflow or gcsfs to read them there.
     """
     if not storage.is_remote(path):
         yield path
@@ -214,7 +214,7 @@ def _local_metadata(path: str) -> Iterator[str]:
         copied.mkdir(parents=True)
         for name in storage.list_files(path):
             if name.endswith((".json", ".txt")) and "/" not in name:
-                (copied / name).write_bytes(storage.read(f"{path}/{name}")())
+                (copied / name).write_bytes(storage.start_read(f"{path}/{name}")())
         yield str(copied)
 
 
