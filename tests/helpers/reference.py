@@ -37,7 +37,7 @@ MINI_CLASSIFIER = FIXTURES["features_mini_rpe"]["config"]
 
 
 def generator(name: str, seed: int = SEED) -> np.random.Generator:
-    """Return the random generator of an array."""
+    """Return the random generator of the array with this name."""
     return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()) + seed))
 
 
@@ -162,10 +162,11 @@ def check_gradients(
 
 
 def masked_gradients(model, params, images, noise, jit=jax.jit):
-    """Run the forward and backward pass of a masked model.
+    """Run the forward and backward pass of a masked autoencoder or SimMIM.
 
     Returns:
-      (mean of `image_loss`, loss of the output), output, {official name: gradient}.
+      (loss, loss of the output), output, {official name: gradient of the first loss}.
+      The first loss is the mean of `image_loss`; both must be equal.
     """
     graphdef = split(model)[0]
 
@@ -196,7 +197,7 @@ def classifier_gradients(model, params, images, labels, jit=jax.jit):
 
 
 def shrink(state, parts):
-    """Multiply by 0.003 the arrays whose names contain one of the parts."""
+    """Scale the arrays whose names contain one of the parts by 0.003."""
     return {
         name: array * np.float32(0.003) if any(p in name for p in parts) else array
         for name, array in state.items()
