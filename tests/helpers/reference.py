@@ -134,7 +134,7 @@ def official_shapes(model, to_names=to_official):
     return {key: array.shape for key, array in to_names(zeros, model).items()}
 
 
-def close(actual, expected, atol: float, rtol: float = 0.0) -> None:
+def assert_close(actual, expected, atol: float, rtol: float = 0.0) -> None:
     """Assert that arrays are close, by default without a relative tolerance."""
     np.testing.assert_allclose(np.asarray(actual), expected, atol=atol, rtol=rtol)
 
@@ -155,13 +155,13 @@ def check_gradients(
     assert gradients.keys() == facts["grad_norm"].keys()
     for name, gradient in gradients.items():
         if f"grad/{name}" in arrays:
-            close(gradient, arrays[f"grad/{name}"], atol)
+            assert_close(gradient, arrays[f"grad/{name}"], atol)
         norm = np.linalg.norm(np.float64(gradient))
-        close(norm, facts["grad_norm"][name], 1e-7, norm_rtol)
-        close(probe(name, gradient, seed), facts["grad_probe"][name], probe_atol)
+        assert_close(norm, facts["grad_norm"][name], 1e-7, norm_rtol)
+        assert_close(probe(name, gradient, seed), facts["grad_probe"][name], probe_atol)
 
 
-def masked_gradients(model, params, images, noise, jit=jax.jit):
+def pretraining_gradients(model, params, images, noise, jit=jax.jit):
     """Run the forward and backward pass of a masked autoencoder or SimMIM.
 
     Returns:
