@@ -284,7 +284,7 @@ def _parse_upload(query: dict[str, str], body: bytes) -> tuple[str, bytes]:
 def serve(root: Path) -> Iterator[Bucket]:
     """Serve a directory to clients in this process.
 
-    The clients of `storage` retry after milliseconds instead of seconds.
+    The clients that `storage` opens retry after milliseconds instead of seconds.
     """
     import pytest  # here, because benchmarks run this file without pytest
 

@@ -90,7 +90,7 @@ def timm_swin_state(state):
 
 
 def write_directory(path, state, config, processor=None):
-    """Write a model directory in the layout of timm and transformers; return its path.
+    """Write a model directory as of timm or `transformers`; return its path.
 
     Args:
       config: content of config.json.

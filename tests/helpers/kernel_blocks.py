@@ -110,7 +110,7 @@ def relative_index() -> np.ndarray:
 def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     """Compute the block of `main_stage_block` in plain JAX.
 
-    A mask instead of a partition into windows restricts attention to windows.
+    A mask restricts attention to windows; the units are not partitioned.
     """
     batch, tokens, width = x.shape
     bias, mask = None, None

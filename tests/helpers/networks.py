@@ -68,7 +68,7 @@ def abstract_outputs(function, *models):
 
 
 def numpy_attention(attention, x, bias):
-    """Compute an attention layer of units [K, C] with score bias [heads, K, K]."""
+    """Apply an attention layer to units [K, C], with score bias [heads, K, K]."""
     params = {k: np.asarray(v) for k, v in named_leaves(split(attention)[1]).items()}
     kernel, qkv_bias = params["qkv/kernel"], params["qkv/bias"]
     q, k, v = np.einsum("kc,cthd->thkd", x, kernel) + qkv_bias[:, :, None]

@@ -48,7 +48,7 @@ class Storage:
 
 
 class Writer(pickle._Pickler):
-    """Pickler that writes `Global` objects as names and `Storage` objects as ids."""
+    """Pickler that writes `Global` objects as names, `Storage` objects as IDs."""
 
     def __init__(self, file, legacy):
         super().__init__(file, 2)

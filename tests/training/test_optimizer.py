@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 def test_ten_steps_equal_the_official_adamw(
     first_moment, loss_tolerance, parameter_tolerance
 ):
-    """Losses and final parameters equal the official ones, with either dtype."""
+    """Losses and parameters equal the official ones, for both first-moment dtypes."""
     arrays, facts = (
         reference.golden("adamw_traj"),
         reference.FIXTURES["adamw_traj"],

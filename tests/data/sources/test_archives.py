@@ -244,7 +244,7 @@ def test_archives_may_have_several_labels_per_image(tmp_path, label_format):
 
 
 @pytest.mark.parametrize("text", [b'{"label": ["cat", "dog"]}', b"{}"])
-def test_json_without_class_indices_is_no_label(tmp_path, text):
+def test_json_without_class_indices_is_not_a_label(tmp_path, text):
     """Class names are not class indices. The error suggests a CSV file."""
     write_tar(tmp_path / "train.tar", [("a.jpg", b"image"), ("a.json", text)])
     with pytest.raises(DataError, match=r"train\.tar, found none\n.*data\.name=csv"):

@@ -89,7 +89,7 @@ def test_subsets_of_digits_are_class_balanced():
         labels = batch["label"].tolist()
         assert labels == [known[image] for image in images]
         subsets[examples, subset] = set(images)
-        if examples:  # The batch of 80 images repeats some images.
+        if examples:  # The batch of 80 contains some images twice.
             counts = np.bincount(labels[:examples], minlength=10)
             assert counts.tolist() == [examples // 10] * 10
             assert len(subsets[examples, subset]) == examples
