@@ -36,20 +36,22 @@ def test_half_of_the_images_are_flipped():
 
 @pytest.mark.slow
 def test_erased_rectangles_follow_their_distributions():
-    """Frequency, area, aspect ratio, position and noise are as documented.
+    """Frequency, area, aspect ratio and noise are as documented.
 
-    The key of an image alone determines its rectangle.
+    The corners have equal mean rows and columns. The key of an image alone determines
+    its rectangle and noise.
     """
     count, side = 1500, 40
     images = jnp.full((count, side, side, 3), 7.0)
     erase = jax.jit(image.random_erasing, static_argnums=2)
     out = np.asarray(erase(images, sample_keys(count), 0.25))
-    erased = (out != 7).all(-1)
-    assert_array_equal(erased, (out != 7).any(-1))
-    is_erased = erased.any((1, 2))
-    assert is_erased.mean() == pytest.approx(0.25, abs=0.045)  # four standard errors
+    erased_pixels = (out != 7).all(-1)
+    assert_array_equal(erased_pixels, (out != 7).any(-1))
+    erased_images = erased_pixels.any((1, 2))
+    # The tolerance is four standard errors.
+    assert erased_images.mean() == pytest.approx(0.25, abs=0.045)
     areas, aspects, corners = [], [], []
-    for mask in erased[is_erased]:
+    for mask in erased_pixels[erased_images]:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
         assert mask.sum() == height * width  # a filled rectangle
@@ -62,7 +64,7 @@ def test_erased_rectangles_follow_their_distributions():
     assert np.abs(aspects).max() < np.log(1 / 0.3) + 0.15
     assert np.mean(aspects) == pytest.approx(0, abs=0.15)
     assert np.mean(corners, 0) == pytest.approx(np.mean(corners), rel=0.12)
-    values = out[erased]
+    values = out[erased_pixels]
     assert values.mean() == pytest.approx(0, abs=0.01)
     assert values.std() == pytest.approx(1, abs=0.01)
     order = np.random.RandomState(1).permutation(count)[:16]

@@ -19,7 +19,7 @@ def test_smoothed_labels_sum_to_1():
 
 
 def mixed(seed, mixup, cutmix, batch=6, size=(20, 30), weight=None):
-    """Mix images filled with their own index; return images and targets."""
+    """Mix images whose pixels are their index; return mixed images and targets."""
     numbers = jnp.arange(batch, dtype=jnp.float32)
     images = jnp.broadcast_to(numbers[:, None, None, None], (batch, *size, 1))
     weight = jnp.ones(batch) if weight is None else jnp.array(weight)
@@ -28,7 +28,7 @@ def mixed(seed, mixup, cutmix, batch=6, size=(20, 30), weight=None):
 
 
 MIX = jax.jit(mixing.mix, static_argnums=(4, 5))
-PARTNERS = [1, 0, 3, 2, 5, 4]  # index of the image that each image is mixed with
+PARTNERS = [1, 0, 3, 2, 5, 4]  # index of the image that is mixed into each image
 
 
 @pytest.mark.slow
@@ -38,11 +38,11 @@ def test_mixup_mixes_all_neighbors_with_the_same_ratio():
         images, targets = mixed(seed, 0.8, 0.0)
         ratio = targets[0, 0]
         ratios.append(ratio)
-        expected = ratio * np.eye(6) + (1 - ratio) * np.eye(6)[PARTNERS]
-        assert_allclose(targets, expected, atol=1e-6)
+        expected_targets = ratio * np.eye(6) + (1 - ratio) * np.eye(6)[PARTNERS]
+        assert_allclose(targets, expected_targets, atol=1e-6)
         assert (images == images[:, :1, :1]).all()
-        pixels = ratio * np.arange(6) + (1 - ratio) * np.array(PARTNERS)
-        assert_allclose(images[:, 0, 0, 0], pixels, atol=1e-5)
+        expected_pixels = ratio * np.arange(6) + (1 - ratio) * np.array(PARTNERS)
+        assert_allclose(images[:, 0, 0, 0], expected_pixels, atol=1e-5)
     # Beta(0.8, 0.8): mean 1/2, variance 1 / (4 * 2.6).
     assert np.mean(ratios) == pytest.approx(0.5, abs=0.07)
     assert np.var(ratios) == pytest.approx(1 / 10.4, rel=0.2)
@@ -74,7 +74,7 @@ def test_cutmix_exchanges_one_rectangle_between_neighbors():
 
 @pytest.mark.slow
 def test_half_of_the_batches_get_mixup_and_half_cutmix():
-    # CutMix keeps pixels of single images, which are integers; Mixup averages them.
+    # Pixels are integers after CutMix, but not after Mixup, which averages images.
     is_cutmix = [(mixed(seed, 0.8, 1.0)[0] % 1 == 0).all() for seed in range(300)]
     assert np.mean(is_cutmix) == pytest.approx(0.5, abs=0.12)  # four standard errors
 

@@ -50,7 +50,7 @@ def damaged_contents(files, count):
     paths = [path for path in files if path.parts[:2] == ("checkpoints", "2")]
     weights = [len(files[path]) for path in paths]
     for index in range(count):
-        # Every second file is drawn in proportion to its size.
+        # Large files are more probable for every second choice.
         path = rng.choices(paths, weights if index % 2 else None)[0]
         content = bytearray(files[path])
         kind = index % 5

@@ -50,7 +50,7 @@ def test_checkpoint_is_restored_on_any_other_mesh(saved, old, new):
 
 @pytest.mark.slow
 def test_read_returns_parameters_or_averages(saved):
-    """`read` needs neither the mesh nor the optimizer state of the checkpoint."""
+    """`read` needs no mesh, although a mesh of eight devices wrote the checkpoint."""
     for averaged, name in ((True, "ema"), (False, "params")):
         checkpoint = read(saved["every"], averaged=averaged)
         expected = to_host(make_state(3)[name])
@@ -74,7 +74,7 @@ def test_full_disk_is_an_error_and_earlier_checkpoints_stay(tmp_path, monkeypatc
     assert step == 1
 
 
-LOSSES = (0.7, 0.5, 0.6, 0.5, 0.5, 0.9)  # of steps 1 to 6; three are the best
+LOSSES = (0.7, 0.5, 0.6, 0.5, 0.5, 0.9)  # of steps 1 to 6; three share the lowest
 
 
 @pytest.mark.slow

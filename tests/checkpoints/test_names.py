@@ -1,4 +1,4 @@
-"""Tests of matching the array names of checkpoints of different optax chains.
+"""Tests of `match_names` for checkpoints of different optax chains.
 
 A transformation without state, such as clipping, shifts the position of the following
 transformations in a chain. Positions are part of the saved names.
@@ -26,7 +26,7 @@ scale, schedule = optax.scale(0.5), optax.scale_by_schedule(lambda step: 0.1)
 
 
 @pytest.mark.parametrize(
-    ("saved", "expected"),
+    ("saved_chain", "expected_chain"),
     [
         ((clip, adam, scale, schedule), (adam, scale, schedule)),
         ((adam, schedule), (clip, scale, adam, scale, scale, schedule)),
@@ -37,9 +37,11 @@ scale, schedule = optax.scale(0.5), optax.scale_by_schedule(lambda step: 0.1)
         ),
     ],
 )
-def test_names_match_if_only_stateless_transformations_differ(saved, expected):
+def test_names_match_if_only_stateless_transformations_differ(
+    saved_chain, expected_chain
+):
     """Chains may be nested. Numbers in the names of parameters stay the same."""
-    saved, expected = array_names(*saved), array_names(*expected)
+    saved, expected = array_names(*saved_chain), array_names(*expected_chain)
     assert match_names(saved, expected, VARIABLES) == dict(
         zip(saved, expected, strict=True)
     )

@@ -14,7 +14,7 @@ from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import ConfigError
 
 LABELS = np.array([0] * 50 + [2] * 10 + [5] * 3 + [7])
-LABELS = LABELS[permutation(9, 9, 64)]  # because datasets need not be sorted by class
+LABELS = LABELS[permutation(9, 9, 64)]  # because datasets may be unsorted
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_balanced_counts_add_up_to_the_dataset(n):
 def test_examples_of_a_class_are_used_equally_often():
     """The use counts of two examples of a class differ by at most 1 after every epoch.
 
-    No pair (example, pass) occurs twice, because the pair is a key of random numbers.
+    No pair (example, pass) occurs twice, because random numbers depend on the pair.
     """
     order = BalancedOrder(LABELS, 1.0, 0)
     uses, pairs = np.zeros(64, int), set()

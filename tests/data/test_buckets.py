@@ -75,15 +75,15 @@ def test_one_thread_has_several_reads_in_flight(bucket):
     """Reads start when a batch is planned, not when its examples are decoded."""
     cfg = config("gs://bucket/tfrecord", batch_size=24, data__workers=1)
     registry.open_source(cfg.data, "train")
-    in_flight, lock = [0], threading.Lock()
+    counts, lock = [0], threading.Lock()  # numbers of reads in flight
 
-    def answering(change):
+    def count(change):
         with lock:
-            in_flight.append(in_flight[-1] + change)
+            counts.append(counts[-1] + change)
 
-    bucket.answering, bucket.delay = answering, 0.05
+    bucket.answering, bucket.delay = count, 0.05
     list(inputs.train_batches(cfg, 0, 1))
-    assert max(in_flight) >= 3
+    assert max(counts) >= 3
 
 
 def test_record_that_is_asked_for_twice_is_read_twice_ahead(tmp_path):
@@ -217,7 +217,7 @@ def test_damaged_record_is_an_unreadable_image(bucket):
     batches(cfg)
     [path] = bucket.root.glob("tfrecord/noise_images/1.0.0/*train*00002-of*")
     data = bytearray(path.read_bytes())
-    data[:8] = struct.pack("<Q", 7)  # the length of the first record
+    data[:8] = struct.pack("<Q", 7)  # wrong length of the first record
     path.write_bytes(data)
     training = batches(cfg)[:3]
     assert sum(batch["unreadable"].sum() for batch in training) == 1

@@ -195,7 +195,7 @@ def test_center_crop_of_a_500x375_image_has_the_expected_box():
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_resizing_equals_a_reference_up_to_rounding(interpolation, antialias):
-    """The reference is PIL, which always antialiases, or else `resize_axis`."""
+    """The reference is PIL with antialiasing, and `resize_axis` without."""
     options = dict(interpolation=interpolation, antialias=antialias)
     pixels = photographs()["cat"]
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)
@@ -217,7 +217,7 @@ def test_resizing_equals_a_reference_up_to_rounding(interpolation, antialias):
 
 
 def resize_axis(pixels, axis, interpolation):
-    """Resize one axis to 224 from the nearest pixels: two (bilinear) or four."""
+    """Resize an axis to 224 pixels, each from the nearest two (bilinear) or four."""
     n = pixels.shape[axis]
     position = (np.arange(224) + 0.5) * n / 224 - 0.5
     first, total, weights = np.floor(position).astype(int), 0, 0

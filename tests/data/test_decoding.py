@@ -123,7 +123,7 @@ def tiff(values, order="<", photometric=None, planar=1, deflate=False, packed=No
 
     Args:
       order: "<" little-endian or ">" big-endian.
-      photometric: TIFF's PhotometricInterpretation; default: by number of bands.
+      photometric: TIFF's PhotometricInterpretation; None: by number of bands.
       planar: 1: interleaved bands; 2: one plane per band.
       packed: (bits per sample, content) of an image that NumPy cannot represent.
     """
@@ -172,7 +172,7 @@ def sgi(values):
     return header.ljust(512, b"\0") + values[::-1].astype(">u2").tobytes()
 
 
-def bits12(values):
+def tiff_12_bits(values):
     """Encode uint16 [h, w] as a 12-bit TIFF; values are below 4096 and w is even."""
     high, low = values.reshape(-1, 2).T.astype(int)
     triples = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], 1)
@@ -180,7 +180,7 @@ def bits12(values):
     return tiff(values, packed=(12, content))
 
 
-# Kind of file -> (encoded image, uint16 values). None: `GRAY` with 10 or 12 bits.
+# Kind of file -> (encoded image, uint16 values; None: `GRAY` with 10 or 12 bits)
 SIXTEEN_BIT = {
     "png": (encode(GRAY, "PNG"), GRAY),
     "png, color": (png(RAMP), RAMP),
@@ -199,7 +199,7 @@ SIXTEEN_BIT = {
     "pgm, 10 bit": (b"P5 18 16 1023 " + (GRAY // 64).astype(">u2").tobytes(), None),
     "ppm": (b"P6 18 16 65535 " + RAMP.astype(">u2").tobytes(), RAMP),
     "jpeg 2000": (encode(GRAY, "JPEG2000", irreversible=False), GRAY),
-    "tiff, 12 bit": (bits12(GRAY // 16), None),
+    "tiff, 12 bit": (tiff_12_bits(GRAY // 16), None),
 }
 # The decoded values have errors of up to one level, because Pillow drops low bytes.
 WITHOUT_LOW_BYTES = {
@@ -209,7 +209,7 @@ WITHOUT_LOW_BYTES = {
 
 
 @pytest.mark.parametrize("name", [*SIXTEEN_BIT, *WITHOUT_LOW_BYTES])
-def test_16_bits_are_divided_by_257(name):
+def test_9_to_16_bits_are_scaled_to_8_bits(name):
     """Unsigned integers of 9 to 16 bits become value / maximum * 255, rounded.
 
     The maximum of 16 bits is 65535 = 255 * 257. The result is exact, except where

@@ -31,7 +31,7 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
     [
         (RAMP.astype(np.uint16), (), "13 of 3072 levels remain; values are 0 to 3071"),
         (RAMP.astype(np.uint16) % 2, (), "1 of 2 levels remain; values are 0 to 1"),
-        # 8-bit values in a 16-bit file are divided by 257, and all become 0 or 1.
+        # 8-bit values in a 16-bit file are divided by 257 and become 0 or 1.
         (PHOTO[..., 0].astype(np.uint16), (), "2 of "),
         (UNIT, (0, 100), "4 of 3072 levels remain"),
         (UNIT + 2, (0, 1), "1 of 3072 levels remain; values are 2 to 3, black"),
@@ -39,9 +39,9 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
     ],
 )
 def test_images_that_lose_levels_are_reported(values, value_range, detail):
-    """An image loses values if less than 64 levels and less than a quarter remain.
+    """An image loses levels if fewer than 64 and fewer than a quarter remain.
 
-    An image also loses values if only one of several levels remains.
+    An image also loses levels if only one of several remains.
     """
     reported = findings(values, value_range)
     assert reported[LOST].startswith(detail)
@@ -77,7 +77,7 @@ def test_image_in_the_alpha_channel_only_is_reported(mode):
         (PHOTO[..., 0] // 86 * 86, ()),
     ],
 )
-def test_images_without_lost_or_clipped_values_have_no_finding(values, value_range):
+def test_kept_values_are_not_reported_as_lost_or_clipped(values, value_range):
     reported = findings(values, value_range, channels=3)
     assert {LOST, CLIPPED}.isdisjoint(reported)
 

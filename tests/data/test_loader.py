@@ -18,14 +18,14 @@ from numpy.testing import assert_array_equal
 from hivit_jax import inputs
 from hivit_jax.data.loader import Loader
 from hivit_jax.data.order import permutation
-from hivit_jax.data.sources import digits as data_sources_digits
 from hivit_jax.data.sources import registry
+from hivit_jax.data.sources.digits import Digits
 from hivit_jax.errors import DataError
 
 
 @pytest.mark.slow
 def test_training_batches_follow_the_permutations_of_the_epochs():
-    source, cfg = data_sources_digits.Digits("train"), digits_config()
+    source, cfg = Digits("train"), digits_config()
     # 16 x 96 = 1,536 examples: one epoch of 1,437 images and 99 of the next
     batches = list(inputs.train_batches(cfg, 0, 16))
     assert len(batches) == 16
@@ -56,7 +56,7 @@ def test_run_can_start_at_any_step(crop_scale):
 
 @pytest.mark.parametrize("batch_size", [90, 96, 360, 512])
 def test_evaluation_batches_hold_every_image_once(batch_size):
-    source = data_sources_digits.Digits("test")
+    source = Digits("test")
     cfg = digits_config(
         batch_size=batch_size, model__image_size=8, data__crop_scale=(0.3, 0.4)
     )
@@ -137,8 +137,8 @@ def test_closing_the_iterator_ends_the_threads(folder):
 def damaged(folder, tmp_path):
     """Return a copy of the folder with damaged files, and the paths of these files.
 
-    Three training files and one validation file are damaged. One training file is a
-    dangling link.
+    Three training files and one validation file are damaged. One of the training files
+    is a dangling link.
     """
     root = tmp_path / "damaged"
     shutil.copytree(folder, root)
@@ -186,7 +186,7 @@ def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
         (True, 2, r"values 0 or 1, found 2; multi_hot in"),
     ],
 )
-def test_label_of_wrong_type_is_an_error(
+def test_label_of_wrong_form_is_an_error(
     folder, monkeypatch, multi_label, label, message
 ):
     """A label must be one number or, with data.multi_label, a vector of 0 and 1."""

@@ -98,6 +98,6 @@ def test_larger_training_subset_contains_the_smaller():
 
 
 @pytest.mark.parametrize("examples", [5, 101, 1010, 1437])
-def test_unbalanced_number_of_training_examples_is_an_error(examples):
+def test_train_examples_must_be_a_multiple_of_10_up_to_1000(examples):
     with pytest.raises(ConfigError, match=f"train_examples={examples}: .* 10 classes"):
         Digits("train", train_examples=examples)

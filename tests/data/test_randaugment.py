@@ -18,7 +18,7 @@ GOLDEN = golden("randaugment")
 ALMOST_ONE = 1 - 2.0**-53  # the largest draw below 1
 
 
-# Values of an operation's second draw. At probability 0.5, they apply or omit it.
+# Second draws of an operation that, at probability 0.5, apply and omit the operation
 APPLIED, OMITTED = 0.0, 0.5
 
 
@@ -124,7 +124,7 @@ def test_operations_have_the_documented_distribution():
     assert np.abs(correlations - np.eye(3)).max() < 0.03
 
 
-def test_policy_parameters_set_magnitude_number_and_probability():
+def test_policy_parameters_set_probability_magnitude_and_num_ops():
     many = draws(200)
     for sample in many:
         a, b = randaugment.choose(sample, mean_magnitude=5, std=0, probability=1)

@@ -95,9 +95,9 @@ def test_16_bit_files_keep_all_bits_unless_decoded_to_uint8(kind):
 def test_8_bit_files_are_multiplied_by_257_for_uint16(channels):
     """Decoding to uint8 or float32 keeps the values."""
     values = noise_image(18, 16, channels)
-    kind = dict(photometric="minisblack", planarconfig="contig")
-    stored = tiff(values, **kind) if channels > 1 else tiff(values[..., 0])
-    for encoded in (npy(values), stored):
+    options = dict(photometric="minisblack", planarconfig="contig")
+    encoded_tiff = tiff(values, **options) if channels > 1 else tiff(values[..., 0])
+    for encoded in (npy(values), encoded_tiff):
         assert_array_equal(decode(encoded, channels), values)
         assert_array_equal(decode(encoded, channels, dtype="float32"), values)
         wide = decode(encoded, channels, dtype="uint16")
@@ -117,7 +117,7 @@ def test_alpha_is_decoded_if_the_model_has_a_channel_for_it():
 
 
 def test_gray_and_color_are_converted_to_each_other():
-    """Gray is repeated for 3 channels. For 1 channel, colors get PIL's gray weights."""
+    """Gray is repeated. Colors are averaged with the weights of PIL."""
     gray = decode(KINDS["png, gray"][0], 3, dtype="uint16")
     assert_array_equal(gray, np.repeat(NOISE[..., :1], 3, -1))
     color = KINDS["tiff, color"][0]
@@ -131,7 +131,7 @@ def test_gray_and_color_are_converted_to_each_other():
 
 
 def test_floats_require_float32_or_a_range():
-    """All types can be decoded to float32. NaN is an error."""
+    """All types of numbers can be decoded to float32. NaN is an error."""
     values = (NOISE / 100 - 300).astype(np.float32)
     encoded = npy(values)
     assert_array_equal(decode(encoded, 5, dtype="float32"), values)

@@ -24,7 +24,7 @@ def bucket(tmp_path):
 
 @pytest.fixture(params=["", "gs://bucket/", "s3://bucket/"])
 def root(request, bucket):
-    """Return the address of the object's directory: a local path, gs:// or s3://."""
+    """Return the address of the bucket's root: a local path, gs:// or s3://."""
     return request.param or f"{bucket.root}/"
 
 

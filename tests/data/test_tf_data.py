@@ -104,7 +104,7 @@ DAMAGED = (0, 9, 14, 18, 27, 36)  # indices of files
 
 
 def write_folder(root, damaged=()):
-    """Write the files of `images` as class folders: 40 for training, 11 as val."""
+    """Write the files of `images` as class folders: 40 in train, 11 of them in val."""
     for split, files in (("train", images(damaged)), ("val", images(damaged)[:11])):
         for name, content in files:
             path = root / split / name
@@ -175,7 +175,7 @@ def roots(tmp_path_factory):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """Return a list that records the indices of examples that threads load."""
+    """Return a list that receives the index of each example that a thread loads."""
     indices, load = [], tf_data.TfReader._load_arrays
 
     def record(self, bucket, index, epoch):
@@ -200,7 +200,7 @@ def with_tf(config):
 
 
 def assert_readers_agree(config, *steps):
-    """Check training batches of some steps and all evaluation batches."""
+    """Check that both readers yield equal training and evaluation batches."""
     config_with_tf = with_tf(config)
     assert_batches_equal(
         inputs.train_batches(config_with_tf, *steps),
@@ -393,7 +393,7 @@ def test_threads_and_batches_in_memory_are_bounded(roots, monkeypatch):
     lock, running, peak, num_planned = threading.Lock(), [0], [0], [0]
     load, plan = tf_data.TfReader._load_arrays, order.train_plan
 
-    def slow(self, *arguments):
+    def load_slowly(self, *arguments):
         with lock:
             running[0] += 1
             peak[0] = max(peak[0], running[0])
@@ -402,13 +402,13 @@ def test_threads_and_batches_in_memory_are_bounded(roots, monkeypatch):
             running[0] -= 1
         return load(self, *arguments)
 
-    def counted(*arguments):
+    def count_planned(*arguments):
         for batch in plan(*arguments):
             num_planned[0] += 1
             yield batch
 
-    monkeypatch.setattr(tf_data.TfReader, "_load_arrays", slow)
-    monkeypatch.setattr(order, "train_plan", counted)
+    monkeypatch.setattr(tf_data.TfReader, "_load_arrays", load_slowly)
+    monkeypatch.setattr(order, "train_plan", count_planned)
     config = with_tf(config_of(roots, "array_record", data__workers=3))
     batches = inputs.train_batches(config, 0, 1000)
     for _ in range(4):

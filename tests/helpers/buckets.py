@@ -30,13 +30,14 @@ class Bucket(ThreadingHTTPServer):
 
     Attributes:
       delay: seconds before each answer.
-      failures: HTTP statuses of the next answers, one answer each.
-      statuses: {piece of a key: status of all requests whose key or prefix contains
-        the piece}.
-      truncated: number of the next downloads whose bodies are cut in half.
+      failures: HTTP statuses of the next answers, one status per answer.
+      statuses: {piece: HTTP status}. A request gets the status if its key, or the
+        prefix that it lists, contains the piece.
+      truncated: number of downloads, from now on, whose bodies are cut in half.
       read_only: refuse uploads, copies and deletions with 403.
-      generation: number that is added to the version number of each object.
-      writes: {key: number of uploads}.
+      generation: version number of objects that were not written through the server.
+        Each write of an object adds 1 to its version number.
+      writes: {key: number of writes}.
       requests: (method, key, range header) of all requests.
     """
 
@@ -75,10 +76,10 @@ class Bucket(ThreadingHTTPServer):
         }
 
     def answering(self, change: int) -> None:
-        """Hook for tests: called with 1 before and with -1 after each delay."""
+        """Hook that tests replace: called with 1 before, with -1 after each delay."""
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Return the sorted keys of all objects that start with a prefix."""
+        """Return the sorted keys that start with a prefix."""
         files = (path for path in self.root.rglob("*") if path.is_file())
         names = (path.relative_to(self.root).as_posix() for path in files)
         return sorted(n for n in names if n.startswith(prefix) and n != UPLOADING)
@@ -106,7 +107,7 @@ class Bucket(ThreadingHTTPServer):
             path.rmdir()
 
     def reads(self, piece: str) -> int:
-        """Return the number of GETs of objects whose key contains a piece."""
+        """Return the number of GET requests whose key contains a piece."""
         return sum(m == "GET" and piece in key for m, key, _ in self.requests)
 
 
@@ -136,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
         bucket, url = self.server, urlsplit(self.path)
         query = {key: value[0] for key, value in parse_qs(url.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        # Google's JSON interface has paths /storage/v1/b/BUCKET/o/KEY, S3 /BUCKET/KEY.
+        # Google has paths /storage/v1/b/BUCKET/o/KEY, S3 has paths /BUCKET/KEY.
         is_upload = url.path.startswith("/upload/")
         path = url.path.removeprefix("/upload").removeprefix("/download")
         is_json = path.startswith("/storage/v1/b/")
@@ -146,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         parts = source.strip("/").split("/")[3 if is_json else 0 :]
         key = unquote("/".join(parts[2 if is_json else 1 :]))
         if is_upload:
-            key, body = _uploaded(query, body)
+            key, body = _parse_upload(query, body)
         with bucket.lock:
             bucket.requests.append((method, key, self.headers.get("Range", "")))
             failure = bucket.failures.pop(0) if bucket.failures else 0
@@ -158,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
         if failure:
             self._send(failure, b"refused")
         elif query.get("uploadType") == "resumable":
-            query["uploadType"] = "parts"
+            query["uploadType"] = "data"  # of the PUT that follows
             address = f"{bucket.url}{url.path}?{urlencode(query)}"
             self._send(200, b"", {"Location": address})
         elif method in ("POST", "PUT", "DELETE"):
@@ -180,7 +181,10 @@ class Handler(BaseHTTPRequestHandler):
     def _change(
         self, method: str, key: str, target: str, query: dict[str, str], body: bytes
     ) -> None:
-        """Write, copy or delete an object; refuse if the object's version differs."""
+        """Write, copy, move or delete an object.
+
+        Refuse if its version is not the one that the query requires.
+        """
         bucket = self.server
         with bucket.lock:
             expected = query.get("ifGenerationMatch", str(bucket.version(key)))
@@ -216,10 +220,9 @@ class Handler(BaseHTTPRequestHandler):
         if end := query.get("endOffset"):
             keys = [key for key in keys if key < end]
         if "delimiter" in query:
-            below = {key for key in keys if "/" in key[len(prefix) :]}
-            ends = ((key, key.index("/", len(prefix)) + 1) for key in below)
-            prefixes = {key[:end] for key, end in ends}
-            keys = [key for key in keys if key not in below]
+            nested = {key for key in keys if "/" in key[len(prefix) :]}
+            prefixes = {key[: key.index("/", len(prefix)) + 1] for key in nested}
+            keys = [key for key in keys if key not in nested]
         if "list-type" in query:
             items = "".join(
                 f"<Contents><Key>{escape(k)}</Key></Contents>" for k in keys
@@ -257,13 +260,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         with self.server.lock:
-            cut = status in (200, 206) and headers and self.server.truncated > 0
-            self.server.truncated -= bool(cut)
-        self.wfile.write(body[: len(body) // 2] if cut else body)
-        self.close_connection = self.close_connection or bool(cut)
+            is_cut = status in (200, 206) and headers and self.server.truncated > 0
+            self.server.truncated -= bool(is_cut)
+        self.wfile.write(body[: len(body) // 2] if is_cut else body)
+        self.close_connection = self.close_connection or bool(is_cut)
 
 
-def _uploaded(query: dict[str, str], body: bytes) -> tuple[str, bytes]:
+def _parse_upload(query: dict[str, str], body: bytes) -> tuple[str, bytes]:
     """Return (key, data) of an upload.
 
     The key is in the query, or in the first of two parts of the body.
@@ -279,7 +282,10 @@ def _uploaded(query: dict[str, str], body: bytes) -> tuple[str, bytes]:
 
 @contextmanager
 def serve(root: Path) -> Iterator[Bucket]:
-    """Serve a directory to clients in this process, which retry after milliseconds."""
+    """Serve a directory to clients in this process.
+
+    The clients that `storage` opens retry after milliseconds instead of seconds.
+    """
     import pytest  # here, because benchmarks run this file without pytest
 
     from hivit_jax.data import storage
@@ -297,11 +303,7 @@ def serve(root: Path) -> Iterator[Bucket]:
 
 
 def main(root: str, delay: str) -> None:
-    """Serve a directory until this process is terminated.
-
-    Args:
-      delay: seconds before each answer.
-    """
+    """Serve a directory, with `delay` seconds before each answer."""
     bucket = Bucket(Path(root))
     bucket.delay = float(delay)
     print(json.dumps(bucket.environment), flush=True)

@@ -13,7 +13,7 @@ RECIPE = mini_runs.ROOT / "configs" / "digits_finetune.py"
 
 
 def digits_config(**overrides):
-    """Return a config of digits, 16x16 pixels without crops, with overrides.
+    """Return a config of the digits, with 16x16 pixels and without crops.
 
     Two underscores in the name of an override stand for a dot.
     """
@@ -33,7 +33,7 @@ def digits_config(**overrides):
 
 
 def folder_config(root, **overrides):
-    """Return a config of class folders, 24x24 pixels, random crops, with overrides."""
+    """Return a config of class folders, with 24x24 pixels and random crops."""
     return digits_config(
         **{
             "data__name": "folder",
@@ -60,7 +60,8 @@ def encode(image, kind, **options):
     """Encode an image or array with Pillow.
 
     Args:
-      kind: name of the format.
+      kind: Pillow's name of the format.
+      options: arguments of `Image.save`.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
@@ -70,7 +71,7 @@ def encode(image, kind, **options):
 
 
 def assert_batches_equal(actual, expected):
-    """Check that two sequences of batches are equal, dtypes included."""
+    """Check that two sequences of batches have equal arrays and dtypes."""
     actual, expected = list(actual), list(expected)
     assert len(actual) == len(expected) > 0
     for batch, expected_batch in zip(actual, expected, strict=True):

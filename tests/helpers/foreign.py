@@ -1,4 +1,4 @@
-"""Weight files in the formats of the official code, timm and transformers."""
+"""Weight files in the layouts of the official code, timm and `transformers`."""
 
 import json
 
@@ -6,15 +6,15 @@ import numpy as np
 import state_files
 import torch_files
 
-# Official names -> names in transformers: modules of a block, and other modules
-BLOCK = {
+# Official names -> names in the library `transformers`, in a block and elsewhere
+BLOCK_NAMES = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attn.proj": "attention.output.dense",
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-ROOTS = {
+NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
@@ -24,7 +24,7 @@ ROOTS = {
 
 
 def transformers_state(state, family):
-    """Rename the arrays of an official state dict as in transformers.
+    """Convert an official state dict to the names of the library `transformers`.
 
     Args:
       family: "vit" or "swin", the prefix of the encoder's names.
@@ -37,15 +37,15 @@ def transformers_state(state, family):
             is_swin = family == "swin"
             new_name = "swin.embeddings.mask_token" if is_swin else "decoder.mask_token"
             named[new_name] = array
-        elif name in ROOTS or module in ROOTS:
-            new_name = ROOTS[name] if name in ROOTS else f"{ROOTS[module]}.{leaf}"
+        elif name in NAMES or module in NAMES:
+            new_name = NAMES[name] if name in NAMES else f"{NAMES[module]}.{leaf}"
             named[f"{family}.{new_name}"] = array
         elif module == "head":
             named[f"classifier.{leaf}"] = array
         elif name.startswith("decoder."):
             named[name] = array
         elif "blocks." in name:
-            named |= _block(name, array, family)
+            named |= _block_arrays(name, array, family)
         elif name.startswith("decoder_"):
             named[f"decoder.{name}"] = array
         else:
@@ -53,8 +53,8 @@ def transformers_state(state, family):
     return named
 
 
-def _block(name, array, family):
-    """Return {name in transformers: array} for an array of a block; split qkv."""
+def _block_arrays(name, array, family):
+    """Return {new name: array} for an array of a block; split qkv into three."""
     prefix, _, rest = name.partition("blocks.")
     block_index, _, rest = rest.partition(".")
     module, leaf = rest.rsplit(".", 1)
@@ -73,11 +73,11 @@ def _block(name, array, family):
             f"{block_name}.attention.{inner}.{part}.{leaf}": np.array(x)
             for part, x in parts
         }
-    return {f"{block_name}.{BLOCK[module]}.{leaf}": array}
+    return {f"{block_name}.{BLOCK_NAMES[module]}.{leaf}": array}
 
 
 def timm_swin_state(state):
-    """Rename the arrays of an official state dict of Swin as in timm."""
+    """Convert an official state dict of Swin to the names of timm."""
     named = {}
     for name, array in state.items():
         parts = name.split(".")
@@ -90,10 +90,11 @@ def timm_swin_state(state):
 
 
 def write_directory(path, state, config, processor=None):
-    """Write a model directory in the layout of timm and transformers; return its path.
+    """Write a model directory as of timm or `transformers`; return its path.
 
     Args:
-      config, processor: contents of config.json and preprocessor_config.json.
+      config: content of config.json.
+      processor: content of preprocessor_config.json; None: do not write the file.
     """
     path.mkdir(parents=True)
     state_files.save_safetensors(path / "model.safetensors", state)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hivit_jax.tools import prepare_data
 
-# WordNet IDs of the classes, in the order of the tar file
+# WordNet IDs of the classes, in the order of the tar file of training images
 WNIDS = ("n15075141", "n01440764", "n01443537")
 LABELS = {"n15075141": 999, "n01440764": 0, "n01443537": 1}
 # Labels of ILSVRC2012's validation images 1 to 6
@@ -24,7 +24,7 @@ def write_tars(
     validation: Iterable[int] = range(1, 7),
     size: tuple[int, int] = (48, 64),
 ) -> dict[str, dict[str, bytes]]:
-    """Write ImageNet's two tar files with images of noise.
+    """Write ImageNet's two tar files, with images of noise.
 
     Args:
       per_class: number of training images of each class.
@@ -37,16 +37,17 @@ def write_tars(
     directory.mkdir(parents=True, exist_ok=True)
     random = np.random.RandomState(0)
 
-    def noise():
+    def noise_jpeg():
         buffer = io.BytesIO()
         pixels = random.randint(0, 256, (*size, 3), np.uint8)
         Image.fromarray(pixels).save(buffer, "JPEG")
         return buffer.getvalue()
 
     classes = {
-        wnid: {f"{wnid}_{i}.JPEG": noise() for i in range(per_class)} for wnid in wnids
+        wnid: {f"{wnid}_{i}.JPEG": noise_jpeg() for i in range(per_class)}
+        for wnid in wnids
     }
-    images = {f"ILSVRC2012_val_{i:08d}.JPEG": noise() for i in validation}
+    images = {f"ILSVRC2012_val_{i:08d}.JPEG": noise_jpeg() for i in validation}
     tars = {f"{wnid}.tar": pack_tar(files) for wnid, files in classes.items()}
     (directory / prepare_data.TRAIN).write_bytes(pack_tar(tars))
     (directory / prepare_data.VALIDATION).write_bytes(pack_tar(images))
@@ -55,7 +56,7 @@ def write_tars(
 
 
 def pack_tar(files: dict[str, bytes]) -> bytes:
-    """Return a tar file of {name: content}."""
+    """Return a tar file that contains the files {name: content}."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, content in files.items():

@@ -19,11 +19,10 @@ from networks import abstract_model, fast_jit, random_weight
 
 from hivit_jax.tree import split
 
-# Blocks with and without a property that excludes the attention kernel
-
 # The grid has an odd number of tokens, and 2x2 windows do not fill it.
 BLOCK_GRID, WINDOW = (3, 5), 2
-# Property that excludes a kernel -> arguments of the model
+# Special property of a block -> arguments of the model. A key mask and padded windows
+# exclude the TPU kernel for attention.
 SPECIAL = {
     "nothing": {},
     "key mask": {},
@@ -33,7 +32,12 @@ SPECIAL = {
 
 
 def main_stage_block(special: str, batch: int, mlp_ratio: float = 4.0, **options):
-    """Return (graphdef, parameters, inputs besides x) of a main-stage block."""
+    """Return (graphdef, parameters, inputs besides x) of a main-stage block.
+
+    Args:
+      special: key of `SPECIAL`.
+      options: arguments of the model, or the grid of units as `grid`.
+    """
     options = {"relative_position": False} | SPECIAL[special] | options
     sizes = {"embed_dim": 128, "depths": (1, 1, 1), "num_heads": 2}
     grid = options.pop("grid", BLOCK_GRID)
@@ -48,20 +52,20 @@ def main_stage_block(special: str, batch: int, mlp_ratio: float = 4.0, **options
     graphdef, params = split(model.encoder.stages[-1][0])
     inputs = {}
     if special == "key mask":
-        inputs["key_mask"] = hidden_keys(batch)
+        inputs["key_mask"] = make_key_mask(batch)
     if special == "relative bias":
         inputs["relative_index"] = relative_index()
     return graphdef, jax.tree_util.tree_map_with_path(random_weight, params), inputs
 
 
-def assert_block_equals_plain(block, x, cotangent, kernels, **inputs):
-    """Check the kernels of a block, and compare it with the block without kernels.
+def assert_block_equals_plain(block, x, cotangent, kernel_names, **inputs):
+    """Check which kernels a block runs, and compare it with plain JAX operations.
 
-    The output and the gradients of x and all parameters are compared.
+    The output and the gradients of x and all parameters must be close.
 
     Args:
       block: (graphdef, parameters).
-      kernels: names of the kernels that must run.
+      kernel_names: names of the kernels that must run, in order.
       inputs: arguments of the block besides x.
     """
     graphdef, params = block
@@ -72,7 +76,8 @@ def assert_block_equals_plain(block, x, cotangent, kernels, **inputs):
         return block(x, kernels=choice, **inputs)
 
     arrays = [x, *leaves]
-    assert kernels_in(jax.make_jaxpr(partial(run, "fused"))(*arrays).jaxpr) == kernels
+    jaxpr = jax.make_jaxpr(partial(run, "fused"))(*arrays).jaxpr
+    assert kernels_in(jaxpr) == kernel_names
     assert_close(
         *(
             fast_jit(partial(output_and_gradients, partial(run, choice)))(
@@ -84,18 +89,18 @@ def assert_block_equals_plain(block, x, cotangent, kernels, **inputs):
 
 
 def unit_coordinates():
-    """Return row and column of every unit, row-major."""
+    """Return the rows and the columns of all units, in row-major order."""
     return np.divmod(np.arange(math.prod(BLOCK_GRID)), BLOCK_GRID[1])
 
 
-def hidden_keys(batch: int) -> np.ndarray:
-    """Return a key mask [B, N] that hides every third unit, shifted for each image."""
+def make_key_mask(batch: int) -> np.ndarray:
+    """Return a key mask [B, N]: 0 for every third unit, shifted by 1 per image."""
     units = np.arange(math.prod(BLOCK_GRID))
     return ((units + np.arange(batch)[:, None]) % 3 > 0).astype(np.int32)
 
 
 def relative_index() -> np.ndarray:
-    """Return the row index in the bias table for each query and key, [N, N]."""
+    """Return the index into the bias table for each query and key, [N, N]."""
     (rows, columns), (height, width) = unit_coordinates(), BLOCK_GRID
     row_distance = rows[:, None] - rows + height - 1
     column_distance = columns[:, None] - columns + width - 1
@@ -105,12 +110,12 @@ def relative_index() -> np.ndarray:
 def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     """Compute the block of `main_stage_block` in plain JAX.
 
-    Units are not split into windows. A mask restricts attention to each window.
+    A mask restricts attention to windows; the units are not partitioned.
     """
     batch, tokens, width = x.shape
     bias, mask = None, None
     if special == "key mask":
-        mask = jnp.asarray(hidden_keys(batch) > 0)[:, None, None, :]
+        mask = jnp.asarray(make_key_mask(batch) > 0)[:, None, None, :]
     if special == "windows":
         window = np.stack(
             [coordinate // WINDOW for coordinate in unit_coordinates()], -1

@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
     platform: backend of the kernel.
     shapes: shapes of the inputs: rows, and LayerNorm's scale and bias. Inputs on TPUs
-      include kernels and biases of two linear layers, and may include the bias of
+      include weights and biases of two linear layers, and may include the bias of
       attention scores.
     plain: (*inputs, branch_scale) -> [T, C]; branch_scale is [images] or None.
     fused: (*inputs, branch_scale, keep, interpret) -> [T, C], one kernel.
@@ -75,13 +75,13 @@ def layer_norm(x, scale, bias):
 
 
 def add_branch(x, branch, branch_scale):
-    """Add a branch to x, scaled by a factor per image unless `branch_scale` is None."""
+    """Return x + factor * branch, with one factor per image; None: factors of 1."""
     if branch_scale is None:
         return x + branch
     return x + branch * jnp.repeat(branch_scale, len(x) // len(branch_scale))[:, None]
 
 
-def drop_some_images(images):
+def drop_path_factors(images):
     """Return drop-path factors [images]: 0 for every third image, else 1.25."""
     return jnp.where(jnp.arange(images) % 3 == 1, 0, 1.25)
 
@@ -93,22 +93,22 @@ def plain_mlp(x, scale, bias, w1, b1, w2, b2, branch_scale=None):
 
 
 def plain_attention(x, *weights, heads, tokens, branch_scale=None):
-    scale, bias, qkv, qkv_bias, proj, proj_bias, *positions = weights
+    scale, bias, qkv, qkv_bias, proj, proj_bias, *score_bias = weights
     y = layer_norm(x, scale, bias).astype(qkv.dtype) @ qkv + qkv_bias
     q, k, v = jnp.moveaxis(y.reshape(-1, tokens, 3, heads, x.shape[1] // heads), 2, 0)
-    positions = positions[0][None] if positions else None
-    y = jax.nn.dot_product_attention(q, k, v, bias=positions).reshape(x.shape)
+    score_bias = score_bias[0][None] if score_bias else None
+    y = jax.nn.dot_product_attention(q, k, v, bias=score_bias).reshape(x.shape)
     return add_branch(x, y @ proj + proj_bias, branch_scale)
 
 
-def shapes_of(rows, width, middle, end):
+def shapes_of(rows, width, outputs, inputs):
     """Return the shapes of rows, LayerNorm and two linear layers.
 
-    middle: number of outputs of the first layer.
-    end: number of inputs of the second layer.
+    outputs: number of outputs of the first layer.
+    inputs: number of inputs of the second layer.
     """
-    shapes = [(rows, width), (width,), (width,), (width, middle), (middle,)]
-    return [*shapes, (end, width), (width,)]
+    shapes = [(rows, width), (width,), (width,), (width, outputs), (outputs,)]
+    return [*shapes, (inputs, width), (width,)]
 
 
 def mlp(rows, width, hidden, block):
@@ -139,8 +139,8 @@ def norm(rows, width):
 def attention(images, tokens, width, heads, block, bias=False):
     def fused(x, *weights, branch_scale=None, **options):
         plan = Plan(EPS, rows=block, heads=heads, tokens=tokens, **options)
-        positions = weights[6] if bias else None
-        return attention_block(x, Weights(*weights[:6]), positions, branch_scale, plan)
+        score_bias = weights[6] if bias else None
+        return attention_block(x, Weights(*weights[:6]), score_bias, branch_scale, plan)
 
     shapes = shapes_of(images * tokens, width, 3 * width, width)
     shapes += [(heads, tokens, tokens)] * bias
@@ -150,10 +150,11 @@ def attention(images, tokens, width, heads, block, bias=False):
 
 CASES = {
     "mlp": mlp(96, 128, 256, 32),
-    # Rows have one part and three parts; tiles have 32 and 8 rows, blocks 128 and 32.
+    # The rows of the two cases have one part and three parts. Tiles have 32 rows and 8
+    # rows, blocks of the backward pass 128 and 32.
     "norm on GPUs": norm(256, 128),
     "norm of 3 parts on GPUs": norm(96, 384),
-    # Blocks contain several images, so that each block begins at a tile boundary.
+    # A block consists of whole images and of whole tiles of 8 rows.
     "attention of 49": attention(16, 49, 128, 4, 784),
     "attention of 196": attention(8, 196, 128, 2, 784),
     "attention of 144": attention(2, 144, 256, 8, 144),
@@ -200,7 +201,7 @@ def mesh_of(**axes):
 
 
 def tpu_info(mebibytes=128):
-    """Return facts of a v5e as from `pltpu.get_tpu_info`, with any size of VMEM."""
+    """Return the facts of `pltpu.get_tpu_info` on a v5e, with any size of VMEM."""
     return SimpleNamespace(
         vmem_capacity_bytes=mebibytes * 2**20,
         bf16_ops_per_second=197e12,

@@ -76,6 +76,7 @@ def arguments(source: str = "synthetic", **overrides) -> list[str]:
     """Return the command line of the mini masked autoencoder on a source.
 
     Args:
+      source: key of `SOURCES`.
       overrides: config values; two underscores stand for a dot.
     """
     values = SOURCES[source] | {k.replace("__", "."): v for k, v in overrides.items()}
@@ -95,7 +96,7 @@ def recipe(name: str) -> ConfigDict:
 
 
 def without_decoder(source: str, **overrides) -> ConfigDict:
-    """Return the config of a mini classifier or linear probe; `task` selects one."""
+    """Return the config of the mini classifier or linear probe that `task` names."""
     values = SOURCES[source] | {k.replace("__", "."): v for k, v in overrides.items()}
     path = ROOT / "configs" / "mae_base.py"
     if source == "digits":
@@ -228,7 +229,7 @@ def saved_arrays(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def saved_variables(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Return the parameters and model state of a checkpoint by name, sorted."""
+    """Return {name: parameter or model state} of a checkpoint, sorted by name."""
     items = saved_arrays(workdir, step)
     return dict(sorted((items["params"] | items.get("model_state", {})).items()))
 

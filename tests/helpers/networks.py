@@ -46,7 +46,7 @@ def mini(name="hivit_base", **overrides):
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(random_weight, params))
 
 
-# Without this, most of the test time is compilation.
+# With more optimization, most of the test time is compilation.
 fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -68,10 +68,10 @@ def abstract_outputs(function, *models):
 
 
 def numpy_attention(attention, x, bias):
-    """Compute attention of units [K, C] with bias [heads, K, K] in numpy."""
+    """Apply an attention layer to units [K, C], with score bias [heads, K, K]."""
     params = {k: np.asarray(v) for k, v in named_leaves(split(attention)[1]).items()}
-    kernel, bias_in = params["qkv/kernel"], params["qkv/bias"]
-    q, k, v = np.einsum("kc,cthd->thkd", x, kernel) + bias_in[:, :, None]
+    kernel, qkv_bias = params["qkv/kernel"], params["qkv/bias"]
+    q, k, v = np.einsum("kc,cthd->thkd", x, kernel) + qkv_bias[:, :, None]
     exponentials = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1]) + bias)
     probabilities = exponentials / exponentials.sum(-1, keepdims=True)
     heads = (probabilities @ v).transpose(1, 0, 2).reshape(x.shape)
@@ -125,7 +125,7 @@ def params_by_name(model):
 
 
 def torch_bicubic(maps, grid):
-    """Resize maps [h, w, D] to [*grid, D] like torch's bicubic mode, with a=-0.75."""
+    """Resize maps [h, w, D] to [*grid, D] like PyTorch's bicubic interpolation."""
 
     def cubic(x, a=-0.75):
         x = abs(x)

@@ -28,9 +28,9 @@ class NoiseImages(tfds.core.GeneratorBasedBuilder):
             "validation": self._generate_examples(24, 30),
         }
 
-    def _generate_examples(self, first, last):
-        random = np.random.RandomState(first)
-        for i in range(first, last):
+    def _generate_examples(self, start, stop):
+        random = np.random.RandomState(start)
+        for i in range(start, stop):
             buffer = io.BytesIO()
             pixels = random.randint(0, 256, (40, 30 + i, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(buffer, "JPEG")
@@ -39,7 +39,7 @@ class NoiseImages(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(directory: Path, file_format: str) -> Path:
-    """Prepare the dataset in shards of about six images; return its directory."""
+    """Prepare the dataset in four shards per split; return its directory."""
     config = tfds.download.DownloadConfig(num_shards=4)
     builder = NoiseImages(data_dir=directory, file_format=file_format)
     builder.download_and_prepare(download_config=config)

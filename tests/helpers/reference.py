@@ -37,7 +37,7 @@ MINI_CLASSIFIER = FIXTURES["features_mini_rpe"]["config"]
 
 
 def generator(name: str, seed: int = SEED) -> np.random.Generator:
-    """Return the random generator of an array."""
+    """Return the random generator of the array with this name."""
     return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()) + seed))
 
 
@@ -134,7 +134,7 @@ def official_shapes(model, to_names=to_official):
     return {key: array.shape for key, array in to_names(zeros, model).items()}
 
 
-def close(actual, expected, atol: float, rtol: float = 0.0) -> None:
+def assert_close(actual, expected, atol: float, rtol: float = 0.0) -> None:
     """Assert that arrays are close, by default without a relative tolerance."""
     np.testing.assert_allclose(np.asarray(actual), expected, atol=atol, rtol=rtol)
 
@@ -155,17 +155,18 @@ def check_gradients(
     assert gradients.keys() == facts["grad_norm"].keys()
     for name, gradient in gradients.items():
         if f"grad/{name}" in arrays:
-            close(gradient, arrays[f"grad/{name}"], atol)
+            assert_close(gradient, arrays[f"grad/{name}"], atol)
         norm = np.linalg.norm(np.float64(gradient))
-        close(norm, facts["grad_norm"][name], 1e-7, norm_rtol)
-        close(probe(name, gradient, seed), facts["grad_probe"][name], probe_atol)
+        assert_close(norm, facts["grad_norm"][name], 1e-7, norm_rtol)
+        assert_close(probe(name, gradient, seed), facts["grad_probe"][name], probe_atol)
 
 
-def masked_gradients(model, params, images, noise, jit=jax.jit):
-    """Run the forward and backward pass of a masked model.
+def pretraining_gradients(model, params, images, noise, jit=jax.jit):
+    """Run the forward and backward pass of a masked autoencoder or SimMIM.
 
     Returns:
-      (mean of `image_loss`, loss of the output), output, {official name: gradient}.
+      (loss, loss of the output), output, {official name: gradient of the first loss}.
+      The first loss is the mean of `image_loss`; both must be equal.
     """
     graphdef = split(model)[0]
 
@@ -196,7 +197,7 @@ def classifier_gradients(model, params, images, labels, jit=jax.jit):
 
 
 def shrink(state, parts):
-    """Multiply by 0.003 the arrays whose names contain one of the parts."""
+    """Scale the arrays whose names contain one of the parts by 0.003."""
     return {
         name: array * np.float32(0.003) if any(p in name for p in parts) else array
         for name, array in state.items()

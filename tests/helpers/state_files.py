@@ -17,7 +17,7 @@ from hivit_jax.weights.names.official import to_official
 
 TINY = dict(image_size=32, embed_dim=16, depths=(1, 1, 2), num_heads=1)
 TINY_DECODER = dict(decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)
-# Arguments that cannot be inferred, because the heads are narrow.
+# Arguments that cannot be inferred from weights, because the heads are narrow.
 NOT_IN_STATE_DICT = dict(num_heads=1, decoder_num_heads=1)
 
 

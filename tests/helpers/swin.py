@@ -26,9 +26,9 @@ def arguments(fixture):
         config.pop("num_classes", None)
     if fixture == "swin_mini_pad":
         config |= dict(shrink_windows=False, num_classes=0)
-    sizes = {OUR_NAMES.get(key, key): value for key, value in config.items()}
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
-    return "simmim_swin_base" if is_simmim else "swin_base", sizes
+    config = {OUR_NAMES.get(key, key): value for key, value in config.items()}
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return "simmim_swin_base" if is_simmim else "swin_base", config
 
 
 def state_dict(fixture, shapes=None):

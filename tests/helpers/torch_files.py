@@ -48,7 +48,7 @@ class Storage:
 
 
 class Writer(pickle._Pickler):
-    """Pickler that writes `Global` objects as names and `Storage` objects as ids."""
+    """Pickler that writes `Global` objects as names, `Storage` objects as IDs."""
 
     def __init__(self, file, legacy):
         super().__init__(file, 2)
@@ -78,11 +78,11 @@ def tensor(array, offset=0, shape=None, strides=None):
     base = array if array.base is None else array.base
     if shape is None:
         shape, strides = array.shape, [s // array.itemsize for s in array.strides]
-        first, start = (x.__array_interface__["data"][0] for x in (array, base))
-        offset = (first - start) // array.itemsize
+        start, base_start = (x.__array_interface__["data"][0] for x in (array, base))
+        offset = (start - base_start) // array.itemsize
     if name := STORAGES.get(array.dtype.name):
         storage, function, extra = Storage(base, name), "_rebuild_tensor_v2", ()
-    else:  # newer dtypes
+    else:  # Newer dtypes have no storage type of their own.
         storage = Storage(base.reshape(-1).view(np.uint8), "Untyped")
         function, extra = "_rebuild_tensor_v3", (Global("torch", array.dtype.name),)
     return Global("torch._utils", function)(

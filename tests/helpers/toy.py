@@ -99,7 +99,7 @@ class MapTransform(Transform):
 
 
 class Network(nnx.Module):
-    """Network from cells [B, h, w, 8*8*3] to logits [B, h, w, 3], with batch norm."""
+    """Network from images [B, 8h, 8w, 3] to logits [B, h, w, 3], with batch norm."""
 
     def __init__(self, rngs):
         self.embed = nnx.Linear(CELL * CELL * 3, 16, rngs=rngs)

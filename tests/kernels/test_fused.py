@@ -18,7 +18,7 @@ from kernel_cases import (
     EPS,
     assert_bfloat16_errors,
     attention,
-    drop_some_images,
+    drop_path_factors,
     in_bfloat16,
     layer_norm,
     mlp,
@@ -163,7 +163,7 @@ def test_fused_equals_plain(name, drop, keep):
     """Output and all gradients of each kernel agree in float32 over several blocks."""
     case = CASES[name]
     inputs, cotangent = random_inputs(case)
-    scale = drop_some_images(case.images) if drop else None
+    scale = drop_path_factors(case.images) if drop else None
     plain = partial(case.plain, branch_scale=scale)
     fused = partial(case.fused, branch_scale=scale, keep=keep, interpret=True)
     expected = jax.jit(partial(output_and_gradients, plain))(inputs, cotangent)

@@ -10,11 +10,11 @@ import reference
 from flax import nnx
 from reference import (
     FIXTURES,
+    assert_close,
     check_gradients,
     classifier_gradients,
-    close,
     golden,
-    masked_gradients,
+    pretraining_gradients,
     shrink,
 )
 
@@ -90,12 +90,12 @@ def check_stages(stages, arrays):
     assert set(arrays["stage_names"]) == set(stages)
     for stage_index, name in enumerate(arrays["stage_names"]):
         x = np.asarray(stages[name])
-        close(x.mean(), arrays["stage_mean"][stage_index], 2e-5)
-        close(x.std(), arrays["stage_std"][stage_index], 2e-5)
-        close(x.mean(tuple(range(x.ndim - 1))), arrays[f"chanmean/{name}"], 2e-5)
+        assert_close(x.mean(), arrays["stage_mean"][stage_index], 2e-5)
+        assert_close(x.std(), arrays["stage_std"][stage_index], 2e-5)
+        assert_close(x.mean(tuple(range(x.ndim - 1))), arrays[f"chanmean/{name}"], 2e-5)
         selection = x if x.ndim == 2 else x[:, [0, 1, 17, -1]]
         selection = selection[..., : {2: None, 3: 16, 5: 8}[x.ndim]]
-        close(selection, arrays[f"slice/{name}"], 2e-5)
+        assert_close(selection, arrays[f"slice/{name}"], 2e-5)
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_classifier_reproduces_official_logits_and_stages(size):
         return model(images), official_stages(model, images)
 
     logits, stages = run(params, images)
-    close(logits, arrays["logits"], 2e-5)
+    assert_close(logits, arrays["logits"], 2e-5)
     check_stages(stages, arrays)
 
 
@@ -124,7 +124,7 @@ def test_classifier_reproduces_the_logits_of_mmpretrain():
     state = reference.state_dict("mmpretrain_tiny")
     model, _ = reference.build("hivit_tiny", state, fc_norm=False, layer_norm_eps=1e-5)
     logits = nnx.jit(model)(jnp.asarray(reference.images("cls224", 2, 224)))
-    close(logits, golden("mmpretrain_tiny")["logits"], 2e-5)
+    assert_close(logits, golden("mmpretrain_tiny")["logits"], 2e-5)
 
 
 @pytest.mark.slow
@@ -134,15 +134,15 @@ def test_hivit_mini_mae_reproduces_official_outputs_and_gradients(fixture):
     arrays, facts = golden(fixture), FIXTURES[fixture]
     images = jnp.asarray(reference.images("mini64", 3, 64))
     noise = jnp.asarray(reference.noise("mini64", 3, 16))
-    losses, out, gradients = masked_gradients(model, params, images, noise)
+    losses, out, gradients = pretraining_gradients(model, params, images, noise)
 
-    close(losses, [facts["loss_f64"]] * 2, 2e-6)
-    close(out.pred, arrays["pred"], 2e-5)
+    assert_close(losses, [facts["loss_f64"]] * 2, 2e-6)
+    assert_close(out.pred, arrays["pred"], 2e-5)
     np.testing.assert_array_equal(out.mask, arrays["mask"])
     latent = np.asarray(out.latent)
     if model.config.multi_scale:
         latent = latent[..., np.argsort(latent_order(model.config))]
-    close(latent, arrays["latent"], 2e-5)
+    assert_close(latent, arrays["latent"], 2e-5)
 
     ids_shuffle, ids_restore, _ = random_masking(noise, 4)
     np.testing.assert_array_equal(ids_shuffle[:, :4], arrays["ids_keep"])
@@ -159,20 +159,20 @@ def test_hivit_base_mae_reproduces_official_outputs_and_gradients():
     arrays, facts = golden("mae_base"), FIXTURES["mae_base"]
     images = jnp.asarray(reference.images("mae224", 2, 224))
     noise = jnp.asarray(reference.noise("mae224", 2, 196))
-    losses, out, gradients = masked_gradients(model, params, images, noise)
+    losses, out, gradients = pretraining_gradients(model, params, images, noise)
 
-    close(losses, [facts["loss_f64"]] * 2, 2e-6)
+    assert_close(losses, [facts["loss_f64"]] * 2, 2e-6)
     np.testing.assert_array_equal(out.mask, arrays["mask"])
     pred, latent = np.asarray(out.pred), np.asarray(out.latent)
     latent = latent[..., np.argsort(latent_order(model.config))]
-    close(pred[0, ::4], arrays["pred_sample0_every4"], 2e-5)
-    close(pred.mean(-1), arrays["pred_tokmean"], 2e-5)
-    close(pred.std(-1), arrays["pred_tokstd"], 2e-5)
-    close(pred.mean((0, 1)), arrays["pred_chanmean"], 2e-5)
-    close(latent[:, :4], arrays["latent_first4"], 2e-5)
-    close(latent.mean(-1), arrays["latent_tokmean"], 2e-5)
-    close(latent.std(-1), arrays["latent_tokstd"], 2e-5)
-    close(latent.mean((0, 1)), arrays["latent_chanmean"], 2e-5)
+    assert_close(pred[0, ::4], arrays["pred_sample0_every4"], 2e-5)
+    assert_close(pred.mean(-1), arrays["pred_tokmean"], 2e-5)
+    assert_close(pred.std(-1), arrays["pred_tokstd"], 2e-5)
+    assert_close(pred.mean((0, 1)), arrays["pred_chanmean"], 2e-5)
+    assert_close(latent[:, :4], arrays["latent_first4"], 2e-5)
+    assert_close(latent.mean(-1), arrays["latent_tokmean"], 2e-5)
+    assert_close(latent.std(-1), arrays["latent_tokstd"], 2e-5)
+    assert_close(latent.mean((0, 1)), arrays["latent_chanmean"], 2e-5)
     ids_keep = random_masking(noise, 49)[0][:, :49]
     np.testing.assert_array_equal(ids_keep, arrays["ids_keep"])
     check_stages(jax.jit(lambda i: official_stages(model, i, ids_keep))(images), arrays)
@@ -194,17 +194,17 @@ def test_every_hivit_layer_norm_has_the_official_eps():
     model, _ = reference.build("mae_hivit_base", state, **config)
     noise = jnp.asarray(reference.noise("mini64", 3, 16))
     out = nnx.jit(model)(images, noise=noise)
-    close(out.loss, FIXTURES["lowvar_eps"]["loss_f64"], 2e-6)
-    close(out.pred, arrays["pred"], 2e-5)
+    assert_close(out.loss, FIXTURES["lowvar_eps"]["loss_f64"], 2e-6)
+    assert_close(out.pred, arrays["pred"], 2e-5)
     latent = np.asarray(out.latent)[..., np.argsort(latent_order(model.config))]
-    close(latent, arrays["latent"], 2e-5)
+    assert_close(latent, arrays["latent"], 2e-5)
 
     config = {
         reference.OUR_NAMES.get(k, k): v for k, v in reference.MINI_CLASSIFIER.items()
     }
     state = shrink(reference.state_dict("features_mini_rpe"), parts)
     model, _ = reference.build("hivit_base", state, **config)
-    close(nnx.jit(model)(images), arrays["cls_logits"], 2e-5)
+    assert_close(nnx.jit(model)(images), arrays["cls_logits"], 2e-5)
 
 
 @pytest.mark.slow
@@ -217,7 +217,7 @@ def test_loss_of_a_given_prediction_equals_the_official_loss(norm_pix_loss):
     mask = golden("mae_mini")["mask"]
     loss = (model.unit_loss(images, pred) * mask).sum() / mask.sum()
     arrays = golden("mae_loss_only")
-    close(loss, arrays[f"loss_norm_pix_{norm_pix_loss}"], 2e-6)
+    assert_close(loss, arrays[f"loss_norm_pix_{norm_pix_loss}"], 2e-6)
     image = unpatchify(pred[:1], (4, 4), 16)[0]
     np.testing.assert_array_equal(
         image.transpose(2, 0, 1), arrays["unpatchify_pred_sample0"]
@@ -238,17 +238,17 @@ def test_features_with_relative_positions_equal_the_official_ones():
         relative_position_index(ids_keep, grid), arrays["gathered_index"]
     )
     stage1, stage2, main = model.encoder(images, ids_keep=ids_keep)
-    close(main, arrays["feat"], 2e-5)
+    assert_close(main, arrays["feat"], 2e-5)
     for x, name in ((stage1, "hifeat_stage1"), (stage2, "hifeat_stage2")):
         expected = arrays[name]
         x = x.reshape(*expected.shape[:2], -1, expected.shape[-1])
         raster = x[:, :, np.argsort(merge_order(expected.shape[2]))]
-        close(raster.reshape(expected.shape), expected, 2e-5)
+        assert_close(raster.reshape(expected.shape), expected, 2e-5)
     key_mask = jnp.asarray(arrays["key_mask"])
     masked = model.encoder(images, ids_keep=ids_keep, key_mask=key_mask)[-1]
-    close(masked, arrays["feat_masked"], 2e-5)
-    close(model.encoder(images)[-1], arrays["feat_full"], 2e-5)
-    close(model(images), arrays["logits"], 2e-5)
+    assert_close(masked, arrays["feat_masked"], 2e-5)
+    assert_close(model.encoder(images)[-1], arrays["feat_full"], 2e-5)
+    assert_close(model(images), arrays["logits"], 2e-5)
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_mini_classifier_reproduces_official_gradients():
     labels = jnp.asarray(reference.labels("mini64", 3, 10))
     np.testing.assert_array_equal(labels, arrays["labels"])
     loss, _, gradients = classifier_gradients(model, params, images, labels)
-    close(loss, FIXTURES["cls_mini_grad"]["loss_f64"], 2e-6)
+    assert_close(loss, FIXTURES["cls_mini_grad"]["loss_f64"], 2e-6)
     assert {f"grad/{name}" for name in gradients} == {k for k in arrays if "grad/" in k}
     for name, gradient in gradients.items():
-        close(gradient, arrays[f"grad/{name}"], 2e-6)
+        assert_close(gradient, arrays[f"grad/{name}"], 2e-6)

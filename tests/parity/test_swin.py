@@ -7,11 +7,11 @@ import swin
 from flax import nnx
 from networks import abstract_model, fast_jit
 from reference import (
+    assert_close,
     classifier_gradients,
-    close,
     golden,
-    masked_gradients,
     official_shapes,
+    pretraining_gradients,
     shrink,
 )
 from swin import FIXTURES
@@ -38,12 +38,12 @@ def check_tokens(model, images, arrays, atol):
         for block in range(len(blocks)):
             x, name = next(layers).tokens, f"stage{stage}_block{block}"
             if name in arrays:
-                close(x, arrays[name], atol)
+                assert_close(x, arrays[name], atol)
                 compared_blocks += 1
         if stage < len(model.encoder.merges):
             x = model.encoder._merge(stage + 1, x)
-            close(x, arrays[f"merge{stage}"], atol)
-    close(model.norm(x), arrays["norm"], atol)
+            assert_close(x, arrays[f"merge{stage}"], atol)
+    assert_close(model.norm(x), arrays["norm"], atol)
     assert compared_blocks >= len(model.encoder.stages)
 
 
@@ -52,8 +52,8 @@ def check_tokens(model, images, arrays, atol):
 def test_swin_mini_classifier_reproduces_official_outputs_and_gradients(fixture):
     model, loss, logits, gradients = run_classifier(fixture)
     arrays = golden(fixture)
-    close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
-    close(logits, arrays["logits"], 2e-5)
+    assert_close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
+    assert_close(logits, arrays["logits"], 2e-5)
     swin.check_gradients(fixture, gradients, 3e-6, 2e-4)
     check_tokens(model, swin.fixture_images(fixture), arrays, 2e-5)
 
@@ -71,7 +71,7 @@ def test_padded_windows_and_odd_grids_reproduce_official_features():
         deviation = x - x.mean(-1, keepdims=True)
         normalized = deviation / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
         expected = arrays[f"pad_then_shift/norm{stage}"]
-        close(normalized * scale + bias, expected, 2e-5)
+        assert_close(normalized * scale + bias, expected, 2e-5)
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_every_layer_norm_has_the_official_eps():
     state = shrink(swin.state_dict("swin_mini"), parts)
     model, _ = swin.build("swin_mini", state)
     logits = model(swin.fixture_images("swin_mini"))
-    close(logits, golden("swin_lowvar_eps")["logits"], 2e-5)
+    assert_close(logits, golden("swin_lowvar_eps")["logits"], 2e-5)
 
 
 def simmim_inputs(fixture):
@@ -94,23 +94,23 @@ def run_simmim(fixture, state=None):
     """Return model, losses, outputs and gradients by official name."""
     model, params = swin.build(fixture, state)
     inputs = simmim_inputs(fixture)
-    return model, *masked_gradients(model, params, *inputs, fast_jit)
+    return model, *pretraining_gradients(model, params, *inputs, fast_jit)
 
 
 @pytest.mark.slow
 def test_mini_simmim_reproduces_official_outputs_and_gradients():
     model, losses, out, gradients = run_simmim("simmim_mini")
     arrays = golden("simmim_mini")
-    close(losses, [FIXTURES["simmim_mini"]["loss_f64"]] * 2, 1e-6)
+    assert_close(losses, [FIXTURES["simmim_mini"]["loss_f64"]] * 2, 1e-6)
     zeros, ones = jnp.zeros((2, 16, 1)), jnp.ones((2, 16, 1))
     pixels, _ = model.to_images(out, zeros, ones)
-    close(pixels, arrays["rec"], 2e-5)
-    close(out.latent, arrays["norm"], 2e-5)
+    assert_close(pixels, arrays["rec"], 2e-5)
+    assert_close(out.latent, arrays["norm"], 2e-5)
     cells = out.mask.reshape(2, 4, 4).repeat(4, 1).repeat(4, 2)
     np.testing.assert_array_equal(cells, arrays["mask"])
     images, _ = simmim_inputs("simmim_mini")
     tokens = model.encoder._embed(images, cells.reshape(2, -1))
-    close(tokens, arrays["tokens_in"], 2e-5)
+    assert_close(tokens, arrays["tokens_in"], 2e-5)
     swin.check_gradients("simmim_mini", gradients, 3e-6, 2e-4)
 
 
@@ -136,9 +136,9 @@ def test_resized_relative_tables_equal_the_official_ones(case):
     name = f"resize{old}_{new}.relative_position_bias_table"
     table = swin.weight(name, ((2 * old - 1) ** 2, heads))
     geometric = resize.resize_table_geometrically(table, old, new)
-    close(geometric, arrays[f"geometric_{case}"], 1e-5)
+    assert_close(geometric, arrays[f"geometric_{case}"], 1e-5)
     bicubic = resize.resize_relative_table(table, (old, old), (new, new))
-    close(bicubic, arrays[f"bicubic_{case}"], 1e-5)
+    assert_close(bicubic, arrays[f"bicubic_{case}"], 1e-5)
 
 
 @pytest.mark.parametrize("fixture", ["swin_mini", "swin_mini_clamp", "simmim_mini"])
@@ -169,7 +169,7 @@ def shapes_of(fixture):
 def test_tiny_and_small_classifiers_reproduce_official_logits(fixture):
     model, _ = swin.build(fixture, swin.state_dict(fixture, shapes_of(fixture)))
     logits = nnx.jit(model)(swin.fixture_images(fixture))
-    close(logits, golden(fixture)["logits"], 2e-5)
+    assert_close(logits, golden(fixture)["logits"], 2e-5)
 
 
 @pytest.mark.extras
@@ -177,8 +177,8 @@ def test_tiny_and_small_classifiers_reproduce_official_logits(fixture):
 def test_swin_base_classifier_reproduces_official_outputs_and_gradients():
     state = swin.state_dict("swin_base_cls", shapes_of("swin_base_cls"))
     _, loss, logits, gradients = run_classifier("swin_base_cls", state)
-    close(loss, FIXTURES["swin_base_cls"]["loss_f64"], 1e-6)
-    close(logits, golden("swin_base_cls")["logits"], 2e-5)
+    assert_close(loss, FIXTURES["swin_base_cls"]["loss_f64"], 1e-6)
+    assert_close(logits, golden("swin_base_cls")["logits"], 2e-5)
     swin.check_gradients("swin_base_cls", gradients, 0, 2e-4)
 
 
@@ -187,10 +187,10 @@ def test_swin_base_classifier_reproduces_official_outputs_and_gradients():
 def test_base_simmim_reproduces_official_outputs_and_gradients():
     state = swin.state_dict("simmim_swin_base", shapes_of("simmim_swin_base"))
     model, losses, out, gradients = run_simmim("simmim_swin_base", state)
-    close(losses, [FIXTURES["simmim_swin_base"]["loss_f64"]] * 2, 1e-6)
+    assert_close(losses, [FIXTURES["simmim_swin_base"]["loss_f64"]] * 2, 1e-6)
     arrays, zeros = golden("simmim_swin_base"), jnp.zeros((2, 36, 1))
     pixels, mask = model.to_images(out, zeros, zeros + 1)
-    close(pixels[:, ::8, ::8], arrays["rec_slice"], 2e-5)
+    assert_close(pixels[:, ::8, ::8], arrays["rec_slice"], 2e-5)
     np.testing.assert_array_equal(mask[:, ::4, ::4, 0], arrays["mask"])
     # The gradient of an absolute error is its sign, which rounding changes near 0.
     swin.check_gradients("simmim_swin_base", gradients, 0, 2e-4, norm_rtol=5e-5)

@@ -7,11 +7,11 @@ import vit
 from flax import nnx
 from networks import abstract_model
 from reference import (
+    assert_close,
     classifier_gradients,
-    close,
     golden,
-    masked_gradients,
     official_shapes,
+    pretraining_gradients,
     shrink,
 )
 from vit import FIXTURES
@@ -34,7 +34,7 @@ def run_mae(fixture):
     """Return model, losses, outputs and gradients by official name."""
     model, params = vit.build(fixture)
     inputs = mae_inputs(fixture)
-    losses, out, gradients = masked_gradients(model, params, *inputs)
+    losses, out, gradients = pretraining_gradients(model, params, *inputs)
     assert not gradients.pop("pos_embed").any()
     assert not gradients.pop("decoder_pos_embed").any()
     return model, losses, out, gradients
@@ -44,31 +44,31 @@ def run_mae(fixture):
 def test_vit_mini_mae_reproduces_official_outputs_and_gradients():
     model, losses, out, gradients = run_mae("mae_vit_mini")
     arrays = golden("mae_vit_mini")
-    close(losses, [FIXTURES["mae_vit_mini"]["loss_f64"]] * 2, 1e-6)
-    close(out.pred, arrays["pred"], 2e-5)
-    close(out.latent, arrays["latent"], 2e-5)
+    assert_close(losses, [FIXTURES["mae_vit_mini"]["loss_f64"]] * 2, 1e-6)
+    assert_close(out.pred, arrays["pred"], 2e-5)
+    assert_close(out.latent, arrays["latent"], 2e-5)
     np.testing.assert_array_equal(out.mask, arrays["mask"])
     images, noise = mae_inputs("mae_vit_mini")
     ids_shuffle, ids_restore, _ = random_masking(noise, 4)
     np.testing.assert_array_equal(ids_shuffle[:, :4], arrays["ids_keep"])
     np.testing.assert_array_equal(ids_restore, arrays["ids_restore"])
-    close(model.targets(images)[0][0], arrays["target0_norm"], 2e-5)
+    assert_close(model.targets(images)[0][0], arrays["target0_norm"], 2e-5)
     x = model.encoder._stem(images, ids_shuffle[:, :4])[0]
-    close(x, arrays["tokens_in"], 2e-5)
+    assert_close(x, arrays["tokens_in"], 2e-5)
     for number, block in enumerate(model.encoder.stages[-1]):
         x = block(x)
-        close(x, arrays[f"block{number}"], 2e-5)
+        assert_close(x, arrays[f"block{number}"], 2e-5)
     vit.check_gradients("mae_vit_mini", gradients, 3e-6, 2e-4)
 
 
 @pytest.mark.slow
 def test_mini_mae_of_raw_pixels_reproduces_official_outputs():
     model, losses, out, gradients = run_mae("mae_vit_mini_pix")
-    close(losses, [FIXTURES["mae_vit_mini_pix"]["loss_f64"]] * 2, 1e-6)
-    close(out.pred, golden("mae_vit_mini")["pred"], 2e-5)
+    assert_close(losses, [FIXTURES["mae_vit_mini_pix"]["loss_f64"]] * 2, 1e-6)
+    assert_close(out.pred, golden("mae_vit_mini")["pred"], 2e-5)
     images, _ = mae_inputs("mae_vit_mini")
     raw = golden("mae_vit_mini")["target0_raw"]
-    close(model.targets(images)[0][0], raw, 0)
+    assert_close(model.targets(images)[0][0], raw, 0)
     vit.check_gradients("mae_vit_mini_pix", gradients, 3e-6, 2e-4)
 
 
@@ -91,16 +91,16 @@ def run_classifier(fixture, state=None):
 def test_vit_mini_classifier_reproduces_official_outputs_and_gradients(fixture):
     model, loss, logits, gradients = run_classifier(fixture)
     arrays = golden(fixture)
-    close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
-    close(logits, arrays["logits"], 2e-5)
+    assert_close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
+    assert_close(logits, arrays["logits"], 2e-5)
     vit.check_gradients(fixture, gradients, 3e-6, 2e-4)
     if "pooled" in arrays:
         images, _ = classifier_inputs(fixture)
-        close(model.mean_token(images), arrays["pooled"], 2e-5)
-        close(model.pooled(images), arrays["fc_norm"], 2e-5)
+        assert_close(model.mean_token(images), arrays["pooled"], 2e-5)
+        assert_close(model.pooled(images), arrays["fc_norm"], 2e-5)
         layers = model.layers(images)
-        close(layers[0].tokens, arrays["block0"], 2e-5)
-        close(layers[1].tokens, arrays["block1"], 2e-5)
+        assert_close(layers[0].tokens, arrays["block0"], 2e-5)
+        assert_close(layers[1].tokens, arrays["block1"], 2e-5)
 
 
 @pytest.mark.slow
@@ -109,14 +109,16 @@ def test_every_vit_layer_norm_has_the_official_eps():
     arrays, parts = golden("vit_lowvar_eps"), FIXTURES["vit_lowvar_eps"]["shrunk"]
     state = shrink(vit.state_dict("vit_cls_mini"), parts)
     model, _ = vit.build("vit_cls_mini", state)
-    close(model(classifier_inputs("vit_cls_mini")[0]), arrays["cls_logits"], 2e-5)
+    assert_close(
+        model(classifier_inputs("vit_cls_mini")[0]), arrays["cls_logits"], 2e-5
+    )
     state = shrink(vit.state_dict("mae_vit_mini"), parts)
     model, _ = vit.build("mae_vit_mini", state)
     images, noise = mae_inputs("mae_vit_mini")
     out = model(images, noise=noise)
-    close(out.loss, arrays["mae_loss"], 1e-6)
-    close(out.pred[..., :64], arrays["mae_pred"], 2e-5)
-    close(out.latent, arrays["mae_latent"], 2e-5)
+    assert_close(out.loss, arrays["mae_loss"], 1e-6)
+    assert_close(out.pred[..., :64], arrays["mae_pred"], 2e-5)
+    assert_close(out.latent, arrays["mae_latent"], 2e-5)
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 6), (4, 3), (14, 12), (14, 24)])
@@ -126,7 +128,7 @@ def test_resized_position_tables_equal_the_official_ones(old, new):
     expected = golden("vit_pos_resize")[f"pos_{old}_to_{new}"][0]
     np.testing.assert_array_equal(source[0], expected[0])
     resized = resize_grid_table(source[1:], (old, old), (new, new))
-    close(resized, expected[1:], 1e-5)
+    assert_close(resized, expected[1:], 1e-5)
 
 
 def shapes_of(name, **overrides):
@@ -146,9 +148,9 @@ def test_vit_base_classifier_reproduces_official_outputs(fixture):
         logits = nnx.jit(model)(jnp.asarray(images))
     else:
         _, loss, logits, gradients = run_classifier(fixture, state)
-        close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
+        assert_close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
         vit.check_gradients(fixture, gradients, 0, 2e-4)
-    close(logits, golden(fixture)["logits"], 2e-5)
+    assert_close(logits, golden(fixture)["logits"], 2e-5)
 
 
 @pytest.mark.extras
@@ -158,10 +160,10 @@ def test_vit_base_mae_reproduces_official_outputs_and_gradients(monkeypatch):
     monkeypatch.setitem(FIXTURES["mae_vit_base"], "state_dict", shapes)
     _, losses, out, gradients = run_mae("mae_vit_base")
     arrays = golden("mae_vit_base")
-    close(losses, [FIXTURES["mae_vit_base"]["loss_f64"]] * 2, 1e-6)
+    assert_close(losses, [FIXTURES["mae_vit_base"]["loss_f64"]] * 2, 1e-6)
     np.testing.assert_array_equal(out.mask, arrays["mask"])
-    close(out.pred[:, [0, 1, 97, 195], ::16], arrays["pred_slice"], 2e-5)
-    close(out.pred.mean(-1), arrays["pred_mean_per_token"], 2e-5)
+    assert_close(out.pred[:, [0, 1, 97, 195], ::16], arrays["pred_slice"], 2e-5)
+    assert_close(out.pred.mean(-1), arrays["pred_mean_per_token"], 2e-5)
     vit.check_gradients("mae_vit_base", gradients, 0, 2e-4)
 
 

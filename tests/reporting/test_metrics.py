@@ -169,9 +169,9 @@ def test_bucket_workdir_receives_metrics_and_figures(bucket):
     """A resumed run adds its lines. Only complete checkpoints are found."""
     workdir = epath.Path("gs://bucket/run")
     metrics.prepare_workdir(workdir)
-    for first, steps_done in ((0, [1, 2, 3]), (2, [3, 4])):
-        writer = metrics.Writer(workdir, first)
-        for step in steps_done:
+    for first_step, new_steps in ((0, [1, 2, 3]), (2, [3, 4])):
+        writer = metrics.Writer(workdir, first_step)
+        for step in new_steps:
             writer.scalars(step, {"loss": 1.0 / step})
             assert steps(bucket / "run")[-1] == step
         writer.close()

@@ -104,12 +104,12 @@ def test_eight_steps_equal_the_official_ones(recipe):
         return optax.apply_updates(params, updates), opt_state, loss, norm
 
     opt_state, losses, norms = transform.init(params), [], []
-    for _ in range(9):  # the ninth step only computes its loss
-        before = params
+    for _ in range(9):  # of the ninth step only the loss counts
+        final_params = params
         params, opt_state, loss, norm = step(params, opt_state)
         losses.append(loss)
         norms.append(norm)
-    final = official(before)
+    final = official(final_params)
     # In float32, 1 - 0.999 ** step of Adam's bias correction has an error of 3e-5.
     atol = 5e-6 if options.betas[1] == 0.95 else 3e-5
     np.testing.assert_allclose(losses, arrays[f"{prefix}_losses"], atol=atol)

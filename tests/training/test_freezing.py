@@ -83,13 +83,13 @@ def test_freezing_does_not_change_the_updates_of_other_parameters():
     )
     freezing_optimizer = freeze_updates(full_optimizer, {"b/kernel"})
     states = full_optimizer.init(PARAMS), freezing_optimizer.init(PARAMS)
-    stored = named_leaves(states[0]).keys() - named_leaves(states[1]).keys()
-    assert stored == {"0/mu/b/kernel", "0/nu/b/kernel"}
+    omitted = named_leaves(states[0]).keys() - named_leaves(states[1]).keys()
+    assert omitted == {"0/mu/b/kernel", "0/nu/b/kernel"}
     for number in range(3):
         gradient = jax.tree.map(lambda x, n=number: x * n - 1, PARAMS)
-        expected, first = full_optimizer.update(gradient, states[0], PARAMS)
-        found, second = freezing_optimizer.update(gradient, states[1], PARAMS)
-        states = first, second
+        expected, full_state = full_optimizer.update(gradient, states[0], PARAMS)
+        found, freezing_state = freezing_optimizer.update(gradient, states[1], PARAMS)
+        states = full_state, freezing_state
         assert (expected["b"].pop("kernel") != 0).all()
         assert not found["b"].pop("kernel").any()
         mini_runs.assert_identical(found, expected)
@@ -128,7 +128,7 @@ def test_frozen_parameters_keep_every_bit():
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
 def test_run_with_frozen_stages_resumes_bit_identically(tmp_path, capsys):
-    """All parameters except the frozen ones change, and only these have moments."""
+    """All parameters change, except the frozen ones, which have no moments."""
     config = mini_runs.classifier(
         total_steps=2,
         checkpoint_every=1,

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 def test_ten_steps_equal_the_official_adamw(
     first_moment, loss_tolerance, parameter_tolerance
 ):
-    """Losses and final parameters are equal for both dtypes of the first moment."""
+    """Losses and parameters equal the official ones, for both first-moment dtypes."""
     arrays, facts = (
         reference.golden("adamw_traj"),
         reference.FIXTURES["adamw_traj"],
@@ -65,17 +65,17 @@ def test_ten_steps_equal_the_official_adamw(
     assert dtypes == [{first_moment}, {"float32"}]
     for number in range(11):
         noise = jnp.asarray(reference.noise(f"traj{number}", 4, 16))
-        before, (params, opt_state, loss) = params, step(params, opt_state, noise)
-        losses.append(loss)
-    params = before  # the eleventh step only computes its loss
+        final_params = params
+        params, opt_state, loss = step(params, opt_state, noise)
+        losses.append(loss)  # of the eleventh step only the loss counts
     np.testing.assert_allclose(losses, facts["loss_f64"], atol=loss_tolerance, rtol=0)
 
-    final = to_official(params | tables, model)
+    final = to_official(final_params | tables, model)
     assert {f"final/{name}" for name in final} == {k for k in arrays if "final/" in k}
     for name, array in final.items():
         difference = np.abs(array - arrays[f"final/{name}"])
-        # The bias of the keys has no effect, so Adam's steps of this third are rounding
-        # errors.
+        # The middle third of qkv.bias, the bias of k, does not affect attention. Its
+        # gradients are rounding errors, which Adam scales up to full steps.
         if name.endswith("qkv.bias"):
             difference = difference.reshape(3, -1)[[0, 2]]
         assert difference.max() < parameter_tolerance, name
@@ -169,7 +169,7 @@ PARAMS = {"a": jnp.arange(3.0), "b": {"bias": jnp.ones(2)}}
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
-def test_optional_parts_add_no_state(clip_norm, layer_decay):
+def test_clipping_and_layer_decay_equal_optax_and_add_no_state(clip_norm, layer_decay):
     """Updates equal an optax chain's bit for bit; the state has only AdamW's arrays."""
     options = mini_runs.mae().optimizer.copy_and_resolve_references()
     options.unlock()
@@ -180,12 +180,12 @@ def test_optional_parts_add_no_state(clip_norm, layer_decay):
     )
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     scales = {"a": layer_decay**2, "b": {"bias": 1.0}}
-    decay = optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales))
+    scale_layers = optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales))
     adamw = optax.chain(
         *clip,
         optax.scale_by_adam(*options.betas, eps=1e-8),
         optax.add_decayed_weights(options.weight_decay, {"a": True, "b": False}),
-        decay,
+        scale_layers,
         optax.scale_by_learning_rate(lambda step: 0.1),
     )
     names = ["0/count", "0/mu/a", "0/mu/b/bias", "0/nu/a", "0/nu/b/bias", "2/count"]
@@ -193,7 +193,7 @@ def test_optional_parts_add_no_state(clip_norm, layer_decay):
     assert [*named_leaves(states[0])] == names
     for number in range(3):
         gradient = jax.tree.map(lambda x, n=number: x * n - 1, PARAMS)
-        updates, first = ours.update(gradient, states[0], PARAMS)
-        expected, second = adamw.update(gradient, states[1], PARAMS)
-        states = first, second
+        updates, our_state = ours.update(gradient, states[0], PARAMS)
+        expected, expected_state = adamw.update(gradient, states[1], PARAMS)
+        states = our_state, expected_state
         jax.tree.map(np.testing.assert_array_equal, updates, expected)

@@ -38,11 +38,11 @@ def test_pretraining_and_finetuning_follow_the_official_cosine(recipe, official_
     default = recipe_schedule(recipe)
     official = recipe_schedule(recipe, "optimizer.first_epoch=1")
     for epoch, expected in OFFICIAL[official_run]["points"]:
-        close = pytest.approx(expected, rel=1e-4, abs=1e-9)
+        rate = pytest.approx(expected, rel=1e-4, abs=1e-9)
         if epoch <= epochs:
-            assert default(np.int32(round(epoch * STEPS_PER_EPOCH))) == close
+            assert default(np.int32(round(epoch * STEPS_PER_EPOCH))) == rate
         if epoch >= 1:
-            assert official(np.int32(round((epoch - 1) * STEPS_PER_EPOCH))) == close
+            assert official(np.int32(round((epoch - 1) * STEPS_PER_EPOCH))) == rate
     assert official(0) > 0
     assert default(0) == 0
     last = np.int32(epochs * STEPS_PER_EPOCH)

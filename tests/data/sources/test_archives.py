@@ -39,7 +39,7 @@ def write_tar(path, members, **options):
 
 @pytest.fixture(params=["webdataset", "zip"])
 def dataset(request, tmp_path):
-    """Return (name, directory) of a dataset: two tar files or a zip file per split."""
+    """Return (data.name, data.dir): two tar files or a zip file per split."""
     root = tmp_path / request.param
     root.mkdir()
     for split, labels in LABELS.items():
@@ -76,12 +76,13 @@ def order(name, split):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_samples_contain_image_label_and_name(dataset, split, cache_directory):
     source = registry.open_source(data_config(dataset).data, split)
-    stored = "train" if split == "train" else "val"
-    expected = images(stored)
+    stored_split = "train" if split == "train" else "val"
+    expected = images(stored_split)
     assert source.classes == ["0", "1", "2", "3"]
     assert len(source) == len(expected)
-    for i, k in enumerate(order(dataset[0], stored)):
-        assert source.sample(i) == {"image": expected[k], "label": LABELS[stored][k]}
+    for i, k in enumerate(order(dataset[0], stored_split)):
+        label = LABELS[stored_split][k]
+        assert source.sample(i) == {"image": expected[k], "label": label}
         assert source.name(i).endswith(f"{k}.jpg")
         assert source.size(i) == (30, 40 + k)
     assert len(list(cache_directory.glob("hivit_jax/hivit_jax_index_*"))) >= 1
@@ -115,7 +116,7 @@ def test_batches_of_archives_in_a_bucket_equal_local_ones(dataset, tmp_path):
         bucket.requests.clear()
         assert_batches_equal(batches(data_config(dataset, "gs://bucket")), expected)
         ending = ".tar" if name == "webdataset" else ".zip"
-        assert bucket.reads(ending) <= 3 * 8 + 2
+        assert bucket.reads(ending) <= 3 * 8 + 2  # images of the batches
         copied = data_config(dataset, "gs://bucket", data__cache=tmp_path / "copies")
         assert_batches_equal(batches(copied), expected)
         for split in ("train", "test"):
@@ -137,10 +138,10 @@ def test_long_names_of_tar_members_are_read(tmp_path):
     source = registry.open_source(data, "train")
     assert [source.sample(i)["label"] for i in range(3)] == [2, 2, 2]
     assert source.sample(1)["image"] == b"image" * 300
-    pattern = folder_config(
+    two_files = folder_config(
         tmp_path, data__name="webdataset", data__train_split="train{1..2}.tar"
     ).data
-    assert len(registry.open_source(pattern, "train")) == 2
+    assert len(registry.open_source(two_files, "train")) == 2
 
 
 def test_archives_without_labels_are_accepted(tmp_path):
@@ -176,18 +177,22 @@ def test_json_member_may_contain_the_label(tmp_path):
     assert source.labels.tolist() == [2, 1, 0, 3]
     assert source.ignored == {"without an image": 1}
     contents = (b"[]", b"{", b'{"label": "cat"}', b'{"label": true}', b"{}")
-    members = [(f"{i}.json", text) for i, text in enumerate(contents)]
-    images = [(f"{i}.jpg", b"") for i in range(len(contents))]
-    write_tar(tmp_path / "train.tar", sorted([*members, *images]))
+    json_members = [(f"{i}.json", text) for i, text in enumerate(contents)]
+    image_members = [(f"{i}.jpg", b"") for i in range(len(contents))]
+    write_tar(tmp_path / "train.tar", sorted([*json_members, *image_members]))
     registry._open.cache_clear()
     source = registry.open_source(data, "train")
     assert len(source) == len(contents)
     assert not source.labeled
 
 
-def write_labels(root, name, split, labels):
-    """Write an archive of images with labels such as "0;3"."""
-    if name == "zip":
+def write_labels(root, label_format, split, labels):
+    """Write an archive of images with labels such as "0;3".
+
+    Args:
+      label_format: "cls" or "json" members of a tar file, or "zip".
+    """
+    if label_format == "zip":
         with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
             for i in range(len(labels)):
                 archive.writestr(f"{i}.jpg", b"image")
@@ -197,7 +202,7 @@ def write_labels(root, name, split, labels):
     members = []
     for i, label in enumerate(labels):
         members.append((f"{i}.jpg", b"image"))
-        if name == "cls":
+        if label_format == "cls":
             members.append((f"{i}.cls", label.encode()))
         else:
             numbers = [int(number) for number in label.split(";") if number]
@@ -206,49 +211,49 @@ def write_labels(root, name, split, labels):
     write_tar(root / f"{split}.tar", members)
 
 
-def open_labels(root, name, split="train", **keys):
+def open_labels(root, label_format, split="train", **keys):
     """Open a split that `write_labels` wrote, bypassing the cache of open sources."""
     registry._open.cache_clear()
-    name = name if name == "zip" else "webdataset"
+    name = "zip" if label_format == "zip" else "webdataset"
     return registry.open_source(
         folder_config(root, data__name=name, **keys).data, split
     )
 
 
-@pytest.mark.parametrize("name", ["cls", "json", "zip"])
-def test_archives_have_several_labels_per_image(tmp_path, name):
+@pytest.mark.parametrize("label_format", ["cls", "json", "zip"])
+def test_archives_may_have_several_labels_per_image(tmp_path, label_format):
     """Several labels are separated by ";", or a list in JSON; ";" stands for none."""
-    write_labels(tmp_path, name, "train", ["0;3", ";", "2"])
-    write_labels(tmp_path, name, "val", ["1;0"])
-    train = open_labels(tmp_path, name, data__multi_label=True)
+    write_labels(tmp_path, label_format, "train", ["0;3", ";", "2"])
+    write_labels(tmp_path, label_format, "val", ["1;0"])
+    train = open_labels(tmp_path, label_format, data__multi_label=True)
     assert (train.classes, train.labeled) == ([*"0123"], True)
     expected = [[1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
     assert_array_equal(train.labels, expected)
     for index, vector in enumerate(expected):
         label = train.sample(index)["label"]
         assert (label.dtype, label.tolist()) == (np.uint8, vector)
-    val = open_labels(tmp_path, name, "test", data__multi_label=True)
+    val = open_labels(tmp_path, label_format, "test", data__multi_label=True)
     assert val.labels.tolist() == [[1, 1, 0, 0]]
-    # Without the key, several labels are never reduced to one.
+    # Without data.multi_label, several labels are an error.
     message = r"0\.jpg has the label '0;3'; set data\.multi_label=True"
     with pytest.raises(DataError, match=message):
-        open_labels(tmp_path, name)
-    write_labels(tmp_path, name, "val", ["4"])
+        open_labels(tmp_path, label_format)
+    write_labels(tmp_path, label_format, "val", ["4"])
     with pytest.raises(DataError, match=r"expected labels from 0 to 3, found \[4\]"):
-        open_labels(tmp_path, name, "test", data__multi_label=True)
+        open_labels(tmp_path, label_format, "test", data__multi_label=True)
 
 
-@pytest.mark.parametrize("label", [b'{"label": ["cat", "dog"]}', b"{}"])
-def test_class_names_are_not_accepted_as_several_labels(tmp_path, label):
-    """Names in JSON are not class indices. The error suggests a CSV file."""
-    write_tar(tmp_path / "train.tar", [("a.jpg", b"image"), ("a.json", label)])
+@pytest.mark.parametrize("text", [b'{"label": ["cat", "dog"]}', b"{}"])
+def test_json_without_class_indices_is_not_a_label(tmp_path, text):
+    """Class names are not class indices. The error suggests a CSV file."""
+    write_tar(tmp_path / "train.tar", [("a.jpg", b"image"), ("a.json", text)])
     with pytest.raises(DataError, match=r"train\.tar, found none\n.*data\.name=csv"):
         open_labels(tmp_path, "json", data__multi_label=True)
     assert not open_labels(tmp_path, "json").labeled
 
 
 def test_slices_of_images_with_several_labels_are_disjoint(tmp_path):
-    """No image is in two slices, and images of no class are in one."""
+    """Each image is in one of two slices, even if it has several labels or none."""
     labels = [("0;1", "1;2", "0", ";")[i % 4] for i in range(40)]
     write_labels(tmp_path, "zip", "train", labels)
     slices = dict(data__train_split="train[:75%]", data__eval_split="train[75%:]")
@@ -273,23 +278,20 @@ def test_archive_index_of_an_earlier_version_is_rebuilt(tmp_path):
     data = folder_config(tmp_path, data__name="webdataset").data
     file = str(tmp_path / "train.tar")
 
-    def earlier(parts):
+    def merge_without_labels(parts):
         arrays = {"labels": np.array([-1]), "files": np.array([0]), "ignored": [1]}
         return parts[0] | arrays
 
-    records.load_index(str(tmp_path), [file], archives._tar_index, earlier)
+    records.load_index(str(tmp_path), [file], archives._tar_index, merge_without_labels)
     assert registry.open_source(data, "train").labels.tolist() == [2]
 
 
 def test_archives_are_split_by_fraction_or_slice(dataset):
     """One set of archives can be split into training and evaluation images."""
     name, root = dataset
-    split = "*train*.tar[{}:{}]" if name == "webdataset" else "train[{}:{}]"
-    held_out = dict(data__train_split=split[: -len("[{}:{}]")], data__eval_fraction=0.4)
-    slices = dict(
-        data__train_split=split.format("", "50%"),
-        data__eval_split=split.format("50%", ""),
-    )
+    files = "*train*.tar" if name == "webdataset" else "train"
+    held_out = dict(data__train_split=files, data__eval_fraction=0.4)
+    slices = dict(data__train_split=f"{files}[:50%]", data__eval_split=f"{files}[50%:]")
     everything = registry.open_source(data_config(dataset).data, "train")
     names = sorted(everything.name(i) for i in range(len(everything)))
     for options in (held_out, slices):

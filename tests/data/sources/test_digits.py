@@ -9,8 +9,8 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from hivit_jax import inputs
-from hivit_jax.data.sources import digits as data_sources_digits
 from hivit_jax.data.sources import registry
+from hivit_jax.data.sources.digits import Digits
 
 
 def pixels_and_labels(source):
@@ -30,10 +30,7 @@ def test_train_and_test_digits_are_disjoint():
     known = {}
     for image, label in zip(digits.images, digits.target, strict=True):
         known.setdefault(np.round(image * 255 / 16).astype(np.uint8).tobytes(), label)
-    train, test = (
-        data_sources_digits.Digits("train"),
-        data_sources_digits.Digits("test"),
-    )
+    train, test = Digits("train"), Digits("test")
     assert (len(train), len(test)) == (1437, 360)
     images_of_splits = []
     for source in (train, test):
@@ -59,7 +56,7 @@ COUNTS = [27, 35, 36, 29, 30, 40, 44, 39, 39, 41]
 
 
 def test_digits_are_encoded_as_png():
-    source = data_sources_digits.Digits("train")
+    source = Digits("train")
     sample = source.sample(5)
     assert sample["image"][:8] == b"\x89PNG\r\n\x1a\n"
     assert sample == source.sample(np.int64(5))
@@ -74,7 +71,7 @@ def test_length_counts_the_selected_digits():
 
 @pytest.mark.slow
 def test_subsets_of_digits_are_class_balanced():
-    """data.subset selects the images. All classes have equally many images."""
+    """data.subset selects the images, equally many of each class."""
     # Imported here, because a global import would slow the collection of tests.
     from sklearn.datasets import load_digits
 
@@ -92,12 +89,12 @@ def test_subsets_of_digits_are_class_balanced():
         labels = batch["label"].tolist()
         assert labels == [known[image] for image in images]
         subsets[examples, subset] = set(images)
-        if examples:  # the batch of 80 repeats some of them
+        if examples:  # The batch of 80 contains some images twice.
             counts = np.bincount(labels[:examples], minlength=10)
             assert counts.tolist() == [examples // 10] * 10
             assert len(subsets[examples, subset]) == examples
         [first, *_] = inputs.eval_batches(cfg)
-        source = data_sources_digits.Digits("test")
+        source = Digits("test")
         assert_array_equal(first["image"][..., 0], source.pixels()[:80])
     assert len(subsets[0, 0]) == 80
     assert subsets[50, 3] < subsets[70, 3]

@@ -97,7 +97,7 @@ def test_index_is_cached_until_a_directory_changes(root, cache_directory, monkey
     assert again == [*first[:3], ("train/n02/deeper/d.png", 0), *first[3:]]
     make(root, "train/n05/e.png")
     assert len(folder.Folder(str(root), "train").classes) == 4
-    assert len(walks) == 3 + 4  # one per class
+    assert len(walks) == 3 + 4  # one per class, of three and then four classes
     # The index is rebuilt if it has another version, is damaged or cannot be saved.
     with np.load(index_file) as index:
         other_version = {name: index[name] for name in index if name != "classes"}
@@ -145,7 +145,7 @@ def test_class_that_is_missing_in_train_is_an_error(root):
         folder.Folder(str(root), "val")
 
 
-def test_unreadable_file_is_an_oserror(root):
+def test_deleted_image_is_an_oserror(root):
     source = folder.Folder(str(root), "train")
     (root / "train/n10/a.JPEG").unlink()
     with pytest.raises(OSError, match="n10/a.JPEG"):
@@ -153,7 +153,6 @@ def test_unreadable_file_is_an_oserror(root):
 
 
 # Names that are neither classes nor images
-
 IGNORED = [
     ".ipynb_checkpoints/a-checkpoint.png",
     "n1/.ipynb_checkpoints/z-checkpoint.webp",
@@ -176,7 +175,7 @@ IGNORED = [
 def test_hidden_and_system_names_are_ignored(root):
     """Hidden names and names of system files (`IGNORED`) are ignored at any level.
 
-    Similar names, such as __x, @x and cache, are classes and images.
+    Similar names, such as @x, __x, cache and _.png, are not ignored.
     """
     make(root, "val/n1/v.png")
     before = {s: listed(folder.Folder(str(root), s)) for s in ("train", "val")}
@@ -262,12 +261,12 @@ def test_class_with_only_hidden_images_is_an_error(root):
     assert "Ignored files: 1 .heic, 1 .txt, 1 hidden or system" in str(error.value)
 
 
-@pytest.mark.parametrize("source", [folder.Folder, folder.Images])
-def test_long_listings_show_their_progress(source, root, monkeypatch, capsys):
+@pytest.mark.parametrize("source_class", [folder.Folder, folder.Images])
+def test_long_listings_show_their_progress(source_class, root, monkeypatch, capsys):
     """A line is printed every 10 s; the clock of this test advances by 10 s a call."""
     monkeypatch.setattr(progress, "monotonic", itertools.count(0, 10).__next__)
-    arguments = (root, "train") if source is folder.Folder else (root / "train",)
-    source(*arguments)
+    is_folder = source_class is folder.Folder
+    source_class(*((root, "train") if is_folder else (root / "train",)))
     lines = capsys.readouterr().err.splitlines()
     assert lines
     assert lines[-1].startswith(f"listing {root / 'train'}  ")

@@ -17,10 +17,10 @@ LAYOUTS = {
 }
 
 
-def error_of(name, directory, kind=DataError, **keys):
-    """Return the error of opening the training split."""
+def open_error(name, directory, error_class=DataError, **keys):
+    """Return the message of the error that opening the training split raises."""
     registry._open.cache_clear()
-    with pytest.raises(kind) as error:
+    with pytest.raises(error_class) as error:
         registry.open_source(KEYS | dict(name=name, dir=str(directory)) | keys, "train")
     return str(error.value)
 
@@ -37,7 +37,7 @@ def test_errors_name_the_key_and_its_content_and_the_layout(name, fraction, tmp_
     (tmp_path / "x.tar").write_bytes(b"\xff" * 100)
     cases = {"x.tar": "is a file", "other": "contains readme.md"}
     for directory, found in cases.items():
-        message = error_of(name, tmp_path / directory, eval_fraction=fraction)
+        message = open_error(name, tmp_path / directory, eval_fraction=fraction)
         assert len(message.splitlines()) <= 3
         assert "data.dir" in message
         if name == "csv" and directory == "x.tar":  # csv accepts a file
@@ -56,14 +56,14 @@ def test_missing_data_dir_is_an_error_of_the_config(name, tmp_path, monkeypatch)
     """The error about a relative path names the current directory."""
     monkeypatch.chdir(tmp_path)
     assert MissingDirectory.exit_code == 2
-    message = error_of(name, f"{tmp_path}/nowhere", MissingDirectory)
+    message = open_error(name, f"{tmp_path}/nowhere", MissingDirectory)
     assert f"data.dir='{tmp_path}/nowhere' does not exist" in message
-    message = error_of(name, "nowhere", MissingDirectory)
+    message = open_error(name, "nowhere", MissingDirectory)
     assert f"data.dir='nowhere' does not exist, relative to {tmp_path};" in message
     assert len(message.splitlines()) == 1
-    assert "data.dir='.'" in error_of(name, ".")
+    assert "data.dir='.'" in open_error(name, ".")
     if name != "mnist":  # TFDS has a default directory
-        message = error_of(name, "", MissingDirectory)
+        message = open_error(name, "", MissingDirectory)
         assert message.startswith(f"data.name={name!r} requires data.dir=DIR")
 
 

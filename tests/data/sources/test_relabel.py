@@ -13,7 +13,7 @@ PETS = ("bird", "cat", "dog")
 
 
 class Listed(Source):
-    """Source of given labels; `known` determines if `labels` lists them."""
+    """Source of given labels. If `known` is False, the attribute `labels` is None."""
 
     def __init__(self, classes, labels, known=True):
         self.classes, self._labels = classes, labels
@@ -43,7 +43,7 @@ def labels_of(source):
     [
         (["bird", "dog"], [0, 1, 1], [0, 2, 2]),  # a missing class
         (["dog", "cat", "bird"], [0, 1, 2], [2, 1, 0]),  # another order
-        (["bird", "cat"], [1, 0], [1, 0]),
+        (["bird", "cat"], [1, 0], [1, 0]),  # a missing last class
     ],
 )
 def test_classes_are_matched_by_name(classes, labels, expected, known):
@@ -65,7 +65,8 @@ def test_vectors_of_labels_are_matched_by_name():
     assert labels_of(short) == [[0, 0, 1]]
 
 
-def test_labels_in_records_of_messages_are_read_by_the_source():
+def test_relabeled_source_has_no_records_that_contain_labels():
+    """With `example_keys`, records contain the labels from before relabeling."""
     source = Listed(["dog"], [0])
     source.example_keys = ("image", "label")
     assert match_classes(source, PETS, "DIR").record(0) is None

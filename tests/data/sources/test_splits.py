@@ -70,7 +70,7 @@ FROZEN = [f"brick/{name}.png" for name in ("s0_00", "s0_03", "s1_04")]
 
 
 def test_held_out_images_do_not_depend_on_other_files(root):
-    """Adding or removing a file moves no other file of its class to the other side."""
+    """Adding or removing a file leaves the other files of its class on their side."""
     before = set(paths(root, "test", eval_fraction=0.25))
     (root / "brick" / "zz.png").write_text("new")
     (root / "brick" / "s0_00.png").unlink()
@@ -82,7 +82,7 @@ def test_held_out_images_do_not_depend_on_other_files(root):
 
 
 @pytest.mark.parametrize("fraction", [1e-6, 0.3, 0.999])
-def test_every_class_is_on_both_sides(root, fraction):
+def test_classes_of_several_images_are_on_both_sides(root, fraction):
     train = paths(root, "train", eval_fraction=fraction)
     held_out = paths(root, "test", eval_fraction=fraction)
     assert {path.split("/")[0] for path in train} == {"brick", "cat", "lone"}
@@ -102,7 +102,7 @@ def test_groups_stay_together(root, fraction):
 
 
 def test_group_is_held_out_only_if_its_classes_have_other_groups():
-    """A group is held out only if each of its classes has another group."""
+    """Groups stay whole, and every class keeps a group for training."""
     groups = [*"aabbcc"]
     for fraction in (1e-9, 1 - 1e-9):
         mask = splits.hold_out(groups, np.array([0, 1, 0, 1, 0, 1]), fraction)
@@ -113,7 +113,7 @@ def test_group_is_held_out_only_if_its_classes_have_other_groups():
 
 
 def test_slices_of_each_class_are_disjoint(root):
-    """Slices of each class are disjoint and do not follow the order of the names."""
+    """The slices do not follow the order of the names."""
     pieces = [
         paths(root, "train", train_split=f"[{text}]", eval_split=".")
         for text in (":50%", "50%:75%", "-25%:")
@@ -201,7 +201,7 @@ def test_images_outside_class_folders_have_no_labels(root):
         opened(root, "test", eval_split="none")
 
 
-def test_arrays_are_images_where_there_are_no_others(root):
+def test_npy_files_are_images_only_without_other_images(root):
     (root / "brick" / "features.npy").touch()
     assert len(opened(root, "train", eval_split="none")) == 43
     for path in root.glob("*/*.png"):

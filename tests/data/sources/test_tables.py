@@ -35,10 +35,8 @@ def opened(file, split="train", **keys):
 
 def listed(source):
     """Return the content and label of every example."""
-    return [
-        (s[0].decode(), s[1])
-        for s in map(lambda i: mini_runs.sample(source, i), range(len(source)))
-    ]
+    examples = [mini_runs.sample(source, i) for i in range(len(source))]
+    return [(encoded.decode(), label) for encoded, label in examples]
 
 
 def write(root, *lines, name="list.csv"):
@@ -142,7 +140,7 @@ def test_table_without_evaluation_images_is_an_error(root):
         opened(file, class_level="leaf")
 
 
-def test_tables_have_several_labels_per_image(root):
+def test_tables_may_have_several_labels_per_image(root):
     """Several labels are separated by ";"; an empty label stands for no class."""
     rows = ["a/0.png,dog;cat", "b/0.png,", "b/1 2.png, cat ;;cat", "c/0.png,emu"]
     file = write(root, "path,label", *rows)

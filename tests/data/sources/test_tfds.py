@@ -64,11 +64,11 @@ def test_unprepared_dataset_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("digit", "digits"), ("imagenet", "imagenet2012")]
+    ("name", "suggestion"), [("digit", "digits"), ("imagenet", "imagenet2012")]
 )
-def test_misspelled_dataset_name_gives_a_suggestion(tmp_path, name, near):
+def test_misspelled_dataset_name_gives_a_suggestion(tmp_path, name, suggestion):
     with pytest.raises(
-        ConfigError, match=f"unknown data.name {name!r}; did .* {near!r}"
+        ConfigError, match=f"unknown data.name {name!r}; did .* {suggestion!r}"
     ):
         tfds.Tfds(name, str(tmp_path), "train")
     # A prepared dataset may have that name.
