@@ -112,7 +112,7 @@ def test_default_size_of_the_synthetic_dataset_gives_a_warning():
 
     expected = "data.name=synthetic has 1,024 images"
     assert lines("total_epochs=100")[0].startswith(expected)
-    # The warmup is in epochs.
+    # The length of this run is in steps, but its warmup is in epochs.
     assert lines("total_steps=10000", "total_epochs=0")[0].startswith(expected)
     assert lines("data.train_examples=1281167") == []
     steps = ["total_steps=10000", "total_epochs=0", "optimizer.warmup_epochs=0"]

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 def test_programs_are_cached_in_the_workdir(
     directory, jax_setting, expected, run_main, tmp_path
 ):
-    """`compilation_cache` selects another directory, unless JAX has its own setting."""
+    """`compilation_cache` sets another directory; JAX's own setting overrides both."""
     name = "jax_compilation_cache_dir"
     before = jax.config.values[name]
     jax.config.update(name, jax_setting)
