@@ -68,7 +68,7 @@ def test_run_ends_at_the_same_step_after_interruptions(
         train(config(), workdir, lambda step: "why" if step == 4 else None)
     assert mini_runs.saved_steps(workdir) == [3, 4]
     for newest_step in (4, 3):
-        resumed = tmp_path / f"again{newest_step}"
+        resumed = tmp_path / f"resumed{newest_step}"
         shutil.copytree(workdir, resumed)
         if newest_step == 3:
             shutil.rmtree(resumed / "checkpoints" / "4")

@@ -156,8 +156,8 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
         variables = jax.device_put(variables, sharding.state_shardings(mesh, variables))
         eval_step = evaluate.make_eval_step(config, task, graphdef, mesh)
         batch = next(prefetch_to_device(inputs.eval_batches(config), mesh))
-        first = sharding.replicate(mesh, np.uint32(0))
-        results[choice] = jax.device_get(eval_step(variables, batch, first))
+        first_index = sharding.replicate(mesh, np.uint32(0))
+        results[choice] = jax.device_get(eval_step(variables, batch, first_index))
         assert bool(calls) == (choice == "fused")
     kernels = dispatch.attention_block, dispatch.mlp_block
     assert calls == [(kernel, 2) for kernel in kernels]

@@ -107,7 +107,7 @@ def test_cost_at_another_image_size_equals_that_of_a_larger_model():
 
 @pytest.mark.slow
 def test_model_without_a_head_returns_pooled_features():
-    """Its parameters and multiply-adds are those of the classifier minus the head's."""
+    """The model lacks the parameters and multiply-adds of the head."""
     model, headless = mini(), mini(num_classes=0)
     images = random_array((2, 64, 64, 3))
     pooled = jit_model(model, lambda model, images: model.pooled(images))(images)

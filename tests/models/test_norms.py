@@ -134,11 +134,11 @@ def test_eight_devices_give_the_results_of_one(sizes, num_microbatches):
     expected_grads, expected_state = jax.tree.map(np.zeros_like, params), model_state
     expected_total = 0.0
     for examples in microbatches:
-        (value, expected_state), added_grads = jax.value_and_grad(loss, has_aux=True)(
+        (added, expected_state), added_grads = jax.value_and_grad(loss, has_aux=True)(
             *(params, expected_state),
             *({name: array[examples] for name, array in batch.items()}, None),
         )
-        expected_total += value
+        expected_total += added
         expected_grads = jax.tree.map(np.add, expected_grads, added_grads)
     assert_allclose(total, expected_total, rtol=1e-5)
     for on_eight, on_one in ((grads, expected_grads), (state, expected_state)):

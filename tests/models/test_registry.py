@@ -151,19 +151,19 @@ MODELS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), MODELS)
 def test_seed_determines_parameters(name, overrides):
-    first, second = (
+    params, other_params = (
         initial_params(name, 0, **overrides),
         initial_params(name, 1, **overrides),
     )
-    again = initial_params(name, 0, **overrides)
-    for path, value in first.items():
-        assert_array_equal(value, again[path])
+    repeated = initial_params(name, 0, **overrides)
+    for path, value in params.items():
+        assert_array_equal(value, repeated[path])
         fixed = ("norm" in path and "proj" not in path) or "decoder_pos_embed" in path
         fixed |= path.endswith("bias") and "patch_embed/proj" not in path
         fixed |= path.endswith("absolute_pos_embed") and name.startswith("mae_")
-        assert (value == second[path]).all() == fixed, path
+        assert (value == other_params[path]).all() == fixed, path
     # No two parameters are drawn with the same key: their first values differ.
-    random_values = [v.flat[0] for v in first.values() if v.flat[0] not in (0, 1)]
+    random_values = [v.flat[0] for v in params.values() if v.flat[0] not in (0, 1)]
     assert len(set(random_values)) == len(random_values)
 
 

@@ -81,7 +81,7 @@ def pretrained(tmp_path_factory):
 @pytest.mark.extras
 @pytest.mark.slow
 def test_probe_changes_only_statistics_and_head(pretrained, tmp_path, capsys):
-    """The encoder keeps its values; the statistics average those of its features."""
+    """The encoder keeps its values; the running statistics match its features."""
     config = probe(init_from=str(pretrained), total_steps=3, checkpoint_every=1)
     config.keep_checkpoints = 5
     values = train(config, tmp_path)

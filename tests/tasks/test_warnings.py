@@ -104,7 +104,7 @@ def test_default_size_of_the_synthetic_dataset_gives_a_warning():
     """An epoch has 1,024 images unless data.train_examples sets another number."""
 
     def lines(*overrides):
-        flags = [f"--config.{each}" for each in ("data.name=synthetic", *overrides)]
+        flags = [f"--config.{x}" for x in ("data.name=synthetic", *overrides)]
         config = configs.load("mae_base", flags)
         task = inputs.task_of_recipe(config)
         images = task.data.counts["train"]

@@ -44,7 +44,7 @@ def test_batches_have_the_compiled_shapes(source, overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "accumulate_steps"), [(8, 1), (4, 2)])
 def test_fsdp_communicates_only_parameters_and_gradients(fsdp, accumulate_steps):
-    """Two batch sizes give equal collectives; those of activations would differ."""
+    """The collectives do not depend on the batch size, unlike those of activations."""
     collectives = []
     for size in (64, 256):
         config = mini_runs.mae(batch_size=size, model__depths="(1,1,1)")
