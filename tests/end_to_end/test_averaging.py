@@ -45,12 +45,12 @@ SIZES = dict(
 )
 
 
-# All arguments of the network; the last two are as in the recipe
+# All arguments of the network; the last two are as in the recipe `linear`
 NETWORK = SIZES | dict(relative_position=False, running_norm=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def minimal_output():
+def one_device_and_minimal_output():
     """Use a single device; disable figures and TensorBoard events."""
     devices = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch, mini_runs.minimal_output():
@@ -126,7 +126,7 @@ def run(interrupted, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stored(run):
+def checkpoints(run):
     """Return {step: {item: {name: array}}} of all checkpoints."""
     return {step: mini_runs.saved_arrays(run, step) for step in range(STEPS + 1)}
 
@@ -137,7 +137,7 @@ def averaged_variables(items):
 
 
 @pytest.fixture(scope="module")
-def evaluate_in_numpy(stored):
+def evaluate_in_numpy(checkpoints):
     """Return a function from parameters to the test split's (loss, top-1, top-5).
 
     The function computes the head in numpy, from the features of the frozen encoder.
@@ -150,7 +150,7 @@ def evaluate_in_numpy(stored):
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     network = hivit_jax.create_model("hivit_base", num_classes=10, **NETWORK)
     graphdef, params = split(network)
-    initial = stored[0]["params"] | stored[0]["model_state"]
+    initial = checkpoints[0]["params"] | checkpoints[0]["model_state"]
     params = jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.asarray(
             initial[jax.tree_util.keystr(path, simple=True, separator="/")]
@@ -202,29 +202,31 @@ def test_linear_probe_starts_with_a_new_head(pretrained_directory, interrupted):
     assert (params["fc_norm/var"] == 1).all()
 
 
-def test_each_step_updates_the_average(stored):
+def test_each_step_updates_the_average(checkpoints):
     """From step 1 on, the average is updated with a tenth of each step's parameters."""
-    assert "ema" not in stored[0]
-    average = stored[0]["params"]
+    assert "ema" not in checkpoints[0]
+    average = checkpoints[0]["params"]
     for step in range(1, STEPS + 1):
-        params = stored[step]["params"]
+        params = checkpoints[step]["params"]
         average = {k: DECAY * average[k] + (1 - DECAY) * params[k] for k in params}
-        assert stored[step]["ema"].keys() == params.keys()
-        for name, array in stored[step]["ema"].items():
+        assert checkpoints[step]["ema"].keys() == params.keys()
+        for name, array in checkpoints[step]["ema"].items():
             assert_allclose(array, average[name], rtol=2e-6, atol=1e-7, err_msg=name)
-    distance = np.abs(stored[STEPS]["params"]["head/kernel"] - average["head/kernel"])
+    distance = np.abs(
+        checkpoints[STEPS]["params"]["head/kernel"] - average["head/kernel"]
+    )
     # For at least one weight, the difference exceeds half the initial standard
     # deviation of the head's kernel, 0.01.
     assert distance.max() > 0.005
 
 
-def test_training_evaluates_the_average(run, stored, evaluate_in_numpy):
+def test_training_evaluates_the_average(run, checkpoints, evaluate_in_numpy):
     lines = [
         line for line in metrics.read(run / "metrics.jsonl") if "eval/loss" in line
     ]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
-        items = stored[line["step"]]
+        items = checkpoints[line["step"]]
         with_average = evaluate_in_numpy(averaged_variables(items))
         with_params = evaluate_in_numpy(items["params"] | items["model_state"])
         logged = [line[f"eval/{name}"] for name in ("loss", "top1", "top5")]
@@ -232,11 +234,11 @@ def test_training_evaluates_the_average(run, stored, evaluate_in_numpy):
         assert abs(with_params[0] - with_average[0]) > 0.02
 
 
-def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys):
+def test_best_evaluated_checkpoint_is_kept(interrupted, checkpoints, tmp_path, capsys):
     """With keep_checkpoints=1, a run keeps its newest and its best checkpoint.
 
-    Step 3 was not evaluated and does not inherit the score of step 2. The last state
-    equals that of `run`, although `run` restored step 0 without averages.
+    Step 3 was not evaluated and does not inherit the score of step 2. The last
+    checkpoint equals that of the fixture `run`, which restored step 0 without averages.
     """
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     train(probe(keep_checkpoints=1), tmp_path)
@@ -248,7 +250,7 @@ def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("best checkpoint  step 2 ")
     assert f"top1 {100 * top1[2]:.2f} %" in last
-    mini_runs.assert_identical(mini_runs.saved_arrays(tmp_path, 4), stored[4])
+    mini_runs.assert_identical(mini_runs.saved_arrays(tmp_path, 4), checkpoints[4])
 
 
 # Commands that read a checkpoint
@@ -256,7 +258,7 @@ def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys
 
 @pytest.mark.parametrize(("subdirectory", "step"), [("", 4), ("checkpoints/2", 2)])
 def test_eval_mode_evaluates_the_average(
-    subdirectory, step, run, stored, evaluate_in_numpy, tmp_path, capsys
+    subdirectory, step, run, checkpoints, evaluate_in_numpy, tmp_path, capsys
 ):
     """``--mode eval`` reads --checkpoint, by default the newest in the workdir."""
     arguments = [*flags(), "--mode=eval", f"--workdir={run}"]
@@ -266,7 +268,7 @@ def test_eval_mode_evaluates_the_average(
     capsys.readouterr()
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    loss, top1, top5 = evaluate_in_numpy(averaged_variables(stored[step]))
+    loss, top1, top5 = evaluate_in_numpy(averaged_variables(checkpoints[step]))
     match = re.search(
         rf"^step {step}  eval  loss (\S+)  top1 (\S+) %  top5 (\S+) %  \(64 im",
         out,
@@ -344,7 +346,7 @@ def test_resuming_detects_a_flipped_bit_of_any_item(item, damaged):
     [("ema", "params", 2, []), ("params", "ema", 3, ["--plain"])],
 )
 def test_only_the_requested_weights_are_read(
-    item, other, step, options, run, damaged, stored, tmp_path
+    item, other, step, options, run, damaged, checkpoints, tmp_path
 ):
     """`load_pretrained` and `convert` verify either the parameters or the averages."""
     averaged = item == "ema"
@@ -352,7 +354,7 @@ def test_only_the_requested_weights_are_read(
         hivit_jax.load_pretrained(damaged[item], averaged=averaged)
     loaded = hivit_jax.load_pretrained(damaged[other], averaged=averaged)
     arrays = jax.device_get(named_leaves(split(loaded)[1]))
-    expected = stored[4][item] | stored[4]["model_state"]
+    expected = checkpoints[4][item] | checkpoints[4]["model_state"]
     mini_runs.assert_identical(arrays, {name: expected[name] for name in arrays})
 
     target = tmp_path / "converted"
@@ -360,7 +362,7 @@ def test_only_the_requested_weights_are_read(
     source = run / "checkpoints" / str(step)
     assert convert.main([str(source), str(target), *options]) == 0
     head = load_file(target / "model.safetensors")["head.weight"]
-    assert_array_equal(head, stored[step][item]["head/kernel"].T)
+    assert_array_equal(head, checkpoints[step][item]["head/kernel"].T)
     saved_config = json.loads((target / "config.json").read_text())
     assert saved_config["recipe"]["optimizer"]["ema_decay"] == DECAY
     assert saved_config["results"].get("eval/loss") == mini_runs.logged(

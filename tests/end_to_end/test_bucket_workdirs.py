@@ -12,7 +12,7 @@ COMMIT = "run/checkpoints/4/commit_success.txt"
 
 
 def test_run_in_a_bucket_equals_a_local_run(tmp_path):
-    """After a kill and after damage, the run resumes and ends bit-identical.
+    """After a kill and after damage, the run resumes and equals the local run exactly.
 
     Evaluation works, and a bucket without permission to write is an error.
     """

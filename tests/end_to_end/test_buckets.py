@@ -23,8 +23,8 @@ def dataset(tmp_path_factory):
 def run_training(tmp_path_factory):
     """Return a function (workdir, directory, reader) that trains in a subprocess.
 
-    The subprocess cannot import gcsfs and tensorboardX. With the reader "threads", the
-    subprocess cannot import tensorflow either.
+    The function returns (exit code, stdout, stderr). The subprocess cannot import
+    gcsfs and tensorboardX and, with the reader "threads", tensorflow.
     """
     root = tmp_path_factory.mktemp("runs")
 
@@ -71,7 +71,7 @@ def test_run_that_loses_access_resumes_bit_identically(
             `inputs.check_splits` reads eight more images before the first step.
             """
             ranges = (header for _, key, header in bucket.requests if "-train." in key)
-            if sum(length(header) > 500 for header in ranges) > 9 * 8 + 8:
+            if sum(range_length(header) > 500 for header in ranges) > 9 * 8 + 8:
                 bucket.statuses = {"noise_images": 403}
 
         bucket.answering = refuse
@@ -101,7 +101,7 @@ def test_run_that_loses_access_resumes_bit_identically(
     )
 
 
-def length(header):
+def range_length(header):
     """Return the length of a Range header; 0 if it has no start or no end."""
     first, _, last = header.removeprefix("bytes=").partition("-")
     return int(last) + 1 - int(first) if first and last else 0

@@ -63,7 +63,7 @@ def test_num_classes_0_becomes_the_number_of_classes():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return the workdir of a classifier of blue, green and red images."""
+    """Return the workdir of a classifier for blue, green and red images."""
     root = tmp_path_factory.mktemp("colors")
     with mini_runs.minimal_output():
         write_folders(root / "data" / "train", own_images.SPLITS["train"])
@@ -74,7 +74,11 @@ def trained(tmp_path_factory):
 
 
 def write_folders(root, pairs, rename=lambda name: name):
-    """Write pairs of (encoded image, class name) as ROOT/CLASS/INDEX.png."""
+    """Write pairs of (encoded image, class name) as ROOT/CLASS/INDEX.png.
+
+    Args:
+      rename: function from a class name to the name of its directory.
+    """
     for k, (image, name) in enumerate(pairs):
         path = root / rename(name) / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +89,7 @@ def write_folders(root, pairs, rename=lambda name: name):
 @pytest.mark.usefixtures("minimal_output")
 @pytest.mark.parametrize("reader", ["threads", "tf.data"])
 def test_evaluation_matches_classes_by_name(trained, tmp_path, capsys, reader):
-    """The evaluated directory has no training split and no image of green."""
+    """The evaluated directory has no training split and no green image."""
     if reader == "tf.data":
         pytest.importorskip("tensorflow")
     pairs = [pair for pair in own_images.examples(9, 70) if pair[1] != "green"]
@@ -114,7 +118,7 @@ def test_evaluation_of_unknown_classes_is_an_error(trained, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
-def test_predictions_of_a_smaller_test_split_have_correct_labels(trained, tmp_path):
+def test_predictions_without_images_of_a_class_have_correct_labels(trained, tmp_path):
     """The data directory loses its class blue in both splits after the training."""
     data = trained.parent / "data"
     moved = [data / split / "blue" for split in ("train", "val")]

@@ -31,7 +31,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 DAMAGED = {"train": (2, 9, 17), "val": (4,)}
 
 
-# Step of a line -> first step after the previous line
+# Step of a line in metrics.jsonl -> first step after the previous line
 LINES = {3: 1, 4: 4, 5: 5, 6: 6, 8: 7}
 
 
@@ -56,6 +56,7 @@ class Recorder:
 
     Attributes:
       train, eval: [images, logits] of each batch.
+      results: metrics of the last evaluation, as `train` returns them.
     """
 
     def __init__(self, workdir):
@@ -129,9 +130,9 @@ def line_of(run, step, name):
 def cross_entropy(logits, labels, smoothing):
     """Return the cross-entropy of each example with smoothed labels."""
     logits = np.float64(logits)
-    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     targets = np.eye(CLASSES)[labels] * (1 - smoothing) + smoothing / CLASSES
-    return -(targets * log).sum(-1)
+    return -(targets * log_probabilities).sum(-1)
 
 
 def test_training_lines_exclude_unreadable_images_from_means(run, folder):
@@ -154,9 +155,9 @@ def test_training_lines_exclude_unreadable_images_from_means(run, folder):
         )
         losses = cross_entropy(logits, true_labels, 0.1)
         assert line["loss"] == pytest.approx(losses[valid].mean(), rel=1e-5)
-        rank = (-logits).argsort(-1)
+        ranking = (-logits).argsort(-1)
         for k in (1, 5):
-            is_correct = (rank[:, :k] == true_labels[:, None]).any(-1)
+            is_correct = (ranking[:, :k] == true_labels[:, None]).any(-1)
             assert line[f"top{k}"] == pytest.approx(is_correct[valid].mean(), rel=1e-6)
         since_line = slice((first - 1) * BATCH, step * BATCH)
         assert line["unreadable"] == is_damaged[since_line].sum()
@@ -226,11 +227,11 @@ def eval_results(evaluation, folder):
     is_readable = ~np.isin(np.arange(VAL), DAMAGED["val"])
     logits = np.concatenate([logits for _, logits in evaluation])[:VAL][is_readable]
     labels = readable_examples(folder)[1]
-    rank = (-logits).argsort(-1)
+    ranking = (-logits).argsort(-1)
     return {
         "eval/loss": cross_entropy(logits, labels, 0.0).mean(),
-        "eval/top1": (rank[:, 0] == labels).mean(),
-        "eval/top5": (rank[:, :5] == labels[:, None]).any(-1).mean(),
+        "eval/top1": (ranking[:, 0] == labels).mean(),
+        "eval/top5": (ranking[:, :5] == labels[:, None]).any(-1).mean(),
         "eval/count": VAL - len(DAMAGED["val"]),
         "eval/unreadable": len(DAMAGED["val"]),
     }
@@ -312,8 +313,9 @@ def test_eval_mode_prints_the_last_evaluation(
         assert main([*command, "--config.data.max_unreadable=0.09"]) == 4
         assert "1 image of folder could not be read, 9.09%" in capsys.readouterr().err
         all_batches = inputs.source_batches
-        first = lambda *arguments: [next(all_batches(*arguments))]  # noqa: E731
-        monkeypatch.setattr(inputs, "source_batches", first)
+        monkeypatch.setattr(
+            inputs, "source_batches", lambda *args: [next(all_batches(*args))]
+        )
         assert main(command) == 4
         expected = "evaluated 7 images and could not read 1; expected 11 in total"
         assert expected in capsys.readouterr().err

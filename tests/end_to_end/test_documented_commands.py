@@ -37,7 +37,7 @@ SKIPPED = {
 }
 # Pattern of commands -> package that they need
 NEEDED = {r"\.onnx$": "jax2onnx", r"\.pth --format": "torch"}
-# Overrides of the length of a run, of the size of a model, and of the size of a decoder
+# Overrides that shorten a run, shrink a model, and shrink a decoder
 SHORT = ["total_steps=4", "eval_every=4", "checkpoint_every=4", "log_every=2"]
 SMALL = ["model.embed_dim=64", "model.depths=(1,1,2)", "model.num_heads=2"]
 SMALL += ["model.image_size=32", "model.dtype=float32", "data.canvas=0", "batch_size=8"]
@@ -106,8 +106,8 @@ def run(words):
     if words[0] == "hivit_jax" or words[1:3] == ["-m", "hivit_jax.main"]:
         flags = words[1:] if words[0] == "hivit_jax" else words[3:]
         if "--config" in flags and "describe" not in flags:
-            digits = any(word.startswith("digits") for word in flags)
-            more = SHORT * ("--mode" not in flags) + SMALL * (not digits)
+            is_digits = any(word.startswith("digits") for word in flags)
+            more = SHORT * ("--mode" not in flags) + SMALL * (not is_digits)
             if {"mae_tiny", "folder_mae"} & {*flags}:
                 more = [*more, *(f"model.{size}" for size in DECODER)]
             flags = [*flags, *(f"--config.{override}" for override in more)]
@@ -138,7 +138,7 @@ def test_documented_commands_succeed(directory, monkeypatch, capfd, minimal_outp
             if reason := reason_to_skip(command):
                 counts[reason] = counts.get(reason, 0) + 1
                 continue
-            # Some commands read runs of the reader, which copies of other runs replace.
+            # Some commands read runs that no command writes. Copy them from others.
             for source, copy in (("own", "birds"), ("finetune", "scratch")):
                 path = directory / "runs"
                 if (path / source).exists() and not (path / copy).exists():

@@ -68,7 +68,7 @@ def test_run_ends_at_the_same_step_after_interruptions(
         train(config(), workdir, lambda step: "why" if step == 4 else None)
     assert mini_runs.saved_steps(workdir) == [3, 4]
     for newest_step in (4, 3):
-        resumed = tmp_path / f"again{newest_step}"
+        resumed = tmp_path / f"resumed{newest_step}"
         shutil.copytree(workdir, resumed)
         if newest_step == 3:
             shutil.rmtree(resumed / "checkpoints" / "4")
@@ -107,8 +107,8 @@ def test_new_best_is_saved_between_checkpoints(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("best checkpoint  step 3  eval  loss 0.4000")
     pretrained = read_model(tmp_path)
-    rank = "(step 5, the newest; the best is step 3)"
-    assert capsys.readouterr().out == f"model: {pretrained.path} {rank}\n"
+    note = "(step 5, the newest; the best is step 3)"
+    assert capsys.readouterr().out == f"model: {pretrained.path} {note}\n"
     best = run_facts._best(metrics.evaluations(tmp_path), CRITERION)
     assert best == "eval/loss 0.4 at step 3"
 
@@ -159,7 +159,7 @@ def test_evaluations_since_best_are_counted_up_to_a_step(tmp_path):
     assert count(7, ("eval/top1", "max")) == 7
 
 
-# Program of one process that prints the result of `check_progress` after each step
+# Program of one process that prints the results of `check_progress` for some steps
 DECISIONS = """
 import json, sys
 from pathlib import Path
@@ -185,8 +185,8 @@ def test_processes_stop_at_the_same_step(tmp_path):
         (tmp_path / f"{index}").mkdir()
         writer = metrics.Writer(tmp_path / f"{index}")
         for step, loss in LOSSES.items():
-            falling = {"eval/loss": -step if index else loss, "eval/count": 64}
-            writer.scalars(step, falling)
+            values = {"eval/loss": -step if index else loss, "eval/count": 64}
+            writer.scalars(step, values)
         writer.close()
     decisions_0, decisions_1 = (
         [check_progress(tmp_path / name, 2, CRITERION, step) for step in LOSSES]

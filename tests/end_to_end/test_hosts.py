@@ -101,7 +101,7 @@ def test_hosts_share_batches_and_results(count, run, one_host):
 
 
 def test_batches_continue_after_a_kill(run, one_host):
-    """Another process yields the batches that follow."""
+    """After a process is killed, another process yields the batches that follow."""
     arguments, root = run
     first, last = hosts.STEPS
     code = (

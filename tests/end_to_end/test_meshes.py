@@ -46,6 +46,7 @@ class Run:
     initial: {name: host array} of the initial state.
     shards: [{name: shape of the shard on device 0}] of the initial state and of each
       saved state.
+    results: metrics of the last evaluation, as `train` returns them.
     """
 
     def __init__(self, config, workdir):
@@ -199,8 +200,8 @@ def test_state_is_sharded_from_the_first_step(trained):
     for shards in run.shards:
         for name, leaf in run.initial.items():
             pieces = leaf.size // math.prod(shards[name])
-            large = leaf.size >= 2**13 and any(side % 4 == 0 for side in leaf.shape)
-            assert pieces == (4 if large else 1), name
+            is_divisible = any(side % 4 == 0 for side in leaf.shape)
+            assert pieces == (4 if leaf.size >= 2**13 and is_divisible else 1), name
     # The tensor axis, over which the second dimension is sharded, has one device.
     kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
     first, last = run.shards[0], run.shards[-1]
@@ -238,8 +239,8 @@ def test_load_pretrained_reads_workdirs_and_checkpoints(trained):
     assert (model.config.embed_dim, model.config.norm_pix_loss) == (64, True)
     loaded = jax.device_get(named_leaves(split(model)[1]))
     mini_runs.assert_identical(loaded, mini_runs.saved_variables(workdir, 8))
-    step = hivit_jax.load_pretrained(workdir / "checkpoints" / "3")
-    loaded = jax.device_get(named_leaves(split(step)[1]))
+    model = hivit_jax.load_pretrained(workdir / "checkpoints" / "3")
+    loaded = jax.device_get(named_leaves(split(model)[1]))
     mini_runs.assert_identical(loaded, mini_runs.saved_variables(workdir, 3))
 
 
@@ -271,12 +272,12 @@ def test_computed_steps_are_saved_before_a_data_error(tmp_path, monkeypatch):
     """Each computed step is logged, evaluated and saved before the error is raised."""
 
     def failing(config, first, last):
-        for step, batch in enumerate(original(config, first, last)):
+        for step, batch in enumerate(original_batches(config, first, last)):
             if step == 5:  # two batches are read ahead
                 raise DataError("no answer")
             yield batch
 
-    original = inputs.train_batches
+    original_batches = inputs.train_batches
     monkeypatch.setattr(inputs, "train_batches", failing)
     with pytest.raises(DataError, match="no answer"):
         training.train(mini_runs.mae(eval_every=3, checkpoint_every=3), tmp_path)

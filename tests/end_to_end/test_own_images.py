@@ -194,7 +194,7 @@ def test_classifier_of_own_files_predicts_new_images(write, tmp_path, capsys):
     (new / "a.png").write_bytes(DAMAGED)
     (new / "b.txt").write_text("stray")
     rows = predict_rows(workdir, out, new)
-    # Tar files contain the numbers of classes, not their names.
+    # Tar files contain the indices of classes, not their names.
     names = [*COLORS] if write is not write_tars else [*"012"]
     assert [row["predicted"] for row in rows] == [*names * 2, ""]
     assert [bool(row["error"]) for row in rows] == [False] * 6 + [True]

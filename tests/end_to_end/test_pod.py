@@ -215,7 +215,7 @@ sys.exit(main.main())
 def test_two_processes_exit_with_the_documented_codes(
     actions, codes, messages, environment, tmp_path
 ):
-    """The processes fail by errors, stalls and crashes."""
+    """The processes end because of errors, stalls and crashes."""
     address = mini_runs.free_address()
     processes = [
         mini_runs.start_process(
@@ -240,8 +240,8 @@ from hivit_jax import main, train
 from hivit_jax.errors import LocalDataError
 
 def batches_of(source, mesh, prefetch_to_device=train.prefetch_to_device):
-    for number, batch in enumerate(prefetch_to_device(source, mesh)):
-        if number == 7:
+    for batch_index, batch in enumerate(prefetch_to_device(source, mesh)):
+        if batch_index == 7:
             raise LocalDataError("label 10")
         yield batch
 
@@ -252,7 +252,7 @@ sys.exit(main.main())
 
 @pytest.mark.extras
 def test_data_error_of_one_process_ends_both(environment, tmp_path):
-    """The failing process prints its error at once; nothing is saved."""
+    """The failing process prints its error immediately; nothing is saved."""
     address = mini_runs.free_address()
     options = ONE_FAILS | dict(stall_timeout=600)
     flags = [*mini_runs.arguments(**options), f"--workdir={tmp_path}/run"]

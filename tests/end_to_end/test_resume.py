@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-STEPS, EVERY = 60, 25
+STEPS, CHECKPOINT_EVERY = 60, 25
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,11 @@ def environment(environment):
 
 
 @pytest.fixture(scope="module")
-def synthetic(tmp_path_factory):
+def options(tmp_path_factory):
     """Return overrides with a compilation cache that all tests share."""
     return dict(
         total_steps=STEPS,
-        checkpoint_every=EVERY,
+        checkpoint_every=CHECKPOINT_EVERY,
         optimizer__ema_decay=0.9,
         optimizer__clip_norm=1.0,
         compilation_cache=tmp_path_factory.mktemp("programs"),
@@ -98,17 +98,17 @@ def check_same_run(workdir, expected):
 
 
 def test_interrupted_and_killed_run_resumes_bit_identically(
-    uninterrupted, synthetic, environment, tmp_path
+    uninterrupted, options, environment, tmp_path
 ):
     """SIGTERM saves one checkpoint, SIGKILL follows, and the third start finishes.
 
     test_imagenet.py kills runs that read files.
     """
-    expected, _ = uninterrupted("synthetic", **synthetic)
+    expected, _ = uninterrupted("synthetic", **options)
     assert "ema" in mini_runs.saved_arrays(expected, STEPS)
     workdir = tmp_path / "run"
     arguments = workdir, "synthetic"
-    code, _, err = interrupt(*arguments, signal.SIGTERM, 5, environment, **synthetic)
+    code, _, err = interrupt(*arguments, signal.SIGTERM, 5, environment, **options)
     assert code == 75
     message = rf"SIGTERM: step (\d+) of {STEPS} is saved in {workdir}; run"
     step = int(re.search(message, err)[1])
@@ -116,40 +116,40 @@ def test_interrupted_and_killed_run_resumes_bit_identically(
     assert mini_runs.saved_steps(workdir) == [step]
     assert max(mini_runs.logged(workdir)) == step
     saved = mini_runs.saved_arrays(workdir, step)["optimizer"]["step"]
-    assert int(saved) == step < EVERY
+    assert int(saved) == step < CHECKPOINT_EVERY
 
     code, out, _ = interrupt(
-        *arguments, signal.SIGKILL, EVERY + 5, environment, **synthetic
+        *arguments, signal.SIGKILL, CHECKPOINT_EVERY + 5, environment, **options
     )
     assert code == -signal.SIGKILL
     assert f"resuming at step {step} from" in out
     saved = mini_runs.saved_steps(workdir)[-1]
-    assert EVERY <= saved <= max(mini_runs.logged(workdir)) < STEPS
+    assert CHECKPOINT_EVERY <= saved <= max(mini_runs.logged(workdir)) < STEPS
 
     code, out, err = mini_runs.run_process(
-        *command(*arguments, **synthetic), **environment
+        *command(*arguments, **options), **environment
     )
     assert code == 0, err
     assert f"resuming at step {saved} from" in out
     assert re.findall(r"^step (\d+)/", out, re.M)[0] == str(saved + 1)
     assert "read from the cache in" in out
-    assert list(synthetic["compilation_cache"].iterdir())
+    assert list(options["compilation_cache"].iterdir())
     assert not (workdir / "compiled").exists()
     check_same_run(workdir, expected)
     assert (workdir / "figures" / f"reconstruction_{STEPS:07d}.png").is_file()
 
 
-def test_finished_run_only_evaluates(uninterrupted, synthetic, environment):
-    workdir, before = uninterrupted("synthetic", **synthetic)
+def test_finished_run_only_evaluates(uninterrupted, options, environment):
+    workdir, first_out = uninterrupted("synthetic", **options)
     losses, state = (
         mini_runs.logged(workdir),
         mini_runs.saved_arrays(workdir, STEPS),
     )
-    arguments = command(workdir, "synthetic", **synthetic)
+    arguments = command(workdir, "synthetic", **options)
     code, out, err = mini_runs.run_process(*arguments, **environment)
     assert code == 0, err
     assert not re.search(rf"^step \d+/{STEPS}|compiling the train", out, re.M)
-    evaluation = [line for line in before.splitlines() if "eval  loss" in line][-1]
+    evaluation = [line for line in first_out.splitlines() if "eval  loss" in line][-1]
     assert evaluation in out.splitlines()
     assert mini_runs.logged(workdir) == losses
     mini_runs.assert_identical(mini_runs.saved_arrays(workdir, STEPS), state)

@@ -31,7 +31,7 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def default_precision():
+def one_device_and_default_precision():
     """Use one device and, as in training, JAX's default precision of products."""
     before = jax.config.jax_default_matmul_precision
     jax.config.update("jax_default_matmul_precision", None)
@@ -45,7 +45,7 @@ STAGES = {"stem": norm(25088, 128), "main stage": norm(1568, 512)}
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("name", [*CASES, *STAGES])
-def test_kernels_are_no_less_exact_than_plain(name, keep):
+def test_kernels_on_accelerators_are_about_as_exact_as_plain(name, keep):
     case = (CASES | STAGES)[name]
     if case.platform != jax.default_backend() or keep and not case.keeps:
         pytest.skip("no such kernel on this backend")
@@ -53,7 +53,7 @@ def test_kernels_are_no_less_exact_than_plain(name, keep):
 
 
 @jax.custom_vjp
-def flash_attention(q, k, v, bias=None):
+def plain_flash_attention(q, k, v, bias=None):
     """Compute attention in plain JAX, rounded as in a fused kernel.
 
     A fused kernel saves only the bfloat16 output and the log-sum-exp of each row. The
@@ -100,13 +100,13 @@ def _product(axes, a, b):
     return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
 
 
-flash_attention.defvjp(_flash_forward, _flash_backward)
+plain_flash_attention.defvjp(_flash_forward, _flash_backward)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("tokens", [49, 196, 300])
 def test_attention_is_as_exact_as_flash_attention(tokens, with_bias):
-    """Errors relative to float32 are at most 1.1 times those of `flash_attention`.
+    """Errors relative to float32 are at most 1.1 times those of rounded plain JAX.
 
     On TPUs, 300 tokens with a bias run the kernel of `flash_tpu`.
     """
@@ -125,18 +125,18 @@ def test_attention_is_as_exact_as_flash_attention(tokens, with_bias):
             q, k, v, bias=bias, mask=None, choice="auto"
         )
 
-    ours, expected = (
+    our_errors, flash_errors = (
         relative_errors(function, inputs, cotangent, truth, jax.jit)
-        for function in (attend, flash_attention)
+        for function in (attend, plain_flash_attention)
     )
-    assert_array_less(ours, 1.1 * np.array(expected) + 1e-3)
+    assert_array_less(our_errors, 1.1 * np.array(flash_errors) + 1e-3)
 
 
 @pytest.mark.parametrize("choice", dispatch.CHOICES)
 def test_base_mae_in_bfloat16_equals_the_official_code(choice):
     """Loss and gradient norms match the golden data; a second run is bit-identical.
 
-    The two golden images are repeated, because a kernel processes many rows.
+    The two golden images are repeated, because kernels run only with many rows.
     """
     facts = reference.FIXTURES["mae_base"]
     state = reference.state_dict("mae_base")
@@ -155,9 +155,9 @@ def test_base_mae_in_bfloat16_equals_the_official_code(choice):
     assert_allclose(loss, facts["loss_f64"], rtol=1e-3)
     for name, gradient in to_official(gradients, model).items():
         if name != "decoder_pos_embed":
-            norm = np.linalg.norm(np.float64(gradient))
+            gradient_norm = np.linalg.norm(np.float64(gradient))
             expected = facts["grad_norm"][name]
-            assert_allclose(norm, expected, rtol=0.01, atol=1e-6, err_msg=name)
+            assert_allclose(gradient_norm, expected, rtol=0.01, atol=1e-6, err_msg=name)
     np.testing.assert_array_equal(loss, repeated[0])
     repeated_gradients = named_leaves(repeated[1])
     for name, gradient in named_leaves(gradients).items():

@@ -100,15 +100,15 @@ def test_train_step_with_kernels_on_a_mesh_equals_plain(monkeypatch):
     """Each of two devices has half of the batch; gradients are accumulated."""
     two_devices = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: two_devices)
-    results, parts = {}, 2
+    results, accumulate_steps = {}, 2
     for choice in ("plain", "fused"):
-        config = mini_runs.mae(batch_size=32 * parts, data__name="synthetic")
-        config.optimizer.accumulate_steps = parts
+        config = mini_runs.mae(batch_size=32 * accumulate_steps, data__name="synthetic")
+        config.optimizer.accumulate_steps = accumulate_steps
         config.model.kernels = choice
         for name, value in WIDE.items():
             config.model[name] = value
         config.mesh.data, config.mesh.fsdp = 1, 2
-        mesh = sharding.make_mesh(config.mesh, config.batch_size, parts)
+        mesh = sharding.make_mesh(config.mesh, config.batch_size, accumulate_steps)
         schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
         training = mini_runs.make_training(config, mesh, schedule)
         options = {"xla_backend_optimization_level": 0}
@@ -156,8 +156,8 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
         variables = jax.device_put(variables, sharding.state_shardings(mesh, variables))
         eval_step = evaluate.make_eval_step(config, task, graphdef, mesh)
         batch = next(prefetch_to_device(inputs.eval_batches(config), mesh))
-        first = sharding.replicate(mesh, np.uint32(0))
-        results[choice] = jax.device_get(eval_step(variables, batch, first))
+        first_index = sharding.replicate(mesh, np.uint32(0))
+        results[choice] = jax.device_get(eval_step(variables, batch, first_index))
         assert bool(calls) == (choice == "fused")
     kernels = dispatch.attention_block, dispatch.mlp_block
     assert calls == [(kernel, 2) for kernel in kernels]
@@ -214,7 +214,7 @@ def on_platform(monkeypatch):
         calls = []
         monkeypatch.setattr(target.pltpu, "get_tpu_info", tpu_info)
         monkeypatch.setattr(target, "platform", lambda: name)
-        if name == "gpu":  # interpreted, because the GPU kernel runs on the CPU
+        if name == "gpu":  # the test interprets the GPU kernel on the CPU
             monkeypatch.setattr(
                 dispatch, "Plan", partial(numerics.Plan, interpret=True)
             )
@@ -227,7 +227,7 @@ def on_platform(monkeypatch):
 ATTENTION, MLP = "attention_block", "mlp_block"
 NORM, CUDNN = "layer_norm", ("cudnn", 16)
 
-# Expected kernels: (platform, choice, dtype) -> attention, MLP.
+# (platform, choice, dtype) -> cuDNN calls of a block, followed by its kernels.
 KERNELS = {
     ("cpu", "fused", "float32"): [ATTENTION, MLP],
     ("cpu", "fused", "bfloat16"): [ATTENTION, MLP],
@@ -302,8 +302,8 @@ def test_block_equals_plain_jax(
 ):
     """Output and gradients of a block with kernels equal plain JAX.
 
-    The MLP is too narrow for a kernel. On CPUs, attention runs as a kernel; on GPUs,
-    both LayerNorms do.
+    The MLP is too narrow for a kernel. On CPUs, attention runs as a kernel, except with
+    a key mask or padded windows. On GPUs, both LayerNorms run as kernels.
     """
     calls = on_platform(platform)
     sizes = {"mlp_ratio": 0.5, "dtype": dtype}

@@ -54,7 +54,7 @@ def fused(q, k, v, bias, rows=128):
 
 
 def attend(q, k, v, bias, choice="fused", mask=None):
-    """Run the layer's attention with a bias that all images share."""
+    """Run `dot_product_attention` with a bias that all images share."""
     bias = None if bias is None else bias[None]
     return dot_product_attention(q, k, v, bias=bias, mask=mask, choice=choice)
 
@@ -63,7 +63,7 @@ def attend(q, k, v, bias, choice="fused", mask=None):
     ("tokens", "heads", "head", "rows"),
     [(256, 2, 64, 128), (300, 2, 128, 384), (140, 4, 32, 128), (270, 4, 64, 128)],
 )
-def test_kernel_equals_plain_jax(tokens, heads, head, rows):
+def test_flash_kernel_equals_plain_jax(tokens, heads, head, rows):
     """Output and gradients of q, k, v and bias are equal, with and without padding.
 
     A tile of 128 columns contains one, two or four heads.
@@ -76,7 +76,7 @@ def test_kernel_equals_plain_jax(tokens, heads, head, rows):
     assert_close(actual, expected)
 
 
-def test_bfloat16_is_as_exact_as_plain_jax():
+def test_flash_kernel_in_bfloat16_is_about_as_exact_as_plain_jax():
     """The errors relative to float32 exceed those of plain JAX by at most a tenth."""
     inputs, cotangent = inputs_of(2, 300, 2, 64, jnp.bfloat16)
     float32_inputs = [x.astype(jnp.float32) for x in inputs]
@@ -100,7 +100,7 @@ def test_gradient_of_the_bias_is_summed_over_devices():
     assert_close(actual, expected)
 
 
-def test_only_supported_arguments_run_the_kernel():
+def test_only_supported_arguments_run_the_flash_kernel():
     """With few tokens, a mask, an odd width or a bias per image, no kernel runs."""
 
     def kernels(images=2, tokens=256, heads=2, head=64, per_image=False, **options):
@@ -120,7 +120,7 @@ def test_only_supported_arguments_run_the_kernel():
 
 
 def test_bias_must_fit_in_vmem(monkeypatch):
-    """The bias of 1,600 tokens fits in 128 MiB, as in a v5e, and not in 64 MiB."""
+    """With 1,600 tokens, the kernel fits in the 128 MiB of a v5e and not in 64 MiB."""
     monkeypatch.setattr(target, "platform", lambda: "tpu")
 
     def kernels(tokens, mebibytes):
@@ -136,17 +136,17 @@ def test_bias_must_fit_in_vmem(monkeypatch):
     assert kernels(1600, 64) == []
 
 
-def test_blocks_with_relative_positions_run_the_kernel(monkeypatch):
-    """Output and gradients of a block equal plain JAX, including the bias table's.
+def test_blocks_with_relative_positions_run_the_flash_kernel(monkeypatch):
+    """Output and gradients of a block equal plain JAX, also for the bias table.
 
     The VMEM suffices for this kernel, but not for a kernel of the whole branch.
     """
 
-    def small_target(*arguments):
+    def find_small_target(*arguments):
         found = target.find_target(*arguments)
         return found and replace(found, vmem=7 * 10**6)
 
-    monkeypatch.setattr(dispatch, "find_target", small_target)
+    monkeypatch.setattr(dispatch, "find_target", find_small_target)
     sizes = dict(grid=(16, 16), relative_position=True, mlp_ratio=0.5)
     *block, _ = main_stage_block("nothing", 2, **sizes)
     x, cotangent = random_arrays((2, 256, 128), (2, 256, 128))

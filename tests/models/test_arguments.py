@@ -1,4 +1,4 @@
-"""Tests of model arguments: numbers of Python, NumPy and JAX, ranges, shapes."""
+"""Tests of model arguments: number types, ranges, seeds, array shapes, mask ratios."""
 
 import json
 
@@ -99,7 +99,7 @@ def test_decoder_sizes_of_zero_are_refused(overrides):
         create_model("mae_hivit_base", **MAE | overrides)
 
 
-def test_numpy_arguments_can_be_saved():
+def test_numpy_depths_are_saved_like_python_depths():
     sizes = MINI | dict(embed_dim=np.int64(64), depths=np.array(MINI["depths"]))
     model = abstract_model("hivit_base", **MINI)
     config = configure("hivit_base", **sizes)[1]
@@ -157,7 +157,7 @@ def call_autoencoder(method="image_loss", *arrays, **named):
 
 @pytest.mark.slow
 def test_drop_path_requires_one_key_per_image():
-    """Keys are those of `jax.random.key`, [B], or of `jax.random.PRNGKey`, [B, 2]."""
+    """Keys are typed (`jax.random.key`), [B], or raw (`PRNGKey`), [B, 2]."""
     assert abstract_logits(drop_path_keys=KEYS).shape == (4, 5)
     assert abstract_logits(drop_path_keys=RAW_KEYS).shape == (4, 5)
     for count in (1, 2, 3, 8):
@@ -228,13 +228,13 @@ def test_models_accept_an_empty_batch():
     )
     assert abstract_logits(no_images).shape == (0, 5)
     assert abstract_logits(no_images, drop_path_keys=keys).shape == (0, 5)
-    windows = abstract_model("hivit_base", **MINI | dict(window_size=3))
+    windowed_model = abstract_model("hivit_base", **MINI | dict(window_size=3))
     maps = abstract_outputs(
-        lambda m: m.features(jnp.zeros((0, 64, 64, 3)), stride_32=True), windows
+        lambda m: m.features(jnp.zeros((0, 64, 64, 3)), stride_32=True), windowed_model
     )
     assert [x.shape[:3] for x in maps] == [(0, 16, 16), (0, 8, 8), (0, 4, 4), (0, 2, 2)]
     layers = abstract_outputs(
-        lambda m: m.layers(jnp.zeros((0, 64, 64, 3)), True), windows
+        lambda m: m.layers(jnp.zeros((0, 64, 64, 3)), True), windowed_model
     )
     assert layers[0].attention.shape == (0, 4, 2, 9, 9)
     noise = abstract(0, 16)

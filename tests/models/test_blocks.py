@@ -1,4 +1,4 @@
-"""Tests of scan_blocks and remat: equal values, and few compiled blocks."""
+"""Tests of scan_blocks and remat: unchanged values, and equal blocks compiled once."""
 
 import re
 from functools import cache
@@ -63,16 +63,18 @@ def test_scan_and_remat_change_no_value(monkeypatch, name, options):
     """Losses and gradients with drop path equal those of blocks that run one by one.
 
     On XLA:CPU, all blocks call one function that is compiled once. The expected values
-    are computed as on a TPU, where the blocks are part of one program.
+    come from the code for TPUs, where every block is inlined in the program.
     """
     loss, gradients, params = loss_and_gradients(name, **options)
     monkeypatch.setattr(target, "platform", lambda: "tpu")
     # remat=False is the default. This argument gives the result its own cache entry.
-    expected_loss, expected, expected_params = loss_and_gradients(name, remat=False)
+    expected_loss, expected_gradients, expected_params = loss_and_gradients(
+        name, remat=False
+    )
     mini_runs.assert_identical(params, expected_params)
     assert_allclose(loss, expected_loss, rtol=1e-6)
-    assert gradients.keys() == expected.keys()
-    for key, gradient in expected.items():
+    assert gradients.keys() == expected_gradients.keys()
+    for key, gradient in expected_gradients.items():
         scale = max(np.abs(gradient).max(), 1e-6)
         assert_allclose(
             gradients[key] / scale, gradient / scale, atol=2e-6, err_msg=key
@@ -103,7 +105,8 @@ def test_equal_blocks_are_compiled_once(monkeypatch, platform, options):
     lines_without_sharing = count_lines(depths=(1, 1, 9)) - count_lines()
     monkeypatch.setattr(target, "platform", lambda: platform)
     lines = count_lines(depths=(1, 1, 9), **options) - count_lines(**options)
-    assert lines < lines_without_sharing / 3  # not 0, because parameters are stacked
+    # Not 0, because each block adds a call or stacks its parameters.
+    assert lines < lines_without_sharing / 3
 
 
 @pytest.mark.slow
@@ -119,17 +122,20 @@ def test_cpu_fusions_do_not_grow_with_depth():
 
 @pytest.mark.slow
 def test_scan_blocks_requires_equal_windows():
-    """Global blocks are refused. With equal windows, scan_blocks changes no output."""
+    """Global blocks are refused. With equal windows, scan_blocks changes no output.
+
+    Without scan_blocks, a global block among windowed ones changes the output.
+    """
     windows = dict(window_size=2)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     with pytest.raises(ConfigError, match="scan_blocks=True with global_blocks"):
         hivit_jax.create_model(
             "hivit_base", **MINI, **windows, global_blocks=(1,), scan_blocks=True
         )
-    model = hivit_jax.create_model("hivit_base", **MINI, **windows, scan_blocks=True)
+    scanned = hivit_jax.create_model("hivit_base", **MINI, **windows, scan_blocks=True)
     unscanned = hivit_jax.create_model("hivit_base", **MINI, **windows)
-    assert_allclose(model(images), unscanned(images), atol=1e-6)
+    assert_allclose(scanned(images), unscanned(images), atol=1e-6)
     mixed = hivit_jax.create_model("hivit_base", **MINI, **windows, global_blocks=(1,))
-    layers = [x.tokens for x in mixed.layers(images)]
-    assert_allclose(mixed.encoder(images)[-1], layers[-1], atol=1e-6)
-    assert np.abs(model(images) - mixed(images)).max() > 1e-4
+    tokens = [layer.tokens for layer in mixed.layers(images)]
+    assert_allclose(mixed.encoder(images)[-1], tokens[-1], atol=1e-6)
+    assert np.abs(scanned(images) - mixed(images)).max() > 1e-4

@@ -42,18 +42,18 @@ def test_dropping_depends_on_key_and_branch_index_alone():
     """A quarter of the samples is dropped, and branches drop samples independently."""
     keys, ones = sample_keys(4000), jnp.ones((4000, 1))
 
-    def draws(keys, branch_index=0):
+    def factors(keys, branch_index=0):
         return np.asarray(layers.drop_path(ones[: len(keys)], 0.25, keys, branch_index))
 
-    all_draws = draws(keys)
+    all_factors = factors(keys)
     # Standard error of the mean: sqrt(0.25 / 0.75 / 4000) = 0.009.
-    assert all_draws.mean() == pytest.approx(1, abs=0.045)
+    assert all_factors.mean() == pytest.approx(1, abs=0.045)
     order = np.random.RandomState(0).permutation(4000)
-    assert_array_equal(draws(keys[order]), all_draws[order])
-    assert_array_equal(draws(keys[100:150]), all_draws[100:150])
-    next_draws = draws(keys, branch_index=1)
+    assert_array_equal(factors(keys[order]), all_factors[order])
+    assert_array_equal(factors(keys[100:150]), all_factors[100:150])
+    next_factors = factors(keys, branch_index=1)
     # Two independent branches are both dropped with probability 1/16.
-    both_dropped = (all_draws == 0) & (next_draws == 0)
+    both_dropped = (all_factors == 0) & (next_factors == 0)
     assert both_dropped.mean() == pytest.approx(1 / 16, abs=0.02)
 
 
@@ -66,21 +66,21 @@ def test_models_drop_branches_only_with_a_rate_and_keys():
 
     without_keys, with_keys = jit_model(mini(), run)(images)
     assert_array_equal(with_keys, without_keys)
-    evaluated, trained = (
+    evaluate, train = (
         jit_model(mini(drop_path_rate=0.5), lambda m, x, k=k: m(x, drop_path_keys=k))
         for k in (None, keys)
     )
     without_rate = jit_model(mini(), lambda m, x: m(x))(images)
-    assert_array_equal(evaluated(images), without_rate)
-    assert (trained(images) != without_rate).any()
+    assert_array_equal(evaluate(images), without_rate)
+    assert (train(images) != without_rate).any()
 
 
 @pytest.mark.slow
 def test_drop_path_of_a_sample_depends_on_its_key_alone():
     model = mini(drop_path_rate=0.9)
-    image = jnp.tile(random_array((1, 64, 64, 3)), (8, 1, 1, 1))
+    images = jnp.tile(random_array((1, 64, 64, 3)), (8, 1, 1, 1))
     keys, order = sample_keys(8), np.array([3, 1, 4, 0, 5, 2, 6, 7])
-    run = jit_model(model, lambda model, keys: model(image, drop_path_keys=keys))
+    run = jit_model(model, lambda model, keys: model(images, drop_path_keys=keys))
     out = np.asarray(run(keys))
     assert len(np.unique(out.round(4), axis=0)) > 4
     assert_allclose(run(keys[order]), out[order], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Tests of feature maps of all or only kept units, and of the outputs of blocks."""
+"""Tests of feature maps, of all units or only the kept ones, and of block outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -136,14 +136,14 @@ def test_stride_32_refuses_kept_units_and_narrow_maps():
     model = abstract_model("hivit_base", **MINI)
     with pytest.raises(ConfigError, match="stride_32=True with ids_keep; expected"):
         model.features(images, KEPT, stride_32=True)
-    row = abstract_model("hivit_base", **MINI | dict(image_size=(16, 64)))
+    narrow = abstract_model("hivit_base", **MINI | dict(image_size=(16, 64)))
     with pytest.raises(ConfigError, match="stride_32=True with a 1x4 .*at least 2x2"):
-        row.features(images[:, :16], stride_32=True)
+        narrow.features(images[:, :16], stride_32=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_every_model_has_features_and_layers(name):
+def test_classifier_and_autoencoder_return_features_and_layers(name):
     def run(model):
         images = jnp.zeros((2, 64, 64, 3))
         maps, layers = model.features(images, KEPT), model.layers(images)
@@ -168,7 +168,7 @@ def test_every_model_has_features_and_layers(name):
 def test_returned_attention_reproduces_the_block_output():
     """The attention weights, applied to the values, give the tokens after the block.
 
-    The blocks have global attention or attention in windows.
+    Of the two blocks tested, one has windows and one has global attention.
     """
     model = mini(
         image_size=(48, 80), depths=(1, 1, 3), window_size=2, global_blocks=(0, 2)

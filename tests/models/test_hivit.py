@@ -75,8 +75,8 @@ def test_published_numbers_are_reproduced(name, overrides, parameters, cost):
 
 def test_autoencoder_cost_is_the_sum_of_its_parts():
     model = abstract_model("mae_hivit_base")
-    trained = nnx.state(model, nnx.Param)
-    assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == 86_940_800
+    trained_params = nnx.state(model, nnx.Param)
+    assert sum(leaf.size for leaf in jax.tree.leaves(trained_params)) == 86_940_800
     # The official encoder includes the norm of the latent.
     assert parameter_count(model.encoder) + parameter_count(model.norm) == 65_795_456
     # The patch embedding and the decoder's blocks and prediction count all 196 units,
@@ -107,7 +107,7 @@ def test_cost_at_another_image_size_equals_that_of_a_larger_model():
 
 @pytest.mark.slow
 def test_model_without_a_head_returns_pooled_features():
-    """Numbers of parameters and multiply-adds exclude the head."""
+    """The model lacks the parameters and multiply-adds of the head."""
     model, headless = mini(), mini(num_classes=0)
     images = random_array((2, 64, 64, 3))
     pooled = jit_model(model, lambda model, images: model.pooled(images))(images)
@@ -344,7 +344,7 @@ def test_image_without_a_batch_axis_is_refused():
     ],
     ids=str,
 )
-def test_sizes_that_do_not_fit_are_refused(overrides, message):
+def test_invalid_sizes_rates_and_dtypes_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         create_model("mae_hivit_base", **MINI | DECODER | overrides)
     if "decoder" not in message:

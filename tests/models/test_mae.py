@@ -103,7 +103,7 @@ def test_loss_is_the_mean_over_masked_units():
 
 
 @cache
-def runs_with_key_mask():
+def outputs_with_key_mask():
     """Return a key mask [3, 16], and outputs before and after hidden pixels change."""
     images = random_array((3, 64, 64, 3))
     mask = np.ones((3, 16), np.int32)
@@ -120,7 +120,7 @@ def runs_with_key_mask():
 
 @pytest.mark.slow
 def test_key_mask_hides_units():
-    mask, out, changed = runs_with_key_mask()
+    mask, out, changed = outputs_with_key_mask()
     for sample in range(2):
         visible = mask[sample] == 1
         assert_array_equal(out[sample, visible], changed[sample, visible])
@@ -130,7 +130,7 @@ def test_key_mask_hides_units():
 @pytest.mark.slow
 def test_sample_without_visible_units_has_uniform_attention():
     """The attention of a sample whose units are all hidden is uniform, not NaN."""
-    assert np.isfinite(runs_with_key_mask()[1]).all()
+    assert np.isfinite(outputs_with_key_mask()[1]).all()
     attention = mini().encoder.stages[-1][0].attn
     x = random_array((2, 16, 64), "tokens")
     index = positions.relative_position_index(jnp.arange(16), (4, 4))

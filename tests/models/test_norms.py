@@ -55,7 +55,7 @@ def test_batch_norm_equals_pytorch():
 
 
 def test_statistics_are_model_state_and_not_parameters():
-    """Scale and bias are parameters; statistics are model state."""
+    """The parameters are scale and bias; with affine=False there are none."""
     _, params, model_state = split_params(BatchNorm(6))
     assert (params.keys(), model_state.keys()) == ({"scale", "bias"}, {"mean", "var"})
     assert split_params(BatchNorm(6, affine=False))[1] == {}
@@ -92,13 +92,13 @@ class Network(nnx.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("num_microbatches", [1, 2])
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1)])
-def test_eight_devices_give_the_results_of_one(sizes, parts):
+def test_eight_devices_give_the_results_of_one(sizes, num_microbatches):
     """Loss, gradients and statistics of eight devices equal those of one device.
 
-    Some examples have weight 0. Each device has four examples. With `parts=2`,
-    gradients are accumulated over two microbatches, each with two examples per device.
+    Some examples have weight 0. Each device has four examples. With two microbatches,
+    each microbatch has two examples per device.
     """
     batch = {
         "image": np.concatenate([IMAGES, 2 - IMAGES]),
@@ -115,11 +115,11 @@ def test_eight_devices_give_the_results_of_one(sizes, parts):
         (total, model_state), grads = jax.value_and_grad(loss, has_aux=True)(*arguments)
         return (total, grads), model_state
 
-    if parts > 1:
-        gradient = accumulate_gradients(gradient, parts)
+    if num_microbatches > 1:
+        gradient = accumulate_gradients(gradient, num_microbatches)
     keys = Keys(jax.random.split(jax.random.key(0), 32), jax.random.key(1))
-    names = dict(zip(sharding.AXES, sizes, strict=True))
-    mesh = sharding.make_mesh(names, 32, parts)
+    axis_sizes = dict(zip(sharding.AXES, sizes, strict=True))
+    mesh = sharding.make_mesh(axis_sizes, 32, num_microbatches)
     over_batch = NamedSharding(mesh, sharding.BATCH)
     sharded = jax.device_put((batch, keys.samples), over_batch)
     with jax.set_mesh(mesh):
@@ -127,20 +127,21 @@ def test_eight_devices_give_the_results_of_one(sizes, parts):
         results = jax.jit(gradient)(params, model_state, *arguments)
     (total, grads), state = jax.device_get(results)
 
-    # Expected values are computed on one device, from the same microbatches: with two
-    # parts, the first contains the first two of each device's four examples.
-    order = np.arange(32).reshape(-1, parts, 2).swapaxes(0, 1).reshape(parts, -1)
-    expected, expected_state = jax.tree.map(np.zeros_like, params), model_state
+    # Expected values are computed on one device, from the same microbatches. The first
+    # of two microbatches contains the first two of each device's four examples.
+    pairs = np.arange(32).reshape(-1, num_microbatches, 2)
+    microbatches = pairs.swapaxes(0, 1).reshape(num_microbatches, -1)
+    expected_grads, expected_state = jax.tree.map(np.zeros_like, params), model_state
     expected_total = 0.0
-    for part in order:
-        (value, expected_state), slope = jax.value_and_grad(loss, has_aux=True)(
+    for examples in microbatches:
+        (added, expected_state), added_grads = jax.value_and_grad(loss, has_aux=True)(
             *(params, expected_state),
-            *({name: array[part] for name, array in batch.items()}, None),
+            *({name: array[examples] for name, array in batch.items()}, None),
         )
-        expected_total += value
-        expected = jax.tree.map(np.add, expected, slope)
+        expected_total += added
+        expected_grads = jax.tree.map(np.add, expected_grads, added_grads)
     assert_allclose(total, expected_total, rtol=1e-5)
-    for on_eight, on_one in ((grads, expected), (state, expected_state)):
+    for on_eight, on_one in ((grads, expected_grads), (state, expected_state)):
         jax.tree.map(
             lambda a, b: assert_allclose(a, b, rtol=2e-4, atol=2e-5), on_eight, on_one
         )

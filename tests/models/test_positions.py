@@ -145,7 +145,7 @@ def test_relative_position_bias_equals_indexing_of_the_table(grid):
 
 
 @pytest.mark.slow
-def test_attention_adds_the_bias_as_query_by_key():
+def test_attention_bias_has_query_rows_and_key_columns():
     """All queries are 0, so that the softmax depends only on the table."""
     attention = mini().encoder.stages[-1][0].attn
     kernel = attention.qkv.kernel[...].at[:, 0].set(0)
@@ -158,7 +158,8 @@ def test_attention_adds_the_bias_as_query_by_key():
     table = np.asarray(attention.relative_position_bias_table[...])
     heads = []
     for head in range(2):
-        raised = np.exp(table[np.asarray(index), head])  # [query, key]
-        heads.append(raised / raised.sum(1, keepdims=True) @ values[:, :, head])
+        weights = np.exp(table[np.asarray(index), head])  # [query, key]
+        weights /= weights.sum(1, keepdims=True)
+        heads.append(weights @ values[:, :, head])
     expected = attention.proj(jnp.concatenate(heads, -1))
     assert_allclose(out, expected, atol=2e-6)

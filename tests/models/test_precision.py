@@ -65,7 +65,7 @@ def test_bfloat16_tokens_are_averaged_in_float32():
 
 
 def equations(jaxpr):
-    """Yield all equations of a jaxpr, including inner jaxprs."""
+    """Yield all equations of a jaxpr and of its inner jaxprs."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(
@@ -85,12 +85,12 @@ def test_softmax_norms_and_gelu_are_computed_in_float32(name):
     """
     model = mini(name, dtype="bfloat16")
     images, arguments = random_array((2, 64, 64, 3)), {}
-    attentions, gelus, products = 2, 2 + 2 + 2, []
+    attentions, gelus, product_dtypes = 2, 2 + 2 + 2, []
     # Patch embedding, two stages of the stem, two merges, two main blocks.
     norms = 1 + 2 + 2 + 2 + 2 * 2
     if name.startswith("mae_"):
         arguments = dict(noise=jnp.asarray(reference.noise("x", 2, 16)))
-        # One decoder block; norms of the latent, the decoder block and its output.
+        # One decoder block; norms of the latent, the block and the decoder's output.
         attentions, norms, gelus = attentions + 1, norms + 1 + 2 + 1, gelus + 1
     else:
         norms += 1  # fc_norm
@@ -102,14 +102,14 @@ def test_softmax_norms_and_gelu_are_computed_in_float32(name):
         if kind in dtypes_of:
             dtypes_of[kind] += dtypes
         if kind == "dot_general":
-            products.append(dtypes)
+            product_dtypes.append(dtypes)
     assert dtypes_of["exp"] == [jnp.dtype("float32")] * (attentions + gelus)
     assert dtypes_of["rsqrt"] == [jnp.dtype("float32")] * (norms + gelus)
-    low = [dtypes == {jnp.dtype("bfloat16")} for dtypes in products]
+    are_bfloat16 = [dtypes == {jnp.dtype("bfloat16")} for dtypes in product_dtypes]
     # Patch embedding, stem MLPs, merges, and main blocks with six products each.
-    encoder = 1 + 2 * 4 + 2 + 6 * 2
+    encoder_products = 1 + 2 * 4 + 2 + 6 * 2
     if name.startswith("mae_"):
         # Positions, decoder embedding, six products of a decoder block, prediction.
-        assert low == [True] * (encoder + 1 + 1 + 6 + 1)
+        assert are_bfloat16 == [True] * (encoder_products + 1 + 1 + 6 + 1)
     else:
-        assert low == [True] * encoder + [False]  # the head
+        assert are_bfloat16 == [True] * encoder_products + [False]  # the head

@@ -43,9 +43,9 @@ ENCODERS = {
 
 
 def test_list_models_returns_all_names():
-    families = {f"hivit_{size}" for size in ENCODERS}
-    families |= {f"vit_{size}" for size in ("tiny", "small", "base", "large", "huge")}
-    names = {f"{prefix}{name}" for prefix in ("", "mae_") for name in families}
+    names = {f"hivit_{size}" for size in ENCODERS}
+    names |= {f"vit_{size}" for size in ("tiny", "small", "base", "large", "huge")}
+    names |= {f"mae_{name}" for name in names}
     swins = {f"swin_{size}" for size in ("tiny", "small", "base", "large")}
     names |= swins | {f"simmim_{name}" for name in swins}
     assert {*list_models()} == {*VARIANTS} == names
@@ -54,7 +54,7 @@ def test_list_models_returns_all_names():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list_models("*hivit_*"))
-def test_every_name_can_be_built(name):
+def test_every_hivit_can_be_built(name):
     width, depths, heads = ENCODERS[name.split("hivit_")[1]]
     if name.startswith("mae_"):
         # A shallow encoder suffices; the depth is tested with the classifier.
@@ -70,12 +70,12 @@ def test_every_name_can_be_built(name):
         table = model.encoder.stages[-1][0].attn.relative_position_bias_table
         assert table.shape == (27 * 27, heads)
         assert (model.fc_norm is None) == (name == "hivit_base_24")
-        expected = 1e-5 if name == "hivit_base_24" else 1e-6
-        assert model.encoder.patch_embed.norm.epsilon == expected
+        eps = 1e-5 if name == "hivit_base_24" else 1e-6
+        assert model.encoder.patch_embed.norm.epsilon == eps
     encoder = model.encoder
     assert encoder.config.embed_dim == width
-    blocks = [len(stage) for stage in encoder.stages]
-    assert blocks == [2 * depths[0], 2 * depths[1], depths[2]]
+    block_counts = [len(stage) for stage in encoder.stages]
+    assert block_counts == [2 * depths[0], 2 * depths[1], depths[2]]
     kernel = encoder.stages[-1][0].attn.qkv.kernel
     assert kernel.shape == (width, 3, heads, width // heads)
 
@@ -111,10 +111,10 @@ def test_model_separates_config_and_run_options():
     assert model.config.image_shape == (64, 64, 3)
     assert model.run_options == RunOptions("bfloat16", remat=True)
     assert model.run_options == RunOptions(jnp.bfloat16, remat=True)
-    listed = MINI | {"depths": [1, 1, 2], "image_size": [64, 64]}
+    as_lists = MINI | {"depths": [1, 1, 2], "image_size": [64, 64]}
     assert (
         abstract_model("hivit_base", **MINI).config
-        == configure("hivit_base", **listed)[1]
+        == configure("hivit_base", **as_lists)[1]
     )
     with pytest.raises(FrozenInstanceError):
         model.config.embed_dim = 32
@@ -123,9 +123,9 @@ def test_model_separates_config_and_run_options():
 def test_arguments_of_a_model_rebuild_it():
     model = abstract_model("mae_hivit_base", **MINI, **DECODER, scan_blocks=True)
     arguments = json.loads(json.dumps(arguments_of(model)))
-    again = nnx.eval_shape(lambda: create_model(**arguments))
-    assert split(again)[0] == split(model)[0]
-    assert again.name == "mae_hivit_base"
+    rebuilt = nnx.eval_shape(lambda: create_model(**arguments))
+    assert split(rebuilt)[0] == split(model)[0]
+    assert rebuilt.name == "mae_hivit_base"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -151,19 +151,19 @@ MODELS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), MODELS)
 def test_seed_determines_parameters(name, overrides):
-    first, second = (
+    params, other_params = (
         initial_params(name, 0, **overrides),
         initial_params(name, 1, **overrides),
     )
-    again = initial_params(name, 0, **overrides)
-    for path, value in first.items():
-        assert_array_equal(value, again[path])
+    repeated = initial_params(name, 0, **overrides)
+    for path, value in params.items():
+        assert_array_equal(value, repeated[path])
         fixed = ("norm" in path and "proj" not in path) or "decoder_pos_embed" in path
         fixed |= path.endswith("bias") and "patch_embed/proj" not in path
         fixed |= path.endswith("absolute_pos_embed") and name.startswith("mae_")
-        assert (value == second[path]).all() == fixed, path
+        assert (value == other_params[path]).all() == fixed, path
     # No two parameters are drawn with the same key: their first values differ.
-    random_values = [v.flat[0] for v in first.values() if v.flat[0] not in (0, 1)]
+    random_values = [v.flat[0] for v in params.values() if v.flat[0] not in (0, 1)]
     assert len(set(random_values)) == len(random_values)
 
 

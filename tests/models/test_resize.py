@@ -1,4 +1,4 @@
-"""Tests of tables and kernels resized to another image size."""
+"""Tests of tables and kernels resized to another image size or number of channels."""
 
 import jax.numpy as jnp
 import numpy as np

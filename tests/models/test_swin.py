@@ -71,9 +71,9 @@ def test_maps_and_layers_have_the_shapes_of_their_stages():
         model,
     )
     assert [x.shape for x in maps] == [(2, 14, 18, 24), (2, 7, 9, 48)]
-    # Each of the two stages has two blocks; this is the first block of each.
+    # layers[::2] are the first blocks of the two stages, which have two blocks each.
     assert [x.tokens.shape for x in layers[::2]] == [(2, 252, 24), (2, 63, 48)]
-    # 4x5 windows of 4x4 tokens cover the padded grid of 14x18 tokens.
+    # 4x5 windows of 4x4 tokens cover the grid of 14x18 tokens, padded to 16x20.
     assert layers[1].attention.shape == (2, 4 * 5, 2, 16, 16)
     assert logits.shape == (2, 1000)
 
@@ -102,7 +102,7 @@ def test_windows_shrink_to_small_grids():
         ("simmim_swin_base", {"mask_patch_size": 24}, "image_size"),
     ],
 )
-def test_invalid_sizes_are_refused(name, overrides, message):
+def test_invalid_swin_arguments_are_refused(name, overrides, message):
     with pytest.raises(ConfigError, match=message):
         abstract_model(name, **MINI | overrides)
 

@@ -51,20 +51,20 @@ def test_manual_and_explicit_meshes_change_no_value(name):
     """Loss and gradient equal those without a mesh.
 
     The first mesh is manual, inside a `shard_map` that checks varying types. The second
-    mesh has Explicit axes, the default of `make_mesh`, and sharded images. Fused
-    kernels run as plain operations on both meshes.
+    mesh has Explicit axes, the default of `make_mesh`, and sharded images. On both
+    meshes, the models use plain operations in place of fused kernels.
     """
     graphdef, state = split_mini(name)
 
-    def mean(state, images, noise):
+    def mean_loss(state, images, noise):
         return loss(graphdef, state, images, noise).mean()
 
-    gradient = jax.value_and_grad(mean)
+    gradient = jax.value_and_grad(mean_loss)
     expected = fast_jit(gradient)(state, IMAGES, NOISE)
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 
     def global_mean(state, images, noise):
-        return jax.lax.pmean(mean(state, images, noise), "d")
+        return jax.lax.pmean(mean_loss(state, images, noise), "d")
 
     mapped = jax.shard_map(
         jax.value_and_grad(global_mean),
@@ -105,8 +105,8 @@ def test_results_keep_the_batch_sharding_of_the_images(name, spec):
         outputs = all_outputs(model, images)
         assert jax.tree.map(jnp.shape, outputs) == jax.tree.map(jnp.shape, expected)
         for x in jax.tree.leaves(outputs):
-            first = jax.typeof(x).sharding.spec[:1] if x.ndim else ()
-            assert tuple(first) == ((*spec, None)[:1] if x.ndim else ())
+            first_axis = jax.typeof(x).sharding.spec[:1] if x.ndim else ()
+            assert tuple(first_axis) == ((*spec, None)[:1] if x.ndim else ())
         return ()
 
     jax.eval_shape(check, images)
@@ -185,11 +185,11 @@ def test_derivatives_of_layer_norm_equal_plain_jax(dtype):
 
 
 def test_layer_norm_saves_only_its_input_and_vectors():
-    x, scale = jnp.ones((64, 32)), jnp.ones(32)
-    _, backward = jax.vjp(lambda *a: layer_norm(*a, 1e-6, x.dtype), x, scale, scale)
+    x, scale, bias = jnp.ones((64, 32)), jnp.ones(32), jnp.zeros(32)
+    _, backward = jax.vjp(lambda *a: layer_norm(*a, 1e-6, x.dtype), x, scale, bias)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(backward))
-    # Two vectors of channels, mean and inverse deviation of each row, and the input.
-    assert sizes == [32, 32, 64, 64, 64 * 32]
+    # The scale (32 channels), mean and inverse deviation (64 rows), and the input.
+    assert sizes == [32, 64, 64, 64 * 32]
 
 
 def test_forward_mode_of_fused_kernels_is_refused():
@@ -241,8 +241,9 @@ def test_nnx_optimizer_trains_only_parameters(name, overrides, optimizer):
     @fast_jit
     def step(state):
         model = nnx.merge(graphdef, state)
-        trained = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
-        trained.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+        nnx_optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+        gradients = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+        nnx_optimizer.update(model, gradients)
         return nnx.state(model)
 
     params, others = nnx.split_state(state, nnx.Param, ...)

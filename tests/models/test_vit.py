@@ -61,7 +61,7 @@ def test_finetuning_decays_neither_class_token_nor_positions():
 def test_maps_exclude_the_class_token_and_tokens_include_it():
     model = abstract_model("vit_base", **MINI, num_classes=7)
     images = jnp.zeros((2, 64, 64, 3))
-    maps, layers, logits, kept = abstract_outputs(
+    maps, layers, logits, kept_maps = abstract_outputs(
         lambda m: (
             m.features(images, stride_32=True),
             m.layers(images, attention=True),
@@ -74,7 +74,7 @@ def test_maps_exclude_the_class_token_and_tokens_include_it():
     assert layers[-1].tokens.shape == (2, 17, 64)
     assert layers[-1].attention.shape == (2, 2, 17, 17)
     assert logits.shape == (2, 7)
-    assert kept[0].shape == (2, 3, 1, 1, 64)
+    assert kept_maps[0].shape == (2, 3, 1, 1, 64)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ UNEVEN = dict(image_size=(80, 112), window_size=3)
 
 
 def window_units(grid, side):
-    """Yield the units of every window, as rows and columns of the grid."""
+    """Yield the units of each window, as (row, column) pairs."""
     for top in range(0, grid[0], side):
         for left in range(0, grid[1], side):
             rows = range(top, min(top + side, grid[0]))
@@ -78,7 +78,7 @@ def test_attention_in_one_window_is_global():
     ("image_size", "side"), [((80, 112), 3), ((64, 96), 2), ((32, 112), 4)]
 )
 def test_attention_in_windows_equals_numpy(image_size, side, relative_position):
-    """Compares the attention without and with a key mask."""
+    """The attention is computed with and without a key mask."""
     sizes = dict(image_size=image_size, window_size=side)
     model = mini(**sizes, relative_position=relative_position)
     attention, grid = model.encoder.stages[-1][0].attn, model.encoder.grid
@@ -143,7 +143,7 @@ def test_only_a_global_block_connects_windows(global_blocks):
 
 @pytest.mark.slow
 def test_gradients_of_windows_without_keys_are_finite():
-    """All keys of one window of each image are masked or padding."""
+    """In each image, all keys of one window are masked or padding."""
     attention = mini(**UNEVEN).encoder.stages[-1][0].attn
     mask = jnp.ones((2, 5, 7)).at[0, 3:, 6:].set(0).at[1, :3, :3].set(0).reshape(2, 35)
 

@@ -34,7 +34,7 @@ MINI_MAES = ["mae_mini", "mae_mini_rpe", "mae_mini_nohifeat", "mae_mini_nohifeat
 
 
 def official_stages(model, images, ids_keep=None):
-    """Return the intermediate arrays that the golden data contain, in their layout."""
+    """Return the intermediate arrays of the golden data, in the golden layout."""
     encoder, stages = model.encoder, {}
     batch_size, inner = images.shape[0], encoder.config.inner_patches
     num_kept = (
@@ -57,14 +57,14 @@ def official_stages(model, images, ids_keep=None):
         patches = jnp.take_along_axis(patches, ids_keep[:, :, None], 1)
         position = position[ids_keep]
     x = encoder.patch_embed(units_to_cells(patches, encoder.config.patch_size, inner))
-    for number, (blocks, merge) in enumerate(
+    for stage, (blocks, merge) in enumerate(
         zip(encoder.stages, encoder.merges, strict=False), 1
     ):
         for block in blocks:
             x = block(x)
-        record(f"stage{number}", x, inner)
+        record(f"stage{stage}", x, inner)
         x, inner = merge(x), inner // 2
-        record(f"merge{number}", x, inner)
+        record(f"merge{stage}", x, inner)
     x = x.reshape(batch_size, num_kept, -1) + position
     stages["pos_added"] = x
     ids = jnp.arange(num_kept) if ids_keep is None else ids_keep
@@ -75,10 +75,10 @@ def official_stages(model, images, ids_keep=None):
         depth // 2 - 1: "main_mid",
         depth - 1: "main_last",
     }
-    for number, block in enumerate(encoder.stages[-1]):
+    for block_index, block in enumerate(encoder.stages[-1]):
         x = block(x, relative_index=index)
-        if number in names:
-            stages[names[number]] = x
+        if block_index in names:
+            stages[names[block_index]] = x
     if hasattr(model, "fc_norm"):
         stages["pooled"] = x.mean(1)
         stages["fc_norm"] = model.fc_norm(stages["pooled"])

@@ -32,7 +32,7 @@ def run_classifier(fixture, state=None):
 
 
 def check_tokens(model, images, arrays, atol):
-    """Compare the tokens after all merges and after the blocks of the golden data."""
+    """Compare the tokens after each merge and after each block in the golden data."""
     layers, compared_blocks = iter(model.layers(images)), 0
     for stage, blocks in enumerate(model.encoder.stages):
         for block in range(len(blocks)):
@@ -75,7 +75,7 @@ def test_padded_windows_and_odd_grids_reproduce_official_features():
 
 
 @pytest.mark.slow
-def test_every_layer_norm_has_the_official_eps():
+def test_every_swin_layer_norm_has_the_official_eps():
     """With these weights, eps=1e-6 in a single norm changes logits by 0.3."""
     parts = FIXTURES["swin_lowvar_eps"]["shrunk"]
     state = shrink(swin.state_dict("swin_mini"), parts)
@@ -116,14 +116,14 @@ def test_mini_simmim_reproduces_official_outputs_and_gradients():
 
 @pytest.mark.parametrize("case", FIXTURES["simmim_masks"]["cases"])
 def test_masks_equal_the_official_ones(case):
-    """The cells with the lowest noise are masked; the number of cells is rounded up."""
+    """The cells with the lowest noise are masked; their number is rounded up."""
     facts = FIXTURES["simmim_masks"]["cases"][case]
     size, cell, patch, ratio = map(float, case.split("_"))
     cells, side = facts["cells"], int(size // cell)
-    masked = cells - count_visible_cells(cells, ratio)
-    assert masked == facts["count"]
+    masked_count = cells - count_visible_cells(cells, ratio)
+    assert masked_count == facts["count"]
     noise = jnp.asarray(swin.noise(*facts["noise"]))
-    mask = 1 - random_masking(noise, masked)[2].reshape(-1, side, side)
+    mask = 1 - random_masking(noise, masked_count)[2].reshape(-1, side, side)
     repeated = mask.repeat(int(cell // patch), 1).repeat(int(cell // patch), 2)
     np.testing.assert_array_equal(repeated, golden("simmim_masks")[case])
 

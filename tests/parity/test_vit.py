@@ -55,9 +55,9 @@ def test_vit_mini_mae_reproduces_official_outputs_and_gradients():
     assert_close(model.targets(images)[0][0], arrays["target0_norm"], 2e-5)
     x = model.encoder._stem(images, ids_shuffle[:, :4])[0]
     assert_close(x, arrays["tokens_in"], 2e-5)
-    for number, block in enumerate(model.encoder.stages[-1]):
+    for block_index, block in enumerate(model.encoder.stages[-1]):
         x = block(x)
-        assert_close(x, arrays[f"block{number}"], 2e-5)
+        assert_close(x, arrays[f"block{block_index}"], 2e-5)
     vit.check_gradients("mae_vit_mini", gradients, 3e-6, 2e-4)
 
 

@@ -12,7 +12,7 @@ from hivit_jax.main import main
 from hivit_jax.tools import check_data, describe
 from hivit_jax.train import train
 
-OWN = """
+OWN_TASK = """
 from hivit_jax.keys import Key
 from hivit_jax.tasks.masked_autoencoding import MaskedAutoencoding
 
@@ -28,7 +28,7 @@ class Variant(MaskedAutoencoding):
 
 def test_own_task_is_selected_by_module_and_class(tmp_path, monkeypatch, capsys):
     """The keys of ``module:Class`` can be set, and the methods are called."""
-    (tmp_path / "own_task.py").write_text(OWN)
+    (tmp_path / "own_task.py").write_text(OWN_TASK)
     monkeypatch.syspath_prepend(tmp_path)
     recipe = mini_runs.ROOT / "configs" / "digits_mae.py"
     text = recipe.read_text().replace('"mae"', '"own_task:Variant"')

@@ -49,8 +49,8 @@ def test_cross_entropy_is_not_smoothed_in_evaluation():
 def test_average_precision_equals_scikit_learn():
     """The scores of some classes have ties.
 
-    A class of all images has a precision of 1, and a class without images has NaN. The
-    order of the images has no effect.
+    A class that contains all images has an average precision of 1, a class without
+    images NaN. The order of the images has no effect.
     """
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
     random = np.random.RandomState(0)
@@ -65,8 +65,8 @@ def test_average_precision_equals_scikit_learn():
     assert_allclose(found[:5], expected, rtol=1e-12)
     assert np.isnan(found[5])
     order = random.permutation(300)
-    again = multi_label.average_precision(scores[order], labels[order])
-    assert_allclose(again, found, rtol=1e-15)
+    reordered = multi_label.average_precision(scores[order], labels[order])
+    assert_allclose(reordered, found, rtol=1e-15)
     mean = multi_label.mean_average_precision(scores, labels)
     assert mean == pytest.approx(expected.mean())
     assert multi_label.mean_average_precision(scores, np.zeros((300, 6))) == 0

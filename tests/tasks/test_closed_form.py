@@ -58,14 +58,14 @@ def test_selected_penalty_has_the_best_held_out_accuracy():
     features, labels = random_features()
     is_held_out = held_out_images(labels)
     ridge = fit(features[~is_held_out], labels[~is_held_out], 4)
-    scores = [
+    accuracies = [
         ridge.accuracy(features[is_held_out], labels[is_held_out], penalty)[0]
         for penalty in closed_form.PENALTIES
     ]
     penalty, top1 = select_penalty(features, labels, 4)
-    assert top1 == max(scores) > min(scores)
-    later = scores[closed_form.PENALTIES.index(penalty) + 1 :]
-    assert all(score < top1 for score in later)
+    assert top1 == max(accuracies) > min(accuracies)
+    larger = closed_form.PENALTIES.index(penalty) + 1  # first larger penalty
+    assert all(accuracy < top1 for accuracy in accuracies[larger:])
     penalty, top1 = select_penalty(features[:3], np.arange(3), 4)
     assert penalty == closed_form.DEFAULT_PENALTY
     assert np.isnan(top1)
@@ -73,7 +73,7 @@ def test_selected_penalty_has_the_best_held_out_accuracy():
 
 @pytest.mark.slow
 def test_probe_command_evaluates_all_test_digits(tmp_path, minimal_output, capsys):
-    """`fit` gives equal results for features that the test computes."""
+    """The metrics equal those of `fit` on features that the test computes itself."""
     sizes = dict(image_size=16, in_channels=1, patch_size=4, depths=(1, 1, 1))
     model = mini(relative_position=False, **sizes)
     hivit_jax.save_pretrained(model, tmp_path)

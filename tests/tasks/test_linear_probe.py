@@ -80,8 +80,8 @@ def pretrained(tmp_path_factory):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_probe_trains_only_statistics_and_head(pretrained, tmp_path, capsys):
-    """The encoder keeps its values; the statistics are averages of its features."""
+def test_probe_changes_only_statistics_and_head(pretrained, tmp_path, capsys):
+    """The encoder keeps its values; the running statistics match its features."""
     config = probe(init_from=str(pretrained), total_steps=3, checkpoint_every=1)
     config.keep_checkpoints = 5
     values = train(config, tmp_path)
@@ -91,9 +91,9 @@ def test_probe_trains_only_statistics_and_head(pretrained, tmp_path, capsys):
     assert "matched" in out
     assert "encoder/stages" in out
 
-    stored = [mini_runs.saved_arrays(tmp_path, step) for step in (1, 2, 3)]
+    saved = [mini_runs.saved_arrays(tmp_path, step) for step in (1, 2, 3)]
     original = mini_runs.saved_arrays(pretrained, 2)["params"]
-    params = [items["params"] for items in stored]
+    params = [items["params"] for items in saved]
     frozen = [name for name in params[0] if name.startswith("encoder/")]
     assert len(frozen) > 30
     for params_of_step in params:
@@ -102,19 +102,19 @@ def test_probe_trains_only_statistics_and_head(pretrained, tmp_path, capsys):
     assert (params[0]["head/kernel"] != params[2]["head/kernel"]).any()
 
     task = inputs.make_task(config)
-    graphdef, *shapes = split_params(task.build_model())
+    graphdef, *states = split_params(task.build_model())
     model = nnx.merge(
         graphdef,
         *(
             jax.tree_util.tree_map_with_path(
-                lambda path, _, item=item: jnp.array(stored[0][item][leaf_name(path)]),
+                lambda path, _, item=item: jnp.array(saved[0][item][leaf_name(path)]),
                 tree,
             )
-            for item, tree in zip(("params", "model_state"), shapes, strict=True)
+            for item, tree in zip(("params", "model_state"), states, strict=True)
         ),
     )
     mean, var = np.zeros(64), np.ones(64)
-    for items, batch in zip(stored, inputs.train_batches(config, 0, 3), strict=True):
+    for items, batch in zip(saved, inputs.train_batches(config, 0, 3), strict=True):
         features = np.asarray(model.mean_token(task.preprocess(batch)))
         mean += 0.1 * (features.mean(0) - mean)
         var += 0.1 * (features.var(0, ddof=1) - var)

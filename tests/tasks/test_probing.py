@@ -15,13 +15,13 @@ from hivit_jax.main import main
 
 SIZE, CLASSES, BATCH = (32, 48), 9, 8
 SPLIT_SIZES = {"train": 43, "val": 29}  # not multiples of the batch size
-DAMAGED = {"train": (1, 20), "val": (7,)}  # numbers of the unreadable images
+DAMAGED = {"train": (1, 20), "val": (7,)}  # indices of the unreadable images
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return (root, {split: (pixels, labels)}): noise on a pattern of each class.
+    """Return (root, {split: (pixels, labels)}): one pattern per class, plus noise.
 
     The first pattern is nearly black, as are padding and unreadable images.
     """
@@ -36,11 +36,11 @@ def files(tmp_path_factory):
         images = images * random.uniform(0.3, 1.7, (count, 1, 1, 1))
         images = images + random.normal(0, 0.3, images.shape)
         pixels = np.rint(images * 255).clip(0, 255).astype(np.uint8)
-        for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-            path = root / split / str(label) / f"{number:02}.png"
+        for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            path = root / split / str(label) / f"{index:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-            if number in DAMAGED[split]:
+            if index in DAMAGED[split]:
                 path.write_bytes(b"damaged")
         splits[split] = pixels, labels
     return root, splits
@@ -56,40 +56,41 @@ def model(tmp_path_factory):
 
 
 def features_of(model, pixels):
-    """Return normalized features of images."""
+    """Return the features of images, scaled to unit length."""
     images = (pixels / 255 - MEAN) / STD
     run = jit_model(model, lambda model, images: model.encoder(images)[-1])
     features = np.float64(run(images.astype(np.float32))).mean(1)
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def knn_correct(queries, classes, keys, labels, check=True):
+def knn_correct(queries, query_labels, keys, key_labels, check=True):
     """Count correct top-1 and top-5 predictions by the votes of 20 neighbors.
 
     Args:
-      check: check that no two compared values are close.
+      check: assert that no two compared values are close.
     """
     neighbors, temperature = 20, 0.07
     cosine = queries @ keys.T
     order = (-cosine).argsort(1)
     ranked = np.take_along_axis(cosine, order, 1)
     gaps, correct = [ranked[:, neighbors - 1] - ranked[:, neighbors]], [0, 0]
-    for row, near, label in zip(cosine, order[:, :neighbors], classes, strict=True):
+    rows = zip(cosine, order[:, :neighbors], query_labels, strict=True)
+    for row, near, label in rows:
         votes = np.zeros(CLASSES)
-        np.add.at(votes, labels[near], np.exp((row[near] - 1) / temperature))
+        np.add.at(votes, key_labels[near], np.exp((row[near] - 1) / temperature))
         others = np.delete(votes, label)
         gaps.append(np.abs(others - votes[label])[others + votes[label] > 0])
         # Of classes with equal votes, the class with the lower index ranks first.
         rank = (others > votes[label]).sum() + (votes[:label] == votes[label]).sum()
         correct = [correct[0] + (rank < 1), correct[1] + (rank < 5)]
-    assert not check or min(each.min(initial=1) for each in gaps) > 1e-4
-    return [int(each) for each in correct]
+    assert not check or min(gap.min(initial=1) for gap in gaps) > 1e-4
+    return [int(count) for count in correct]
 
 
 def readable(files, split):
     """Return pixels and labels of the readable images of a split."""
-    good = ~np.isin(np.arange(SPLIT_SIZES[split]), DAMAGED[split])
-    return [array[good] for array in files[1][split]]
+    is_readable = ~np.isin(np.arange(SPLIT_SIZES[split]), DAMAGED[split])
+    return [array[is_readable] for array in files[1][split]]
 
 
 def flags_of(root, directory, **more):
@@ -123,12 +124,13 @@ def flags_of(root, directory, **more):
 def test_nearest_neighbors_equal_numpy(model, files, monkeypatch, tmp_path, capsys):
     """Unreadable images and padding neither vote nor count."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    images, labels = readable(files, "train")
-    tests, classes = readable(files, "val")
+    train_images, train_labels = readable(files, "train")
+    test_images, test_labels = readable(files, "val")
     net, directory = model
     padding = [np.zeros((*SIZE, 3))]
-    features = features_of(net, np.concatenate([images, tests, padding]))
-    keys, queries, black = np.split(features, [len(images), len(features) - 1])
+    pixels = np.concatenate([train_images, test_images, padding])
+    features = features_of(net, pixels)
+    keys, queries, black = np.split(features, [len(train_images), len(features) - 1])
 
     beats = []
     monkeypatch.setattr(Watchdog, "heartbeat", lambda watchdog: beats.append(watchdog))
@@ -137,7 +139,7 @@ def test_nearest_neighbors_equal_numpy(model, files, monkeypatch, tmp_path, caps
         flags = flags_of(files[0], directory, data__max_unreadable=0.05)
         assert main([*flags, "--mode=knn"]) == 0
     assert len(beats) == 6 + 4  # batches of 8 images of the two splits
-    top1, top5 = knn_correct(queries, classes, keys, labels)
+    top1, top5 = knn_correct(queries, test_labels, keys, train_labels)
     out = capsys.readouterr().out
     for split, count in zip(("train", "test"), SPLIT_SIZES.values(), strict=True):
         line = f"features of the {split} split  {count}/{count} images  0:00 left\n"
@@ -149,8 +151,8 @@ def test_nearest_neighbors_equal_numpy(model, files, monkeypatch, tmp_path, caps
     # change the result.
     for count in (2, 5, 7):
         more_keys = np.concatenate([keys, *[black] * count])
-        votes = np.concatenate([labels, [0] * count])
-        changed = knn_correct(queries, classes, more_keys, votes, check=False)
+        more_labels = np.concatenate([train_labels, [0] * count])
+        changed = knn_correct(queries, test_labels, more_keys, more_labels, check=False)
         assert changed != [top1, top5]
 
 
@@ -158,7 +160,7 @@ def test_nearest_neighbors_equal_numpy(model, files, monkeypatch, tmp_path, caps
 def test_too_many_unreadable_images_give_exit_code_4(
     model, files, monkeypatch, tmp_path, capsys
 ):
-    """Two unreadable images of 43 exceed the limit."""
+    """Two unreadable images of 43 exceed the limit of 4 %."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = flags_of(files[0], model[1], data__max_unreadable=0.04)
     with mini_runs.minimal_output():

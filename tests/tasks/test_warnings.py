@@ -104,7 +104,7 @@ def test_default_size_of_the_synthetic_dataset_gives_a_warning():
     """An epoch has 1,024 images unless data.train_examples sets another number."""
 
     def lines(*overrides):
-        flags = [f"--config.{each}" for each in ("data.name=synthetic", *overrides)]
+        flags = [f"--config.{x}" for x in ("data.name=synthetic", *overrides)]
         config = configs.load("mae_base", flags)
         task = inputs.task_of_recipe(config)
         images = task.data.counts["train"]
@@ -112,7 +112,7 @@ def test_default_size_of_the_synthetic_dataset_gives_a_warning():
 
     expected = "data.name=synthetic has 1,024 images"
     assert lines("total_epochs=100")[0].startswith(expected)
-    # The warmup is in epochs.
+    # The length of this run is in steps, but its warmup is in epochs.
     assert lines("total_steps=10000", "total_epochs=0")[0].startswith(expected)
     assert lines("data.train_examples=1281167") == []
     steps = ["total_steps=10000", "total_epochs=0", "optimizer.warmup_epochs=0"]

@@ -11,7 +11,7 @@ import hivit_jax
 
 
 def resize_table(table, old, new):
-    """Resize a table of `old` rows and columns to `new`."""
+    """Resize a table [rows * columns, D] from the grid `old` to the grid `new`."""
     maps = table.reshape(*old, -1).astype(np.float64)
     return torch_bicubic(maps, new).reshape(new[0] * new[1], -1)
 
@@ -19,9 +19,9 @@ def resize_table(table, old, new):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 96), (32, 160), (96, 64)])
 def test_tables_are_resized_to_another_image_size(size, tmp_path, capsys):
-    """Tables of 4 x 6 units are resized to the new grid; nothing else changes.
+    """Tables of 4 x 6 units are resized to any other grid; nothing else changes.
 
-    A grid of 6 x 4 units is resized, too, although the number of units is equal.
+    This includes a grid of 6 x 4 units, although the number of units is equal.
     """
     model = mini("hivit_base", image_size=(64, 96))
     hivit_jax.save_pretrained(model, tmp_path)

@@ -152,7 +152,7 @@ SAFETENSORS = {
 
 
 def check_refused(path, message, capsys):
-    """Check that the library raises, and that the command exits with code 5."""
+    """Check that `load_pretrained` raises, and that `convert` exits with code 5."""
     with pytest.raises(CheckpointError, match=message):
         load_pretrained(path, **state_files.NOT_IN_STATE_DICT)
     flags = ["--set", "num_heads=1", "--set", "decoder_num_heads=1"]
@@ -226,22 +226,23 @@ OTHER_KINDS = {
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "pth.tar"])
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_error_names_the_kind_of_another_file(kind, suffix, tmp_path):
-    """The suffix has no effect, with one exception.
+    """The suffix has no effect unless the kind is unknown.
 
-    If the kind is unknown, the error contains the first bytes; with the suffix
-    safetensors, the error states that the file is damaged.
+    The error then contains the first bytes. With the suffix safetensors, the error
+    states instead that the file is damaged.
     """
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(OTHER_KINDS[kind])
-    unknown = kind.startswith("of an") and suffix == "safetensors"
-    message = "damaged or not a safetensors" if unknown else f"x.{suffix} is .*{kind}"
+    message = f"x.{suffix} is .*{kind}"
+    if kind.startswith("of an unknown") and suffix == "safetensors":
+        message = "damaged or not a safetensors"
     with pytest.raises(CheckpointError, match=message):
         load_pretrained(path)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pth.tar", "pyth", "pkl", "bin", "weights"])
 def test_format_does_not_depend_on_the_suffix(suffix, tmp_path):
-    """Both formats of PyTorch and safetensors are recognized by their content."""
+    """Safetensors and the two formats of PyTorch are recognized by their content."""
     content = {"state_dict": torch_files.with_tensors(STATE), "epoch": 3}
     for number, legacy in enumerate((False, True)):
         path = torch_files.save(content, tmp_path / f"{number}.{suffix}", legacy)
@@ -253,7 +254,7 @@ def test_format_does_not_depend_on_the_suffix(suffix, tmp_path):
 
 
 def test_directory_must_contain_one_file_of_weights(tmp_path):
-    """Without config.json of hivit_jax, two files of weights are an error."""
+    """Without model.safetensors, a second file of weights is an error."""
     torch_files.save(torch_files.with_tensors(STATE), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text("{}")
     loaded = read(tmp_path, **state_files.NOT_IN_STATE_DICT)
@@ -273,16 +274,15 @@ def test_archives_with_overlapping_members_are_refused(tmp_path, capsys):
     with zipfile.ZipFile(path, "w") as file:
         for name, content in members.items():
             file.writestr(name, content)
-        double = copy.copy(file.getinfo("x/data/0"))
-        double.filename = "x/data/1"
-        file.filelist.append(double)
+        duplicate = copy.copy(file.getinfo("x/data/0"))
+        duplicate.filename = "x/data/1"
+        file.filelist.append(duplicate)
     with zipfile.ZipFile(path) as file:
         assert len(file.infolist()) == 3
     check_refused(path, "members of the archive overlap", capsys)
 
 
-def test_files_are_read_but_not_written_without_pytorch(tmp_path, monkeypatch):
-    """Writing a .pth file requires PyTorch."""
+def test_pth_files_are_read_but_not_written_without_pytorch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert read(
         reference.GOLDEN / "official_mae.pth", **state_files.NOT_IN_STATE_DICT
@@ -305,19 +305,19 @@ class Planted:
 def malicious_cases(marker):
     """Return {case: (saved object, expected message)}."""
     tensor = torch_files.tensor(np.zeros(3, np.float32))
-    write = f"open({str(marker)!r}, 'w').write('x')"
+    code = f"open({str(marker)!r}, 'w').write('x')"
     sparse = torch_files.Global("torch._utils", "_rebuild_sparse_tensor")("coo", ())
     repeated = torch_files.tensor(np.zeros(1, np.float32), 0, (10**6, 10**6), (0, 0))
     no_tensors = "contains no named tensors"
     return {
         "os.system": (Planted(os.system, f"touch {marker}"), no_tensors),
-        "eval": ({"model": Planted(eval, write)}, r"'model': __builtin__\.eval"),
-        "exec": ({"model": {"a": Planted(exec, write)}}, no_tensors),
+        "eval": ({"model": Planted(eval, code)}, r"'model': __builtin__\.eval"),
+        "exec": ({"model": {"a": Planted(exec, code)}}, no_tensors),
         "a function": ({"model": {"a": os.listdir}}, no_tensors),
         "a namespace with a class": (
             {
                 "model": {"a": tensor},
-                "args": argparse.Namespace(x=Planted(eval, write)),
+                "args": argparse.Namespace(x=Planted(eval, code)),
             },
             "not a HiViT: .*\nFound the entries a$",
         ),
@@ -371,20 +371,20 @@ def test_planted_code_runs_in_pickle(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 @pytest.mark.parametrize(
-    "name", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+    "dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 )
-def test_narrower_numbers_are_widened(name, kind, tmp_path):
+def test_narrower_numbers_are_widened(dtype, kind, tmp_path):
     """Narrower floats are widened to float32 and keep their values.
 
     Other dtypes are refused; see the case "integers" above.
     """
-    narrow = {n: a.astype(name) for n, a in STATE.items()}
+    narrow = {n: a.astype(dtype) for n, a in STATE.items()}
     path = tmp_path / f"x.{kind}"
     if kind == "pth":
         torch_files.save(torch_files.with_tensors(narrow), path)
     else:
         codes = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
-        path.write_bytes(to_bytes(narrow, codes.get(name, "F8_E5M2")))
+        path.write_bytes(to_bytes(narrow, codes.get(dtype, "F8_E5M2")))
     params = read(path, **state_files.NOT_IN_STATE_DICT).params
     expected = narrow["mask_token"].astype(np.float32).reshape(-1)
     np.testing.assert_array_equal(params["mask_token"], expected)

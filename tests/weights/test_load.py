@@ -54,7 +54,7 @@ MERGED = [0, 4, 1, 5, 8, 12, 9, 13, 2, 6, 3, 7, 10, 14, 11, 15], [0, 2, 1, 3], [
 def convert_state(state, width=16):
     """Convert a state dict with one attention head to our names and layout."""
     starts = np.cumsum([0, 4 * width, 2 * width])
-    latent = np.concatenate(
+    latent_order = np.concatenate(
         [
             start + np.add.outer(np.array(cells) * size, np.arange(size)).reshape(-1)
             for start, cells, size in zip(starts, MERGED, (4, 8, 16), strict=True)
@@ -71,17 +71,17 @@ def convert_state(state, width=16):
         elif name.endswith("pos_embed") or name == "mask_token":
             array = array.reshape(array.shape[1:] if "pos" in name else -1)
         elif name in ("norm.weight", "norm.bias"):
-            array = array[latent]
+            array = array[latent_order]
         elif name == "decoder_embed.weight":
-            array = array[:, latent].T
+            array = array[:, latent_order].T
         elif name.endswith("qkv.weight"):
             array = array.T.reshape(-1, 3, 1, len(array) // 3)
         elif name.endswith("qkv.bias"):
             array = array.reshape(3, 1, -1)
         elif array.ndim == 2 and name.endswith(".weight"):
             array = array.T
-        first = ".".join(name.split(".")[: 1 + name.startswith("blocks.")])
-        path = OUR_NAMES.get(first, first) + name.removeprefix(first).replace(".", "/")
+        root = ".".join(name.split(".")[: 1 + name.startswith("blocks.")])
+        path = OUR_NAMES.get(root, root) + name.removeprefix(root).replace(".", "/")
         ending = "kernel" if array.ndim > 1 else "scale"
         converted[re.sub("weight$", ending, path)] = array
     return converted
@@ -103,11 +103,11 @@ def test_files_written_by_pytorch_load_exactly(kind):
     epsilon = loaded.encoder.patch_embed.norm.epsilon
     assert epsilon == (1e-5 if kind == "mmpretrain" else 1e-6)
     if "model_ema" in content:
-        plain = hivit_jax.load_pretrained(
+        unaveraged = hivit_jax.load_pretrained(
             reference.GOLDEN / f"{kind}.pth", averaged=False
         )
         mini_runs.assert_identical(
-            params_by_name(plain), convert_state(content["model"])
+            params_by_name(unaveraged), convert_state(content["model"])
         )
 
 
@@ -134,9 +134,9 @@ def test_classifier_loads_the_encoder_of_an_mmpretrain_file(tmp_path, capsys):
     state = CONTENTS_BY_FORMAT["official_mae"][1]["model"]
     named = {}
     for name, array in state.items():
-        encoder = name.startswith(("absolute_pos", "patch_embed.", "blocks."))
-        new = "pos_embed" if name == "absolute_pos_embed" else name
-        named[f"{'backbone' if encoder else 'neck'}.{new}"] = array
+        in_encoder = name.startswith(("absolute_pos", "patch_embed.", "blocks."))
+        new_name = "pos_embed" if name == "absolute_pos_embed" else name
+        named[f"{'backbone' if in_encoder else 'neck'}.{new_name}"] = array
     path = state_files.save_safetensors(tmp_path / "x.safetensors", named)
     options = dict(num_heads=1, num_classes=7)
     arrays = params_by_name(hivit_jax.load_pretrained(path, **options))
@@ -144,12 +144,12 @@ def test_classifier_loads_the_encoder_of_an_mmpretrain_file(tmp_path, capsys):
     for name, array in arrays.items():
         if name.startswith("encoder/"):
             assert_array_equal(array, expected[name], name)
-    encoder = {name for name in expected if name.startswith("encoder/")}
-    assert encoder <= arrays.keys()
+    encoder_names = {name for name in expected if name.startswith("encoder/")}
+    assert encoder_names <= arrays.keys()
     assert arrays["head/kernel"].shape == (16, 7)
-    decoder = [name for name in named if name.startswith("neck.")]
+    decoder_names = [name for name in named if name.startswith("neck.")]
     text = convert.inspect(path, num_heads=1)
-    assert f"unused entries: {len(decoder)}, neck." in text
+    assert f"unused entries: {len(decoder_names)}, neck." in text
     named["neck_too"] = named.pop("neck.mask_token")
     state_files.save_safetensors(path, named)
     with pytest.raises(CheckpointError, match="unexpected entries .*'neck_too'"):
@@ -308,7 +308,7 @@ def test_inspect_marks_guessed_arguments(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_inspect_prints_entries_names_and_report(tmp_path, capsys):
-    """A pretraining file is also inspected as a classifier of larger images."""
+    """A pretraining file is also inspected as a classifier for larger images."""
     for kind, words in {
         "official_mae": ["mae_hivit_base", "entries: optimizer, epoch, scaler, args"],
         "official_finetuned": [

@@ -152,7 +152,7 @@ def test_removed_keys_and_prefixes_are_reported(tmp_path, capsys):
     "leftovers", [("norm.",), ("mask_token", "norm.bias"), ("decoder_pos",)]
 )
 def test_encoder_loads_without_its_decoder(leftovers, tmp_path, capsys):
-    """An encoder loads as a model without a head; a note lists the decoder's entries.
+    """An encoder loads as a model without a head; the log lists the decoder's entries.
 
     A norm of the encoder's width is an error, because it may belong to a classifier.
     """

@@ -149,19 +149,19 @@ def test_code_in_the_card_runs(name, tmp_path, monkeypatch, capsys):
 
     A classifier's code prints the name of the predicted class.
     """
-    classifier = name == "hivit_base"
-    model = mini(name, **dict(num_classes=2) if classifier else {})
-    names = ("a cat", "a dog") * classifier
+    is_classifier = name == "hivit_base"
+    model = mini(name, **dict(num_classes=2) if is_classifier else {})
+    names = ("a cat", "a dog") * is_classifier
     model.info = replace(model.info, class_names=names)
     hivit_jax.save_pretrained(model, tmp_path)
     Image.new("RGB", (80, 70)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     card = (tmp_path / "README.md").read_text()
     [code] = re.findall(r"(?s)```python\n(.*?)```", card)
-    found = {}
-    exec(code, found)
-    assert found["images"].shape == (1, *model.config.image_shape)
-    if classifier:
+    namespace = {}
+    exec(code, namespace)
+    assert namespace["images"].shape == (1, *model.config.image_shape)
+    if is_classifier:
         assert "classes: 2: a cat, a dog\n" in card
         assert capsys.readouterr().out.splitlines()[-1] in names
 
@@ -343,7 +343,7 @@ def test_saved_files_contain_no_paths_of_the_machine(tmp_path):
     Absolute paths are shortened to their last component, and the values of directory
     keys are removed. Dataset names with a slash and hub addresses are unchanged.
     """
-    secret = "/home/ann/secret"
+    secret = "/home/user/secret"
     recipe = {
         "task": "x",
         "init_from": f"{secret}/mae_base",

@@ -34,7 +34,7 @@ TABLE = "relative_position_bias_table"
 
 
 def with_buffers(fixture):
-    """Return the complete official state dict, and the parameters by our names."""
+    """Return the official state dict with buffers, and the parameters by our names."""
     name, config = swin.arguments(fixture)
     model = swin.abstract_model(name, **config)
     params = from_official(swin.state_dict(fixture), model)
@@ -214,12 +214,12 @@ def test_transformers_file_without_a_key_projection_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_saved_model_loads_bit_identically(tmp_path):
+def test_saved_simmim_loads_bit_identically(tmp_path):
     model, _ = swin.build("simmim_mini")
     hivit_jax.save_pretrained(model, tmp_path / "saved")
-    again = hivit_jax.load_pretrained(tmp_path / "saved")
-    assert again.config == model.config
-    for name, array in params_by_name(again).items():
+    loaded = hivit_jax.load_pretrained(tmp_path / "saved")
+    assert loaded.config == model.config
+    for name, array in params_by_name(loaded).items():
         assert array.tobytes() == params_by_name(model)[name].tobytes(), name
 
 
@@ -239,10 +239,12 @@ def test_parameters_in_each_layout_read_back_bit_identically(fixture, layout):
     if layout == "timm":
         assert written.keys() == foreign.timm_swin_state(state).keys()
     if layout == "transformers":
-        full = {n: a for n, a in with_buffers(fixture)[0].items() if "mask" not in n}
+        official = {
+            n: a for n, a in with_buffers(fixture)[0].items() if "mask" not in n
+        }
         if fixture == "simmim_mini":
-            full["encoder.mask_token"] = state["encoder.mask_token"]
-        assert written.keys() == foreign.transformers_state(full, "swin").keys()
+            official["encoder.mask_token"] = state["encoder.mask_token"]
+        assert written.keys() == foreign.transformers_state(official, "swin").keys()
         written = from_transformers(written)
     back = named_leaves(from_official(written, model))
     for name, array in named_leaves(params).items():
@@ -260,8 +262,8 @@ def test_layouts_of_vit_read_back_bit_identically():
     assert {name: array.tobytes() for name, array in back.items()} == {
         name: array.tobytes() for name, array in state.items()
     }
-    encoder = to_state_dict(params, model, "timm")
-    assert not any("decoder" in name or "mask" in name for name in encoder)
+    timm_state = to_state_dict(params, model, "timm")
+    assert not any("decoder" in name or "mask" in name for name in timm_state)
     with pytest.raises(
         ConfigError, match=r"layout='mmpretrain' \(--format=mmpretrain\) with mae"
     ):

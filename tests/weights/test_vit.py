@@ -1,8 +1,8 @@
 """Tests of ViT files with the names of the official MAE code.
 
-The files are pretrained, finetuned, or contain only the encoder. timm uses the same
-names for the encoder. test_swin.py tests conversions to the layouts of timm and
-transformers, also for ViT.
+The files come from pretraining or finetuning, or contain only the encoder. timm uses
+the same names for the encoder. test_swin.py tests conversions to the layouts of timm
+and transformers, also for ViT.
 """
 
 import numpy as np
@@ -45,9 +45,9 @@ def test_finetuned_file_gives_the_official_logits(fixture, tmp_path):
     logits = model(np.asarray(vit.images("vitcls64", 3, 64)))
     np.testing.assert_allclose(logits, golden(fixture)["logits"], atol=2e-5)
     hivit_jax.save_pretrained(model, tmp_path / "saved")
-    again = hivit_jax.load_pretrained(tmp_path / "saved")
-    assert again.config == model.config
-    for name, array in params_by_name(again).items():
+    reloaded = hivit_jax.load_pretrained(tmp_path / "saved")
+    assert reloaded.config == model.config
+    for name, array in params_by_name(reloaded).items():
         assert array.tobytes() == params_by_name(model)[name].tobytes(), name
 
 

@@ -42,15 +42,15 @@ def test_batches_have_the_compiled_shapes(source, overrides):
 
 @pytest.mark.extras
 @pytest.mark.slow
-@pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
-def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
-    """Two batch sizes give equal numbers of bytes; activations would need more."""
+@pytest.mark.parametrize(("fsdp", "accumulate_steps"), [(8, 1), (4, 2)])
+def test_fsdp_communicates_only_parameters_and_gradients(fsdp, accumulate_steps):
+    """The collectives do not depend on the batch size, unlike those of activations."""
     collectives = []
     for size in (64, 256):
         config = mini_runs.mae(batch_size=size, model__depths="(1,1,1)")
         config.mesh.data, config.mesh.fsdp = 8 // fsdp, fsdp
-        config.optimizer.accumulate_steps = parts
-        mesh = sharding.make_mesh(config.mesh, size, parts)
+        config.optimizer.accumulate_steps = accumulate_steps
+        mesh = sharding.make_mesh(config.mesh, size, accumulate_steps)
         training = compile_ahead.prepare_training(config, mesh)
         hlo = compile_step(training).as_text()
         collectives.append(cost.collectives(hlo))
@@ -73,21 +73,23 @@ def test_report_of_a_tpu_step_follows_the_config(tmp_path):
 
     config = mini_runs.mae()
     model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
-    [reduced] = report["collectives"]
-    assert reduced["kind"] == "all-reduce"
-    fixed = 16 * 32  # the decoder's position table
-    parameters = 4 * (model.parameter_count() - fixed)
-    assert_allclose(reduced["bytes_per_step"], parameters, rtol=0.02)
+    [reduction] = report["collectives"]
+    assert reduction["kind"] == "all-reduce"
+    untrained = 16 * 32  # the decoder's position table
+    gradient_bytes = 4 * (model.parameter_count() - untrained)
+    assert_allclose(reduction["bytes_per_step"], gradient_bytes, rtol=0.02)
 
     accumulated = mini_runs.compile_report(
         tmp_path, optimizer__accumulate_steps=4, batch_size=256
     )
-    [again] = accumulated["collectives"]
-    assert_allclose(again["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02)
+    [accumulated_reduction] = accumulated["collectives"]
+    assert_allclose(
+        accumulated_reduction["bytes_per_step"], reduction["bytes_per_step"], rtol=0.02
+    )
     assert_allclose(accumulated["flops_per_image"], report["flops_per_image"], rtol=0.1)
 
-    denser = mini_runs.compile_report(tmp_path, mask_ratio=0.25)
+    less_masked = mini_runs.compile_report(tmp_path, mask_ratio=0.25)
     expected = 6 * (training_macs(model, 0.25) - training_macs(model, 0.75))
-    # In a network this narrow, other operations cost as much as matrix products.
-    added = denser["flops_per_image"] - report["flops_per_image"]
+    # In a network this narrow, other operations cost almost as much as matrix products.
+    added = less_masked["flops_per_image"] - report["flops_per_image"]
     assert expected < added < 1.7 * expected

@@ -107,8 +107,8 @@ ROOT = Path(__file__).parents[2]
 def test_utilization_of_an_h100_is_the_one_in_the_benchmark():
     """The throughput is measured; docs/cost.md contains the bound of `compile`."""
     results = ROOT / "benchmarks" / "results"
-    row = json.loads((results / "peers_pretrain_gpu.json").read_text())["rows"]
-    speed = row["hivit_jax"]["images_per_second"]
+    rows = json.loads((results / "peers_pretrain_gpu.json").read_text())["rows"]
+    speed = rows["hivit_jax"]["images_per_second"]
     accelerator = json.loads((results / "accelerator_cuda.json").read_text())
     flops = accelerator["auto"]["result"]["model_flops_per_image"]
     chip = chips.CHIPS["h100"]
@@ -116,19 +116,19 @@ def test_utilization_of_an_h100_is_the_one_in_the_benchmark():
     assert chip.utilization.peak == pytest.approx(speed * flops / chip.flops, rel=1e-3)
     table = (ROOT / "docs" / "cost.md").read_text()
     bound = re.search(r"`compile`, h100:8, .* \| ([\d,]+) \|", table)[1]
-    measured = speed / float(bound.replace(",", ""))
-    assert chip.utilization.bound == pytest.approx(measured, abs=0.005)
+    fraction_of_bound = speed / float(bound.replace(",", ""))
+    assert chip.utilization.bound == pytest.approx(fraction_of_bound, abs=0.005)
     others = [c.utilization for name, c in chips.CHIPS.items() if name != "h100"]
     assert {utilization.basis for utilization in others} == {"assumed"}
 
 
-def test_h200_is_faster_than_an_h100_by_its_bandwidth():
-    """The derived part of the peak is in docs/cost.md."""
+def test_h200_is_faster_than_an_h100_in_proportion_to_bandwidth():
+    """docs/cost.md contains the derived utilization of an H200."""
     h100, h200 = (chips.CHIPS[name] for name in ("h100", "h200"))
     speedup = h200.utilization.peak * h200.flops / (h100.utilization.peak * h100.flops)
     assert speedup == pytest.approx(h200.bandwidth / h100.bandwidth)
-    parts = f"| `h200` | {h200.utilization.peak:.0%} | {h200.utilization.bound:.0%} |"
-    assert parts.replace("%", " %") in (ROOT / "docs" / "cost.md").read_text()
+    row = f"| `h200` | {h200.utilization.peak:.0%} | {h200.utilization.bound:.0%} |"
+    assert row.replace("%", " %") in (ROOT / "docs" / "cost.md").read_text()
 
 
 def test_table_of_chips_in_the_docs_is_complete():

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 def test_programs_are_cached_in_the_workdir(
     directory, jax_setting, expected, run_main, tmp_path
 ):
-    """`compilation_cache` selects another directory, unless JAX has its own setting."""
+    """`compilation_cache` sets another directory; JAX's own setting overrides both."""
     name = "jax_compilation_cache_dir"
     before = jax.config.values[name]
     jax.config.update(name, jax_setting)
@@ -44,7 +44,7 @@ def test_first_call_with_each_combination_of_shapes_is_logged(capsys):
     for size in (3, 3, 4, 3):
         assert double({"x": np.ones(size)}).tolist() == [2.0] * size
         lines.append(capsys.readouterr().out.splitlines())
-    assert [len(each) for each in lines] == [2, 0, 2, 0]
+    assert [len(lines_of_call) for lines_of_call in lines] == [2, 0, 2, 0]
     start, end = lines[0]
     assert start == "compiling the doubling, which may take minutes ..."
     assert re.fullmatch(r"(compiled|read from the cache) in \d+\.\d s", end)

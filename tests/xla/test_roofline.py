@@ -2,13 +2,13 @@
 
 import pytest
 
-from hivit_jax.xla import ahead, roofline
+from hivit_jax.xla import chips, roofline
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_slowest_resource_bounds_the_throughput():
-    chip = ahead.CHIPS["v5e"]
+    chip = chips.CHIPS["v5e"]
     exchanged = [{"kind": "all-reduce", "count": 1, "bytes_per_step": 100e9}]
 
     def bound(flops, moved, exchanged=()):
