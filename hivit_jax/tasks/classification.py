@@ -108,8 +108,9 @@ class Classification(Task):
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
-        """Return the cross entropy with mixed targets, and `topk_correct` of labels.
+        """Return the cross entropy with mixed targets, and `topk_correct`.
 
+        `topk_correct` uses the label of each image before mixing.
         With several labels per image, returns only the binary cross entropy.
         """
         images, targets = self.augment_with_targets(batch, keys)
@@ -177,7 +178,7 @@ class Classification(Task):
         return weighted_sums(metrics, batch["weight"]), rows
 
     def records(self, rows: Mapping[str, np.ndarray]) -> list[Any]:
-        """Return (logits, labels) of each image, both [classes]; for several labels."""
+        """Return (logits, labels) of each image, both [classes], for `eval/mAP`."""
         return [*zip(rows["logits"], rows["label"], strict=True)]
 
     def summarize(

@@ -53,8 +53,8 @@ class MaskedAutoencoding(Task):
     def is_decayed(self, name: str) -> bool:
         """Return True if weight decay applies to a parameter.
 
-        As in SimMIM's official code, its mask token, which is in the encoder, does not
-        decay.
+        SimMIM's mask token, a parameter of the encoder, does not decay, as in SimMIM's
+        official code.
         """
         return name != "encoder/mask_token" and super().is_decayed(name)
 

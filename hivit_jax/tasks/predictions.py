@@ -94,9 +94,9 @@ def write_multi_label(
                 row = {"file": name, "predicted": join_names(values >= 0.5)}
                 pairs = zip(columns[2:], values.tolist(), strict=False)
                 row |= {column: round(value, 6) for column, value in pairs}
-                add_row(
-                    row | ({"label": join_names(rows["label"][k])} if labeled else {})
-                )
+                if labeled:
+                    row["label"] = join_names(rows["label"][k])
+                add_row(row)
             if labeled:
                 readable = rows["error"] == ""
                 evaluated.append((rows["logits"][readable], rows["label"][readable]))
