@@ -20,8 +20,7 @@ def swin_arguments(
     so that the last stage is one window.
 
     Args:
-      image_size: image size to use instead of a guess, if its windows match the
-        relative position bias tables; None: guess.
+      image_size: size to use if its windows match the position tables; None: guess.
 
     Raises:
       CheckpointError: the state dict is not from a Swin.
