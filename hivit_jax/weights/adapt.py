@@ -131,7 +131,7 @@ def adapt(
 
 
 def _size_flags(pretrained: Pretrained, model: nnx.Module) -> str:
-    """Return the end of an error message: flags of saved sizes that `model` lacks."""
+    """Return the end of an error message: flags of the sizes that differ; or ""."""
     if not isinstance(model, Model):
         return ""
     saved, flags = configure(**pretrained.arguments)[1], []
