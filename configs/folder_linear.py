@@ -5,8 +5,8 @@
 Variants: tiny (default), small, base. The recipe suits hundreds to tens of thousands of
 images in DIR/CLASS; a tenth is held out. `--mode probe` has the same purpose and is
 faster.
-Values: those of MAE's linear probe, but with small batches, larger crops and a high
-learning rate, because a run has few steps.
+Values: those of MAE's linear probe with small batches and larger crops. The learning
+rate is high, because a run has few steps.
 Expected: docs/small_data.md. Hardware: any mesh.
 Cost: 100 epochs. A train step takes 9.2 GFLOP per image for tiny.
 """

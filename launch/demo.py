@@ -37,8 +37,8 @@ def run(recipe: str, workdir: Path, stop: Callable, **overrides: object) -> dict
     return train(configs.load(path, flags), workdir, stop)
 
 
-def baselines(config) -> tuple[float, float]:
-    """Return the errors of two predictions that do not depend on the image.
+def baseline_losses(config) -> tuple[float, float]:
+    """Return the losses of two predictions that do not depend on the image.
 
     Returns:
       Mean squared errors of predicting the mean training image, and of predicting the
@@ -58,7 +58,7 @@ def load_split(config, split: str) -> np.ndarray:
 
 
 def demo(workdir: Path, stop: Callable) -> None:
-    """Pretrain, train the classifiers, and print accuracies and reconstruction loss."""
+    """Pretrain, train the classifiers, and print accuracies and relative losses."""
     began = time.perf_counter()
     pretrain = workdir / "pretrain"
     loss = run("digits_mae.py", pretrain, stop)["eval/loss"]
@@ -72,17 +72,19 @@ def demo(workdir: Path, stop: Callable) -> None:
             metrics = run("digits_finetune.py", path, stop, **overrides)
             top1[row, column] = 100 * metrics["eval/top1"]
 
-    mean_image, mean_pixel = baselines(configs.load(str(CONFIGS / "digits_mae.py")))
+    mean_image_loss, mean_pixel_loss = baseline_losses(
+        configs.load(str(CONFIGS / "digits_mae.py"))
+    )
     log("\ntop-1 on 360 held-out digits, in %, after training on 100 labels")
     log(f"{'subset':<12}{'pretrained':>12}{'scratch':>12}")
-    for subset, row in zip(SUBSETS, top1, strict=True):
-        log(f"{subset:<12}" + "".join(f"{value:12.1f}" for value in row))
+    for subset, values in zip(SUBSETS, top1, strict=True):
+        log(f"{subset:<12}" + "".join(f"{value:12.1f}" for value in values))
     cells = [f"{column.mean():.1f} +- {column.std(ddof=1):.1f}" for column in top1.T]
     log(f"{'mean +- std':<12}" + "".join(f"{cell:>12}" for cell in cells))
     log(
         "\nreconstruction loss, divided by the loss of predicting the mean training "
-        f"image: {loss / mean_image:.2f}; the mean training pixel: "
-        f"{loss / mean_pixel:.2f}"
+        f"image: {loss / mean_image_loss:.2f}; the mean training pixel: "
+        f"{loss / mean_pixel_loss:.2f}"
     )
     newest = max((pretrain / "figures").glob("reconstruction_*.png"))
     log(f"figures: {newest}\n         {pretrain / 'figures' / 'curves.png'}")

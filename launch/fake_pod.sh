@@ -34,7 +34,7 @@ prefix() { # Prints "[$1] " before every line.
   while IFS= read -r line || [[ $line ]]; do printf '[%s] %s\n' "$1" "$line"; done
 }
 
-stop() { # Signals all processes. Processes that start later are signaled then.
+stop() { # Signals all started processes, and records the signal for the others.
   signal=$1
   ((${#pids[@]} == 0)) || kill "-$1" "${pids[@]}"
 }

@@ -45,10 +45,9 @@ call() { # Prints a command, quoted for a shell, and runs it.
   [[ $dry_run ]] || "$@"
 }
 
-# Every process sees all GPUs of its node, and JAX uses GPU number SLURM_LOCALID. After
-# the first process ends, the others need time to save, or up to 2 x peer_timeout seconds
-# to abort.
-# srun returns the highest exit code.
+# Every process sees all GPUs of its node, and JAX uses GPU number SLURM_LOCALID.
+# --wait: after the first process ends, the others need time to save, or up to
+# 2 x peer_timeout seconds to abort. srun returns the highest exit code.
 call srun --kill-on-bad-exit=0 --wait=150 \
   ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
   "${PYTHON:-python}" -m hivit_jax.main "$@"

@@ -43,8 +43,8 @@ python3 -m uv pip install --quiet --python .venv --constraint requirements.lock 
 --editable '.[data,tpu]'"
 
 # gcloud reconnects when a connection breaks, and the earlier training process may then
-# still hold the TPU. The first SIGTERM makes this process save. A second SIGTERM, a
-# minute later, kills the process.
+# still hold the TPU. A first SIGTERM makes the earlier process save. A second SIGTERM, a
+# minute later, kills it.
 STOP_OLD_RUN="cd hivit_jax && \
 while pkill -f '^[^ ]*python -m hivit_jax'; do sleep 60; done;"
 

@@ -11,7 +11,7 @@ import numpy as np
 from hivit_jax.errors import ConfigError, first_line, require
 from hivit_jax.paths import is_bucket
 
-# File in the workdir with the id of the run at Weights & Biases, for resuming it.
+# File in the workdir with the id of the Weights & Biases run, for a resumed run.
 ID_FILE = "wandb.id"
 
 
@@ -24,14 +24,14 @@ class Board(Protocol):
 
 
 def open_boards(workdir: Any, settings: Mapping[str, Any], project: str) -> list[Board]:
-    """Return the boards of a run.
+    """Open the boards of a run.
 
-    The boards include TensorBoard only with tensorboardX and a local workdir.
+    Opens TensorBoard only if tensorboardX is installed and the workdir is local.
 
     Args:
       workdir: `etils.epath.Path`.
       settings: the run's config by dotted key.
-      project: name of a project of Weights & Biases; "": none.
+      project: name of a project of Weights & Biases; "": do not use it.
 
     Raises:
       ConfigError: wandb is not installed, or cannot start.
@@ -43,7 +43,7 @@ def open_boards(workdir: Any, settings: Mapping[str, Any], project: str) -> list
 
 
 def tensorboards(workdir: Any, settings: Mapping[str, Any]) -> list[Board]:
-    """Return a list of `TensorBoard`; [] if tensorboardX is not installed."""
+    """Return [TensorBoard]; [] if tensorboardX is not installed."""
     try:
         import tensorboardX  # noqa: F401
     except ImportError:

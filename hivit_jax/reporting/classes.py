@@ -17,8 +17,8 @@ class ClassCounts:
       names: names of all classes.
 
     Attributes:
-      images, predicted, correct: number of images by true class, of images by predicted
-        class, and of correctly classified images by class; int64 [classes].
+      images, predicted, correct: number of images of each true class, of each predicted
+        class, and of each class that are classified correctly; int64 [classes].
       matrix: int64 [classes, classes], true x predicted; None for more than
         `MAX_MATRIX` classes.
       in_top5: number of images whose true class is among the five most probable.
@@ -103,7 +103,7 @@ def class_row(
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, str | int]]) -> None:
-    """Write rows with the same columns as CSV."""
+    """Write rows, which must have equal keys, as a CSV file."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -88,7 +88,7 @@ def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
 
 
 def final_line(workdir: Path, steps: Collection[int], best: Best | None) -> str:
-    """Return the last log line of a run: its best checkpoint, or its last one.
+    """Return the last log line of a run: the best checkpoint, or the last checkpoint.
 
     For example ``last checkpoint  step 360  not evaluated, because
     data.eval_split='none'  DIR/checkpoints/360``.

@@ -79,7 +79,7 @@ def rows_of_panels(panels: Mapping[str, np.ndarray], title: str = "") -> np.ndar
 
 def heat(values: np.ndarray) -> np.ndarray:
     """Return the colors of values in 0..1, [...] -> [..., 3]; larger is brighter."""
-    import matplotlib as mpl  # late, because its import takes long
+    import matplotlib as mpl  # late, because this import takes long
 
     return mpl.colormaps["inferno"](values)[..., :3]
 

@@ -29,7 +29,7 @@ class Writer:
       first_step: step that the run starts or resumes at. Lines of later steps are
         deleted, because the resumed run writes them again.
       settings: the run's config by dotted key, for TensorBoard and wandb.
-      project: project of Weights & Biases; "": none.
+      project: project of Weights & Biases; "": do not use it.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Writer:
 
 
 def prepare_workdir(workdir: Path) -> None:
-    """Create a workdir.
+    """Create a workdir and check that files can be written to it.
 
     Raises:
       ConfigError: the directory cannot be created or written to.
@@ -177,9 +177,9 @@ def device_metrics(
 
     Returns:
       "images_per_second" and "images_per_second_per_chip"; "mfu" (model FLOP
-      utilization), the operations per second as a fraction of the chips' bfloat16 peak,
-      if both are known; "device_memory", the most bytes that the first device of this
-      process has used, if the backend reports them.
+      utilization), the operations per second as a fraction of the bfloat16 peak, if
+      `flops` and the peak are known; "device_memory", the most bytes that the first
+      device of this process has used, if the backend reports them.
     """
     chip = chip_of(devices[0].device_kind)
     chips = len(devices) / (chip.devices if chip else 1)
@@ -198,6 +198,9 @@ def device_metrics(
 
 def fetch(pending: list, state: Mapping[str, Any]) -> dict[str, float]:
     """Fetch and clear the pending metrics, a list of (step, metrics on the devices).
+
+    Args:
+      state: train state after the pending steps; its "step" is the last good step.
 
     Returns:
       The metrics of the newest step as floats; "unreadable" is summed over all steps.
@@ -255,9 +258,10 @@ def best_evaluation(lines: Sequence[Scalars], best: Best) -> Scalars:
 
 
 def evaluations_since_best(workdir: Path, step: int, best: Best) -> int:
-    """Return the number of evaluations after the best one, up to a step.
+    """Return the number of evaluations after the best evaluation, up to `step`.
 
-    The number is read from metrics.jsonl, so that it survives an interruption.
+    If no evaluation is finite, counts all. Reads metrics.jsonl, so that the number
+    survives an interruption.
     """
     lines = [line for line in evaluations(workdir) if line["step"] <= step]
     if not (finite := finite_evaluations(lines, best)):

@@ -1,7 +1,7 @@
 """Interface of a task: model, optimizer, loss, evaluation, figures and predictions.
 
 The rest of the package uses a task only through this interface. `docs/own_task.md`
-explains how to write one.
+explains how to write a task.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ class Task:
         replaces this value with the result of `best_metric`.
       fresh: name prefixes of parameters that are always newly initialized, even if the
         pretrained model contains them.
-      head_scale: factor on the standard deviation, 0.02, of a newly initialized head.
+      head_scale: factor that multiplies the standard deviation of a new head, 0.02.
       passes: cost of a training step in forward passes; 3, because the backward pass
         costs two.
       decayed, undecayed: last components of the names of the parameters with and
@@ -46,6 +46,7 @@ class Task:
       model_class: required class of the registered model; None: any model.
       config: the config, in which the dataset's number of classes replaces
         `model.num_classes=0`.
+      data: description of the dataset.
       needs_labels: True if the images must have labels.
     """
 
@@ -152,9 +153,9 @@ class Task:
         return frozen_parameters(self.config.model.freeze, names)
 
     def frozen(self) -> Any:
-        """Return a pytree of arrays that every step receives.
+        """Return a pytree of constant arrays that every step receives as `frozen`.
 
-        These arrays are neither trained nor saved.
+        They are neither trained nor saved, and have nothing to do with `model.freeze`.
         """
         return {}
 
@@ -195,7 +196,7 @@ class Task:
             return defaults.random_flip(self.config, self.preprocess(batch), keys)
 
     def training_images(self, batch: dict, keys: Keys) -> jax.Array:
-        """Return the images of a training batch with all augmentation, for figures."""
+        """Return the augmented images of a training batch, for figures."""
         return self.augment_batch(batch, keys)
 
     def loss(self, model: Model, frozen: Any, batch: dict, keys: Keys) -> PerSample:
@@ -215,7 +216,7 @@ class Task:
     def predict_step(self, model: Model, batch: dict) -> Rows:
         """Return the rows for `records`, computed without labels.
 
-        A task without this method has no predictions.
+        A task that does not override this method has no predictions.
         """
         raise NotImplementedError
 
@@ -258,7 +259,7 @@ class Task:
     def stream_predictions(
         self, batches: Iterator[Mapping[str, np.ndarray]], out: Path, source: Source
     ) -> Path | None:
-        """Write predictions to `out`; return the main file, or None for `out`.
+        """Write predictions to `out`; return the main file; None: `out` itself.
 
         By default, collects the records of all readable images and passes them to
         `write_predictions`. A subclass may instead write each batch at once.
@@ -284,5 +285,5 @@ class Task:
 
 
 def weighted_sums(values: PerSample, weight: jax.Array) -> Sums:
-    """Return the sums of values [B] times weights [B]."""
+    """Return the sum of each value, [B], times `weight`, [B]."""
     return {name: (value * weight).sum() for name, value in values.items()}

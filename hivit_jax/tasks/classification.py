@@ -87,7 +87,7 @@ class Classification(Task):
 
     @property
     def head_scale(self) -> float:
-        """Factor on the standard deviation, 0.02, of a newly initialized head."""
+        """Factor that multiplies the standard deviation of a new head, 0.02."""
         return variant(self.config.model.name)[0].new_head_scale
 
     @classmethod
@@ -110,6 +110,7 @@ class Classification(Task):
     ) -> PerSample:
         """Return the cross entropy with mixed targets, and `topk_correct`.
 
+        `topk_correct` uses the label of each image before mixing.
         With several labels per image, returns only the binary cross entropy.
         """
         images, targets = self.augment_with_targets(batch, keys)
@@ -177,7 +178,7 @@ class Classification(Task):
         return weighted_sums(metrics, batch["weight"]), rows
 
     def records(self, rows: Mapping[str, np.ndarray]) -> list[Any]:
-        """Return (logits, labels) of each image, [classes]."""
+        """Return (logits, labels) of each image, both [classes], for `eval/mAP`."""
         return [*zip(rows["logits"], rows["label"], strict=True)]
 
     def summarize(
@@ -215,19 +216,21 @@ class Classification(Task):
             self.data.classes,
             predictions.table_path(out),
         )
-        model = configure(**model_arguments(self.config))[1]
-        names = [*classes, *map(str, range(len(classes), model.num_classes))]
+        model_config = configure(**model_arguments(self.config))[1]
+        num_classes = model_config.num_classes
+        names = [*classes, *map(str, range(len(classes), num_classes))]
         if data.multi_label:
             labeled = source.labeled and len(source.classes) > 0
             predictions.write_multi_label(batches, out, names, labeled)
             return out
 
-        def read(index):
-            options = model.image_shape, data.crop_pct, data.value_range, data.dtype
+        def read_image(index):
+            shape = model_config.image_shape
+            options = shape, data.crop_pct, data.value_range, data.dtype
             pixels = evaluation_image(source.sample(index)["image"], *options)
             return np.clip(pixels / pixel_scale(data), 0, 1)
 
-        predictions.write(batches, out, names, read)
+        predictions.write(batches, out, names, read_image)
         return out
 
 
@@ -235,8 +238,8 @@ def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray 
     """Return the loss weights that the key `class_weights` sets, float32 [classes].
 
     With "balanced", a class with k of n training images has the weight ``n / (k *
-    classes)``, so the mean weight of the training images is 1. Classes without training
-    images are not counted in this formula and have the weight 0.
+    classes)``, so the mean weight of the training images is 1. ``classes`` excludes
+    classes without training images, which have the weight 0.
 
     Returns:
       The weights; None for "balanced" if `data` has no training split.

@@ -14,7 +14,7 @@ from hivit_jax.tasks import probing
 # over the images and features have variance 1.
 PENALTIES = tuple(10.0 ** (k / 2) for k in range(-16, 7))
 DEFAULT_PENALTY = 0.1  # used if no image can be held out
-CHUNK = 4096  # images that are converted to float64 at a time
+CHUNK = 4096  # maximum number of images that are converted to float64 at a time
 
 
 def closed_form_probe(
@@ -112,11 +112,11 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Ridge:
     """Fit the regression to features, float32 [n, D], and labels, int [n]."""
     count, dim = features.shape
     mean = features.mean(0, dtype=np.float64)
-    covariance, sums = np.zeros((dim, dim)), np.zeros((dim, classes))
+    covariance, cross_covariance = np.zeros((dim, dim)), np.zeros((dim, classes))
     for part in _chunks(count):
         x = features[part] - mean
         covariance += x.T @ x / count
-        sums += x.T @ np.eye(classes)[labels[part]] / count
+        cross_covariance += x.T @ np.eye(classes)[labels[part]] / count
     scale = np.sqrt(np.diag(covariance))
     scale[scale <= 1e-9 * np.abs(mean)] = 1.0  # constant features
     eigenvalues, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
@@ -125,7 +125,7 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Ridge:
         scale,
         np.maximum(eigenvalues, 0),
         vectors,
-        vectors.T @ (sums / scale[:, None]),
+        vectors.T @ (cross_covariance / scale[:, None]),
         np.bincount(labels, minlength=classes) / count,
     )
 
@@ -142,9 +142,9 @@ def select_penalty(
     if not held_out.any():
         return DEFAULT_PENALTY, float("nan")
     ridge = fit(features[~held_out], labels[~held_out], classes)
-    parts = features[held_out], labels[held_out]
+    held_out_set = features[held_out], labels[held_out]
     return max(
-        ((penalty, ridge.accuracy(*parts, penalty)[0]) for penalty in PENALTIES),
+        ((penalty, ridge.accuracy(*held_out_set, penalty)[0]) for penalty in PENALTIES),
         key=lambda pair: (pair[1], pair[0]),
     )
 
@@ -163,5 +163,5 @@ def held_out_images(labels: np.ndarray) -> np.ndarray:
 
 
 def _chunks(count: int) -> Iterator[slice]:
-    """Yield slices of `CHUNK` images, because float64 copies need twice the memory."""
+    """Yield slices of up to `CHUNK` images, to limit the memory of float64 copies."""
     yield from (slice(first, first + CHUNK) for first in range(0, count, CHUNK))

@@ -72,29 +72,29 @@ class LinearProbe(Classification):
     ) -> optax.GradientTransformation:
         """Return LARS for the head and zero updates for the other parameters.
 
-        As in MAE's ``util/lars.py``, the trust ratio applies to matrices only and
-        precedes the momentum; the learning rate follows the momentum.
+        As in MAE's ``util/lars.py``, weight decay and trust ratio precede the momentum
+        and apply to matrices only. The learning rate follows the momentum.
         """
         options, params = self.config.optimizer, split_params(model)[1]
-        matrices = jax.tree.map(lambda x: x.ndim > 1, params)
+        is_matrix = jax.tree.map(lambda x: x.ndim > 1, params)
         trust_ratio = optax.scale_by_trust_ratio(trust_coefficient=TRUST)
         lars = optax.chain(
-            optax.masked(optax.add_decayed_weights(options.weight_decay), matrices),
-            optax.masked(trust_ratio, matrices),
+            optax.masked(optax.add_decayed_weights(options.weight_decay), is_matrix),
+            optax.masked(trust_ratio, is_matrix),
             optax.trace(options.betas[0]),
             optax.scale_by_learning_rate(schedule),
         )
-        labels = jax.tree_util.tree_map_with_path(
+        groups = jax.tree_util.tree_map_with_path(
             lambda path, _: "lars" if leaf_name(path).startswith("head/") else "frozen",
             params,
         )
         transforms = {"lars": lars, "frozen": optax.set_to_zero()}
-        return optax.multi_transform(transforms, labels)
+        return optax.multi_transform(transforms, groups)
 
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
-        """Return the cross entropy and `topk_correct` of each image.
+        """Return the cross entropy and `topk_correct` of each image, [B].
 
         With several labels per image, returns only the binary cross entropy.
         """

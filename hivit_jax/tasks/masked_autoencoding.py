@@ -20,7 +20,7 @@ from hivit_jax.tasks.defaults import model_arguments
 
 
 class MaskedAutoencoding(Task):
-    """Pretraining task. An image's loss is the mean over its masked units."""
+    """Pretraining task; the loss of an image is the mean over its masked units."""
 
     keys = {"mask_ratio": Key(0.75, "fraction of units to mask", above=0, below=1)}
     unused = {"optimizer.layer_decay": 1.0}
@@ -41,8 +41,8 @@ class MaskedAutoencoding(Task):
     def check(cls, config: Any) -> None:
         """Raise ConfigError for an invalid config, such as an invalid `mask_ratio`."""
         super().check(config)
-        model_class, sizes, _ = configure(**model_arguments(config))
-        units = math.prod(check_grid(sizes.image_size, sizes.unit_size))
+        model_class, model_config, _ = configure(**model_arguments(config))
+        units = math.prod(check_grid(model_config.image_size, model_config.unit_size))
         # `count_visible` raises ConfigError for a ratio that masks all units.
         if model_class.count_visible(units, config.mask_ratio) == units:
             raise ConfigError(
@@ -53,8 +53,8 @@ class MaskedAutoencoding(Task):
     def is_decayed(self, name: str) -> bool:
         """Return True if weight decay applies to a parameter.
 
-        SimMIM's mask token, which is in the encoder, does not decay, as in its official
-        code.
+        SimMIM's mask token, a parameter of the encoder, does not decay, as in SimMIM's
+        official code.
         """
         return name != "encoder/mask_token" and super().is_decayed(name)
 
@@ -109,8 +109,8 @@ class MaskedAutoencoding(Task):
         pixels = drawing.reconstruction_panels(**panels, mean=data.mean, std=data.std)
         held_out = data.eval_split not in (NO_EVALUATION, data.train_split or "train")
         title = "held-out images" if held_out else "training images"
-        model = configure(**model_arguments(self.config))[1]
-        title += f"; {drawing.statistics_text(model.norm_pix_loss)}"
+        model_config = configure(**model_arguments(self.config))[1]
+        title += f"; {drawing.statistics_text(model_config.norm_pix_loss)}"
         return {"reconstruction": drawing.reconstructions(pixels, title)}
 
     def _masking(self, model: MaskedModel, keys: Keys) -> dict[str, Any]:

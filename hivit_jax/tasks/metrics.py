@@ -39,7 +39,7 @@ def multi_label_metrics(
     Args:
       logits: [B, classes].
       targets: probabilities, [B, classes].
-      weights: factors of the classes, [classes]; None: 1.
+      weights: factor of each class's cross entropy, [classes]; None: 1.
     """
     loss = optax.sigmoid_binary_cross_entropy(logits, targets)
     loss = loss if weights is None else loss * weights

@@ -16,7 +16,7 @@ from hivit_jax.reporting.classes import ClassCounts, write_rows
 from hivit_jax.reporting.console import log
 
 SUFFIXES = (".csv", ".jsonl")
-MAX_RANK = 5  # listed classes per image
+MAX_RANK = 5  # maximum number of listed classes per image
 NUM_WORST = 24  # images in worst.png, the mistakes with the least probable true class
 Rows = Mapping[str, np.ndarray]
 
@@ -25,7 +25,7 @@ def write(
     batches: Iterator[Rows],
     out: Path,
     names: Sequence[str],
-    read: Callable[[int], np.ndarray],
+    read_image: Callable[[int], np.ndarray],
 ) -> None:
     """Write the table of predictions and, if labels are known, an evaluation.
 
@@ -36,7 +36,7 @@ def write(
         [B, classes].
       out: result of `table_path`.
       names: names of all classes.
-      read: function from an index to the image, float [H, W, C] in 0..1.
+      read_image: function from an index to the image, float [H, W, C] in 0..1.
 
     Raises:
       OSError: a file cannot be written.
@@ -45,16 +45,16 @@ def write(
     ranks = range(min(MAX_RANK, len(names)))
     pairs = [(_column("predicted", k), _column("probability", k)) for k in ranks]
     columns = ["file", *(name for pair in pairs for name in pair), "label", "error"]
-    with _table_writer(out, columns) as add:
+    with _table_writer(out, columns) as add_row:
         for rows in batches:
             ranked = np.argsort(-rows["probabilities"], axis=1, kind="stable")
             for row in _table_rows(rows, ranked[:, :MAX_RANK], names):
-                add(row)
-            known = (rows["label"] >= 0) & (rows["error"] == "")
-            counts.add(rows["label"][known], ranked[known, :MAX_RANK])
-            worst = sorted([*worst, *_mistakes(rows, ranked, known)])[:NUM_WORST]
+                add_row(row)
+            evaluated = (rows["label"] >= 0) & (rows["error"] == "")
+            counts.add(rows["label"][evaluated], ranked[evaluated, :MAX_RANK])
+            worst = sorted([*worst, *_mistakes(rows, ranked, evaluated)])[:NUM_WORST]
     if counts.images.sum():
-        _write_evaluation(out, counts, worst, read)
+        _write_evaluation(out, counts, worst, read_image)
 
 
 def write_multi_label(
@@ -62,8 +62,8 @@ def write_multi_label(
 ) -> None:
     """Write the probability of each class and, if labels are known, an evaluation.
 
-    The table has a column "label" only if labels are known. In this column, "" marks an
-    image of no class. Memory must hold the logits and labels of all labeled images.
+    The table has a column "label" only if labels are known. An image of no class has ""
+    in this column. Memory must hold the logits and labels of all labeled images.
 
     Args:
       batches: rows as in `Task.stream_predictions`, with "probabilities" and "logits"
@@ -73,34 +73,36 @@ def write_multi_label(
       labeled: True if the labels are known.
 
     Raises:
-      OSError: see `write`.
+      OSError: a file cannot be written.
     """
-    known = []
+    evaluated = []  # (logits, labels) of each batch
     columns = ["file", "predicted", *(f"probability_{name}" for name in names)]
     columns += [*["label"] * labeled, "error"]
 
-    def join(mask: np.ndarray) -> str:
+    def join_names(mask: np.ndarray) -> str:
         return SEPARATOR.join(names[k] for k in np.flatnonzero(mask))
 
-    with _table_writer(out, columns) as add:
+    with _table_writer(out, columns) as add_row:
         for rows in batches:
             for k, (name, error) in enumerate(
                 zip(rows["name"], rows["error"], strict=True)
             ):
                 if error:
-                    add({"file": name, "error": error})
+                    add_row({"file": name, "error": error})
                     continue
                 values = rows["probabilities"][k]
-                row = {"file": name, "predicted": join(values >= 0.5)}
+                row = {"file": name, "predicted": join_names(values >= 0.5)}
                 pairs = zip(columns[2:], values.tolist(), strict=False)
                 row |= {column: round(value, 6) for column, value in pairs}
-                add(row | ({"label": join(rows["label"][k])} if labeled else {}))
+                if labeled:
+                    row["label"] = join_names(rows["label"][k])
+                add_row(row)
             if labeled:
                 readable = rows["error"] == ""
-                known.append((rows["logits"][readable], rows["label"][readable]))
-    if not sum(len(labels) for _, labels in known):
+                evaluated.append((rows["logits"][readable], rows["label"][readable]))
+    if not sum(len(labels) for _, labels in evaluated):
         return
-    logits, labels = map(np.concatenate, zip(*known, strict=True))
+    logits, labels = map(np.concatenate, zip(*evaluated, strict=True))
     metrics = {
         "images": len(labels),
         "images_of_no_class": int((labels == 0).all(1).sum()),
@@ -114,7 +116,11 @@ def write_multi_label(
 
 
 def table_path(out: Path) -> Path:
-    """Return the file of the table; raise ConfigError for another ending of `out`."""
+    """Return the path of the table: `out`, or a file in the directory `out`.
+
+    Raises:
+      ConfigError: `out` has an ending that is not in `SUFFIXES`.
+    """
     if out.suffix in SUFFIXES:
         return out
     if out.suffix and not out.is_dir():
@@ -128,7 +134,7 @@ def table_path(out: Path) -> Path:
 def _table_writer(
     out: Path, columns: Sequence[str]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Context manager that provides a function for writing a row of the table.
+    """Context manager that provides a function that writes one row of the table.
 
     The file gets its final name when the context ends.
     """
@@ -173,13 +179,13 @@ def _table_rows(
         yield row | ({"error": error} if error else {})
 
 
-def _mistakes(rows: Rows, ranked: np.ndarray, known: np.ndarray) -> Iterator[tuple]:
-    """Yield a tuple for each misclassified image.
+def _mistakes(rows: Rows, ranked: np.ndarray, evaluated: np.ndarray) -> Iterator[tuple]:
+    """Yield a tuple for each misclassified image among the `evaluated` images.
 
     The tuple is (probability of the true class, index of the image, true class,
     predicted class, probability of the predicted class).
     """
-    for i in np.flatnonzero(known & (ranked[:, 0] != rows["label"])).tolist():
+    for i in np.flatnonzero(evaluated & (ranked[:, 0] != rows["label"])).tolist():
         p, true, predicted = rows["probabilities"][i], rows["label"][i], ranked[i, 0]
         index = int(rows["index"][i])
         yield float(p[true]), index, int(true), int(predicted), float(p[predicted])
@@ -189,7 +195,7 @@ def _write_evaluation(
     out: Path,
     counts: ClassCounts,
     worst: Sequence[tuple],
-    read: Callable[[int], np.ndarray],
+    read_image: Callable[[int], np.ndarray],
 ) -> None:
     """Write metrics, class table, confusion matrix and worst images beside `out`."""
     # Imported here, because benchmarks import the tasks without Pillow and etils.
@@ -209,7 +215,7 @@ def _write_evaluation(
         written += [beside("confusion.csv"), beside("confusion.png")]
     images, titles = [], []
     for p_true, index, true, predicted, p_predicted in worst:
-        images.append(read(index))
+        images.append(read_image(index))
         titles.append(
             f"true: {names[true]}, {p_true:.0%}\n"
             f"predicted: {names[predicted]}, {p_predicted:.0%}"

@@ -27,7 +27,7 @@ from hivit_jax.tree import split_params
 from hivit_jax.weights import adapt, load
 from hivit_jax.xla.compile import announce
 
-CHUNK = 256  # test images that are classified at a time
+CHUNK = 256  # maximum number of test images that are classified at a time
 
 
 def nearest_neighbors(
@@ -133,7 +133,7 @@ def encode_split(
 def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Callable:
     """Return a function from a batch to (features, labels, weights, unreadable).
 
-    Features are float32 [B, E], the other arrays [B]. Every device has all four arrays.
+    Features are float32 [B, E], the other arrays [B]. All arrays are replicated.
 
     Args:
       unit_length: divide the features of each image by their length.
@@ -152,12 +152,12 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
     model = nnx.eval_shape(task.build_model)
     graphdef = split_params(model)[0]
 
-    def init():
+    def init_variables():
         _, params, model_state = split_params(task.build_model())
         return {"params": params, "model_state": model_state}
 
-    shardings = state_shardings(mesh, jax.eval_shape(init))
-    variables = jax.jit(init, out_shardings=shardings)()
+    shardings = state_shardings(mesh, jax.eval_shape(init_variables))
+    variables = jax.jit(init_variables, out_shardings=shardings)()
     variables = adapt.initialize_from(pretrained, model, variables, fresh=task.fresh)
 
     @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -10,9 +10,9 @@ from hivit_jax.training.schedule import peak_learning_rate
 # Usual range of AdamW's peak learning rate. With a smaller peak the weights hardly
 # change; with a larger peak the loss usually diverges.
 ADAM_PEAKS = (1e-6, 0.05)
-# Values that are harmless in any run. Recipes for small folders of images use them, and
-# runs of these recipes may be shorter. A run of 500 steps is over soon, and repeated
-# images in a batch of 64 get different crops.
+# Up to these values, no warning is logged if a run has fewer steps or a split has fewer
+# images, as with the recipes for small folders of images. A run of 500 steps is over
+# soon, and repeated images in a batch of 64 get different crops.
 HARMLESS_INTERVALS = {"log_every": 50, "eval_every": 500, "checkpoint_every": 500}
 HARMLESS_BATCH = 64
 
@@ -98,12 +98,12 @@ def _learning_rate_warnings(optimizer: Any, batch_size: int) -> list[str]:
 
 def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
     """Return warnings about classes, and about evaluation on training images."""
-    found, dataset_classes = [], len(data.classes)
+    found, num_dataset_classes = [], len(data.classes)
     num_classes = config.model.get("num_classes") or 0
-    if data.encoded and 0 < dataset_classes < num_classes:
+    if data.encoded and 0 < num_dataset_classes < num_classes:
         found.append(
-            f"model.num_classes={num_classes} exceeds the {dataset_classes:,} classes "
-            f"of {config.data.name}: the additional outputs are never correct"
+            f"model.num_classes={num_classes} exceeds the {num_dataset_classes:,} "
+            f"classes of {config.data.name}: the additional outputs are never correct"
         )
     weights, balance = config.get("class_weights"), config.data.balance
     if weights and balance:
@@ -122,7 +122,7 @@ def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
 
 
 def one_class_warnings(config: Any) -> list[str]:
-    """Return a warning if a classifier has one class, and one label per image."""
+    """Return a warning if a classifier of one label per image has only one class."""
     if config.model.get("num_classes") != 1 or config.data.multi_label:
         return []
     return ["model.num_classes=1: with one class the loss is always 0"]

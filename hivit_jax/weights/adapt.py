@@ -1,4 +1,4 @@
-"""Initialize a model from pretrained arrays of another task or size."""
+"""Initialize a model from a pretrained model, also of another task or size."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ HEAD = ("fc_norm/", "head/")
 # Prefixes of the prediction layers of MAE and SimMIM, which may be newly initialized
 # only if the shapes differ.
 PREDICTION = ("decoder_pred/", "decoder/")
-# Arguments of models that determine the shapes of arrays, except classes and channels.
+# Arguments that determine the shapes of arrays, except num_classes and in_channels.
 SIZES = (
     "image_size", "patch_size", "inner_patches", "depths", "depth", "embed_dim",
     "num_heads", "mlp_ratio", "stem_mlp_ratio",
@@ -95,7 +95,7 @@ class LoadReport:
 def adapt(
     pretrained: Pretrained, model: nnx.Module, fresh: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Return a model's initial arrays from a pretrained model.
+    """Return initial arrays of `model`, adapted from a pretrained model.
 
     Logs the report unless all arrays match. For the arguments and the returned arrays
     see `match_arrays`.
@@ -131,7 +131,7 @@ def adapt(
 
 
 def _size_flags(pretrained: Pretrained, model: nnx.Module) -> str:
-    """Return a line with the flags of the saved sizes that differ from a model's."""
+    """Return the end of an error message: flags of the sizes that differ; or ""."""
     if not isinstance(model, Model):
         return ""
     saved, flags = configure(**pretrained.arguments)[1], []
@@ -150,19 +150,19 @@ def _size_flags(pretrained: Pretrained, model: nnx.Module) -> str:
 def match_arrays(
     pretrained: Pretrained, model: nnx.Module, fresh: tuple[str, ...] = ()
 ) -> tuple[dict[str, np.ndarray], LoadReport]:
-    """Return a model's initial arrays from a pretrained model, and a report.
+    """Return initial arrays of `model`, adapted from a pretrained model, and a report.
 
-    Position tables are resized to the model's grid or windows, and the patch embedding
-    to its channels and cell size (official: ``supervised/utils.py``). Only arrays of a
-    `models.base.Model` are resized; any other module must have the same shapes.
+    Resizes position tables to the model's grid or windows, and the patch embedding to
+    the model's channels and cell size (official: ``supervised/utils.py``). Resizes only
+    arrays of a `models.base.Model`; other modules must have the pretrained shapes.
 
     Args:
       model: a built or abstract model.
-      fresh: prefixes of arrays that are not copied, such as ``head/``.
+      fresh: prefixes of arrays that are not copied, such as ``head/``; (): copy all.
 
     Returns:
-      {name in the model: NumPy array} without the newly initialized, missing and
-      mismatched arrays; and the report.
+      {name in `model`: NumPy array}, without newly initialized, missing and mismatched
+      arrays; and the report.
     """
     resizable = isinstance(model, Model)
     source = configure(**pretrained.arguments)[1] if resizable else None
@@ -199,7 +199,7 @@ def _resized(
 ) -> np.ndarray:
     """Return an array resized from the old to the new config.
 
-    If the array needs no change, return the array itself.
+    Returns the array itself if it needs no change.
     """
     if name.endswith("_pos_embed") and old.grid != new.grid:
         class_rows, rows = np.split(array, [old.class_tokens])
@@ -207,12 +207,12 @@ def _resized(
         return np.concatenate([class_rows, rows]) if len(class_rows) else rows
     if name.endswith("relative_position_bias_table"):
         stage, block = map(int, name.split("/")[2:4])
-        spans = [config.table_grid(stage, block) for config in (old, new)]
-        if spans[0] != spans[1]:
+        grids = [config.table_grid(stage, block) for config in (old, new)]
+        if grids[0] != grids[1]:
             if getattr(old, "geometric_tables", False):
-                sides = (side for side, _ in spans)
+                sides = (side for side, _ in grids)
                 return resize.resize_table_geometrically(array, *sides)
-            return resize.resize_relative_table(array, *spans)
+            return resize.resize_relative_table(array, *grids)
     if name.startswith("encoder/patch_embed/proj/kernel"):
         if old.cell_size != new.cell_size:
             array = resize.resize_patch_kernel(array, old.cell_size, new.cell_size)
@@ -228,12 +228,12 @@ def initialize_from(
     fresh: tuple[str, ...] = (),
     head_scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Return a model's variables, replaced by pretrained arrays where available.
+    """Return `variables` with pretrained arrays in place of new ones where available.
 
     Args:
-      variables: newly initialized "params" and "model_state".
+      variables: newly initialized "params" and "model_state" of `model`.
       fresh: prefixes of arrays that are not copied from the pretrained model.
-      head_scale: factor of the weights of a newly initialized head.
+      head_scale: factor that multiplies the kernel of a newly initialized head.
 
     Raises:
       ConfigError: an array is missing, or its shape differs and it cannot be resized.

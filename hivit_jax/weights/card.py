@@ -8,7 +8,7 @@ import hivit_jax
 from hivit_jax.models import Model
 from hivit_jax.weights.files import CONFIG, WEIGHTS
 
-MAX_CLASSES = 20  # largest number of classes that the card lists by name
+MAX_CLASSES = 20  # the card lists at most this many class names
 
 
 def model_card(
@@ -42,7 +42,7 @@ def model_card(
         f"- code: {_project_text()}",
         f"- citation: {model.architecture}",
         f"- parameters: {model.parameter_count() / 1e6:.2f} M",
-        f"- multiply-adds per image: {_count_text(model.macs(layer_norm_cost=0))}",
+        f"- multiply-adds per image: {_macs_text(model.macs(layer_norm_cost=0))}",
         *_class_lines(model, has_head),
         *_training_lines(recipe),
         *(
@@ -55,8 +55,8 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _count_text(macs: int) -> str:
-    """Return a number of multiply-adds in G, or in M if it is small."""
+def _macs_text(macs: int) -> str:
+    """Return a number of multiply-adds as text in G, or in M below 0.1 G."""
     return f"{macs / 1e9:.2f} G" if macs >= 1e8 else f"{macs / 1e6:.2f} M"
 
 
@@ -74,16 +74,16 @@ def _project_text() -> str:
 
 
 def _usage_lines(model: Model, has_head: bool) -> list[str]:
-    """Return the lines on code and preprocessing."""
+    """Return the section "Use": example code and preprocessing."""
     info, (height, width) = model.info, model.config.image_size
-    prints_classes = has_head and bool(info.class_names)
-    prints_sigmoid = prints_classes and info.multi_label
+    has_class_names = has_head and bool(info.class_names)
+    uses_sigmoid = has_class_names and info.multi_label
     lines = [
         "## Use",
         "",
         "```python",
         "import hivit_jax",
-        *["import jax"] * prints_sigmoid,
+        *["import jax"] * uses_sigmoid,
         "",
         'model = hivit_jax.load_pretrained(".")  # the directory of this file',
         'images = hivit_jax.preprocess(model)(["photo.jpg"])',
@@ -92,9 +92,9 @@ def _usage_lines(model: Model, has_head: bool) -> list[str]:
     ]
     if has_head:
         lines.append(f"logits = model(images)  # [1, {model.config.num_classes}]")
-    if prints_sigmoid:
+    if uses_sigmoid:
         lines.append("probabilities = jax.nn.sigmoid(logits)  # one per class name")
-    elif prints_classes:
+    elif has_class_names:
         lines.append("print(model.info.class_names[logits[0].argmax()])")
     mean, std = (", ".join(f"{x:.6g}" for x in xs) for xs in (info.mean, info.std))
     lines += [

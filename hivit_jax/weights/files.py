@@ -25,12 +25,12 @@ from hivit_jax.weights.torch_format import TorchFile
 
 # Files that `save_pretrained` writes.
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-TORCH_WEIGHTS = "pytorch_model.bin"  # in older repositories of transformers
+TORCH_WEIGHTS = "pytorch_model.bin"  # older models of the library transformers
 # Weight files that a config.json in the same directory or repository describes.
 DIRECTORY_WEIGHTS = (WEIGHTS, TORCH_WEIGHTS)
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # .tar: for .pth.tar
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-# Key of our JSON description of the model, which other programs ignore.
+# Key of our JSON description of the model in a file; other programs ignore this key.
 METADATA_KEY = "hivit_jax"
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -46,7 +46,8 @@ SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-# First bytes of files that are not weights, such as failed downloads -> description.
+# Files without weights, such as failed downloads: pattern of their first bytes ->
+# description.
 OTHER_KINDS = {
     rb"\s*(<!doctype html|<html|<head)": "an HTML page, not the file that it links to",
     rb"\s*<\?xml": "an XML document",
@@ -72,7 +73,7 @@ class WeightFile(NamedTuple):
     """Contents of a file with a state dict.
 
     state: NumPy arrays by their PyTorch names.
-    metadata: the `metadata` passed to `write`, {} in files of other programs.
+    metadata: the parsed `metadata` of `write`, {} in files of other programs.
     key: key of the state dict in the file, with "/" between nested keys; "" if the file
       is a bare state dict.
     other_keys: keys of the other entries of the file.
@@ -102,15 +103,15 @@ def read(path: Path, averaged: bool = True) -> WeightFile:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not start:
         raise CheckpointError(f"{path} is empty; copy or download it again")
-    length = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and length < path.stat().st_size:
+    header_size = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and header_size < path.stat().st_size:
         return _read_safetensors(path)
     if start.startswith((b"PK", b"\x80")):
         return _read_torch(path, averaged)
     found = (kind for p, kind in OTHER_KINDS.items() if re.match(b"(?is)" + p, start))
     kind = next(found, "")
     if not kind and path.suffix == ".safetensors":
-        return _read_safetensors(path)  # raises an error about the damage
+        return _read_safetensors(path)  # raises an error that describes the damage
     kind = kind or f"of an unknown kind, its first bytes are {start[:8]!r}"
     raise CheckpointError(
         f"{path} is {kind}; expected a file written by torch.save or safetensors"
@@ -157,7 +158,7 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 def import_torch(path: Path) -> Any:
-    """Return the PyTorch module, which is required for the file `path`.
+    """Import PyTorch, which is required to write the file `path`.
 
     Raises:
       ConfigError: PyTorch is not installed.

@@ -39,7 +39,7 @@ def download(address: str) -> Path:
         directory = Path(download_files(allow_patterns=patterns))
         if not file and not (directory / WEIGHTS).is_file():
             download_files(allow_patterns=[TORCH_WEIGHTS])
-    except Exception as error:  # because network and hub cause many exception types
+    except Exception as error:  # network and hub cause many types of exceptions
         raise CheckpointError(
             f"{address} cannot be downloaded, and there is no complete local copy: "
             f"{type(error).__name__}: {first_line(error)}"

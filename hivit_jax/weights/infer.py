@@ -21,16 +21,18 @@ def infer(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Infer arguments of `create_model` from the names and shapes of a state dict.
 
-    Some arguments are guessed, because names and shapes do not determine them. A ViT of
-    a registered size gets the number of heads of the registered model. Otherwise,
-    attention heads are assumed to have 64 channels, unless relative position tables
-    determine the number of heads. Decoder heads are assumed to have 32 channels. The
-    LayerNorm eps is assumed to be 1e-5 in MMPretrain's classifier and 1e-6 otherwise.
+    Names and shapes do not determine all arguments. These are guessed:
+
+    - num_heads: as in the registered ViT of this size. For other models without
+      relative position tables, heads have 64 channels.
+    - decoder_num_heads: heads have 32 channels.
+    - layer_norm_eps: 1e-5 in Swin and in MMPretrain's classifier; otherwise 1e-6.
+    - image_size of a Swin and mask_patch_size of SimMIM: see `swin_arguments`.
 
     Args:
       state: as in `from_official`.
-      image_size: the model's image size; required and used only if the grid of units is
-        not square. For Swin, see `swin_arguments`.
+      image_size: the model's image size, which is required only if the grid of units is
+        not square, and ignored if it is square. For Swin, see `swin_arguments`.
 
     Returns:
       The arguments, and {argument: reason} for the guessed arguments.
@@ -46,8 +48,8 @@ def infer(
     is_mmpretrain = any("head.fc." in name for name in state)
     is_vit = {"cls_token", "pos_embed"} <= shapes.keys()
     shapes.kind = "ViT" if is_vit else "HiViT"
-    encoder_arguments = _vit_arguments if is_vit else _hivit_arguments
-    arguments, guessed = encoder_arguments(shapes, image_size)
+    infer_encoder = _vit_arguments if is_vit else _hivit_arguments
+    arguments, guessed = infer_encoder(shapes, image_size)
     arguments["layer_norm_eps"] = 1e-5 if is_mmpretrain else 1e-6
     guessed["layer_norm_eps"] = (
         "as in MMPretrain's classifier" if is_mmpretrain else "as in the official code"
@@ -70,12 +72,12 @@ def infer(
 
 
 def _head_arguments(shapes: Shapes, is_vit: bool) -> dict[str, Any]:
-    """Return the arguments of a classifier that the encoder does not determine."""
+    """Return the arguments of a classifier that do not concern its encoder."""
     if is_vit:
         pooling = "token" if "norm.weight" in shapes else "mean"
-        return dict(pooling=pooling) | shapes.head()
+        return dict(pooling=pooling) | shapes.head_arguments()
     fc_norm = "fc_norm.weight" in shapes or "head.weight" not in shapes
-    return dict(fc_norm=fc_norm) | shapes.head()
+    return dict(fc_norm=fc_norm) | shapes.head_arguments()
 
 
 def _vit_arguments(
@@ -101,7 +103,7 @@ def _vit_arguments(
 
 
 def _image_size(units: int, patch_size: int, image_size: Any) -> Any:
-    """Return the side of an image, or `image_size` if the grid is not square."""
+    """Return the side of a square image, or `image_size` if the grid is not square."""
     side = round(units**0.5)
     if side**2 == units:
         return side * patch_size
@@ -119,22 +121,22 @@ def _hivit_arguments(
     """Return the arguments of a HiViT's encoder, and the reasons for guesses."""
     _, units, dim = shapes.require("absolute_pos_embed", 3)
     width, channels, cell, _ = shapes.require("patch_embed.proj.weight", 4)
-    counts = shapes.blocks()
-    stems, last_block = len(counts) - 1, f"blocks.{sum(counts) + len(counts) - 2}"
+    counts = shapes.block_counts()
+    merges, last_block = len(counts) - 1, f"blocks.{sum(counts) + len(counts) - 2}"
     stem_hidden = counts[0] and shapes.require("blocks.0.mlp.fc1.weight", 2)[0]
     hidden, _ = shapes.require(f"{last_block}.mlp.fc1.weight", 2)
     table = shapes.get(f"{last_block}.attn.relative_position_bias_table")
-    patch_size = cell << stems
+    patch_size = cell << merges
     arguments = dict(
         image_size=_image_size(units, patch_size, image_size),
         in_channels=channels,
         embed_dim=dim,
-        depths=(*(n // 2 for n in counts[:-1]), counts[-1]),
+        depths=(*(n // 2 for n in counts[:-1]), counts[-1]),  # see `HiViTConfig`
         num_heads=table[-1] if table else max(dim // 64, 1),
         mlp_ratio=hidden / dim,
         stem_mlp_ratio=stem_hidden / width,
         patch_size=patch_size,
-        inner_patches=1 << stems,
+        inner_patches=1 << merges,
         relative_position=table is not None,
     )
     return arguments, {} if table else {"num_heads": "assuming 64 channels per head"}

@@ -20,7 +20,7 @@ def swin_arguments(
     so that the last stage is one window.
 
     Args:
-      image_size: image size that replaces the guess if the tables fit it; or None.
+      image_size: size to use if its windows match the position tables; None: guess.
 
     Raises:
       CheckpointError: the state dict is not from a Swin.
@@ -35,12 +35,12 @@ def swin_arguments(
         blocks = f"{prefix}layers.{stage}.blocks."
         depths.append(shapes.count(blocks))
         table = f"{blocks}0.attn.relative_position_bias_table"
-        rows, count = shapes.require(table, 2)
-        heads.append(count)
+        rows, num_heads = shapes.require(table, 2)
+        heads.append(num_heads)
         sides.append(round((rows**0.5 + 1) / 2))
     hidden, _ = shapes.require(f"{prefix}layers.0.blocks.0.mlp.fc1.weight", 2)
     guessed = {"layer_norm_eps": "as in the official code"}
-    if image_size is None or not _has_windows(image_size, patch_size, sides):
+    if image_size is None or not _windows_match(image_size, patch_size, sides):
         stride = patch_size << (len(depths) - 1)
         image_size = sides[-1] * stride
         guessed["image_size"] = "so that the last stage is one window"
@@ -50,7 +50,7 @@ def swin_arguments(
         side = round(tokens**0.5)
         if tokens and side**2 == tokens:
             image_size = side * patch_size
-            guessed["image_size"] = "the size of the shift masks"
+            guessed["image_size"] = "from the number of tokens in the shift masks"
     arguments = dict(
         image_size=image_size,
         in_channels=channels,
@@ -68,16 +68,16 @@ def swin_arguments(
         guessed["mask_patch_size"] = "as in the official code"
     else:
         model_class = SwinClassifier
-        arguments |= shapes.head()
+        arguments |= shapes.head_arguments()
     return with_name(model_class, arguments), guessed
 
 
-def _has_windows(image_size: Any, patch_size: int, sides: list[int]) -> bool:
-    """Return True if an image of this size has windows of `sides` in all stages."""
+def _windows_match(image_size: Any, patch_size: int, sides: list[int]) -> bool:
+    """Return True if an image of this size has windows of `sides`, one per stage."""
     try:
         grid = check_grid(image_size, patch_size)
     except (TypeError, ConfigError):
-        return True  # because `create_model` explains what is wrong with the size
+        return True  # keep an invalid size: `create_model` explains what is wrong
     for side in sides:
         if side != min(max(sides), *grid):
             return False

@@ -54,7 +54,7 @@ DATA_KEYS = {key: key for key in SAME_NAMES} | {"crop_pct": "crop"}
 
 
 def locate(path: str | Path) -> Path:
-    """Return the local path of a model; downloads ``hf://`` addresses."""
+    """Return the local path of a model; download it from an ``hf://`` address."""
     path = expand(str(path))
     return download(path) if path.startswith("hf://") else absolute(path)
 
@@ -71,9 +71,9 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
         ``hf://ORGANIZATION/NAME[@REVISION][/FILE]``. Directories and repositories of
         timm and transformers, with a config.json, are accepted too.
       averaged: prefer averaged weights (EMA) if they were saved.
-      overrides: as in `create_model`. Only arguments that a file may lack have an
-        effect: `NOT_IN_STATE_DICT`, and image_size if the grid of units is not square
-        or if it fits the tables of a Swin.
+      overrides: as in `create_model`. Used only for files of other programs, and only
+        `NOT_IN_STATE_DICT` and image_size (of a Swin: if the size fits its tables; of
+        another model: if its grid of units is not square).
 
     Raises:
       CheckpointError: there is no model at the path, the file is damaged or unsafe, or
@@ -180,7 +180,7 @@ def _infer_arguments(
 
 
 def _naming_scheme(state: Mapping[str, Any]) -> str:
-    """Return the programs, except transformers, that use the names of a state dict."""
+    """Return the programs, except transformers, whose names a state dict has."""
     if is_swin(state):
         return "official code or timm"
     if any(name.startswith("backbone.") for name in state):
@@ -216,7 +216,7 @@ def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:
-    """Call `read` with the numbers of heads in a recipe's section `model`."""
+    """Read a pretrained model; `model`, a recipe's section, sets numbers of heads."""
     heads = {key: model.get(key) for key in ("num_heads", "decoder_num_heads")}
     return read(path, **{key: value for key, value in heads.items() if value})
 

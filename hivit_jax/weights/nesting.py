@@ -16,21 +16,21 @@ STATE_DICT_KEYS = ("", "model", "state_dict", "module", "model_state_dict")
 # the prefix of a wrapper.
 ANCHOR = "patch_embed.proj.weight"
 # Names that PyTorch inserts for DistributedDataParallel, torch.compile,
-# FullyShardedDataParallel and activation checkpoints. At the start of a name, such a
+# FullyShardedDataParallel and activation checkpointing. At the start of a name, such a
 # component counts as part of the prefix instead.
 WRAPPERS = re.compile(
     r"(?<=\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-MAX_DEPTH = 3  # levels of nested dicts in which state dicts are found
+MAX_DEPTH = 3  # levels of nested dicts that are searched for state dicts
 MAX_MODULES = 100_000  # visited modules; a damaged file may nest them in a cycle
 
 
 class Unwrapped(NamedTuple):
     """A state dict without prefixes.
 
-    state: {official or MMPretrain's name: array}.
+    state: {remaining name: array}, for `official_names`.
     removed: the removed wrappers and prefixes.
-    unused: names without the prefix, which belong to other models or losses.
+    unused: names that do not start with the prefix, such as names of losses.
     """
 
     state: dict[str, Any]
@@ -87,10 +87,10 @@ def remove_prefixes(state: Mapping[str, Any], averaged: bool = True) -> Unwrappe
     Raises:
       CheckpointError: the state dict contains several models.
     """
-    # Wrappers inside names are removed first, so that all names have the same prefix.
+    # Remove wrappers inside names first, so that all names have the same prefix.
     removed = sorted({f"{part}." for n in state for part in WRAPPERS.findall(n)})
     named = {WRAPPERS.sub("", name): array for name, array in state.items()}
-    # "backbone." stays, because `official_names` translates MMPretrain's names.
+    # "backbone." stays, because `official_names` removes it from MMPretrain's names.
     prefixes = {
         name.removesuffix(ANCHOR).removesuffix("backbone.")
         for name in filter(_is_anchor, named)
@@ -100,7 +100,7 @@ def remove_prefixes(state: Mapping[str, Any], averaged: bool = True) -> Unwrappe
         p.removesuffix("encoder.") if f"{p}mask_token" in named else p for p in prefixes
     }
     prefixes = {p for p in prefixes if is_averaged(p) == averaged} or prefixes
-    # Two names become equal if a model is contained both with and without wrappers.
+    # Names collide if the state dict contains a model both with and without wrappers.
     if len(prefixes) > 1 or len(named) < len(state):
         found = ", ".join(map(repr, sorted(prefixes)))
         raise CheckpointError(
@@ -146,7 +146,7 @@ def _state_dicts(content: Mapping[Any, Any]) -> dict[str, dict[str, StandIn]]:
 
 
 def _entries(entry: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return an object's items and attributes, or a module's state dict."""
+    """Return the items and attributes of `entry`, or the state dict of a module."""
     attributes = _as_dict(getattr(entry, "state", None))
     if "_parameters" not in attributes:
         return {**attributes, **entry}

@@ -1,4 +1,4 @@
-"""Configs that timm and transformers store beside the weights of a model."""
+"""Config files of timm and the library transformers beside the weights of a model."""
 
 import json
 import reprlib
@@ -26,13 +26,14 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's number of a filter -> name
 def read_config(
     config: Mapping[str, Any], directory: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a directory's arguments for `create_model` and for `make_info`.
+    """Return arguments of `create_model` and of `make_info` from config files.
 
-    Both are {} if the config.json is neither from timm nor from transformers. Arguments
-    that a file does not contain are left out.
+    Both are {} if config.json is neither from timm nor from transformers. Arguments
+    that the files do not contain are left out.
 
     Args:
       config: contents of config.json, {} if there is no such file.
+      directory: its `PREPROCESSOR` file of transformers is read, if there is one.
 
     Raises:
       CheckpointError: a file is damaged, or a key of id2label is not an integer.
@@ -64,7 +65,7 @@ def read_config(
 
 
 def _read_timm(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments for `create_model` and `make_info` from timm's config."""
+    """Return arguments of `create_model` and of `make_info` from timm's config."""
     preprocessing = config.get("pretrained_cfg") or {}
     arguments = {}
     if size := preprocessing.get("input_size"):

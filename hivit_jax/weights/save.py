@@ -116,7 +116,7 @@ def _checked_state(model: Model, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_directory(directory: Path) -> bool:
-    """Return True if the model card in a directory was edited.
+    """Check that a directory may be overwritten; return True if its card was edited.
 
     Raises:
       ConfigError: the directory contains weights or a config of another program, such
@@ -149,5 +149,5 @@ def _digest(content: bytes) -> str:
 
 
 def _json_value(value: Any) -> Any:
-    """Convert a number or array of NumPy or JAX to a JSON value."""
+    """Convert an array or scalar of NumPy or JAX to a JSON value; others to text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

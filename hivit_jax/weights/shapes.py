@@ -29,19 +29,19 @@ class Shapes(dict[str, tuple[int, ...]]):
         return self[name]
 
     def count(self, prefix: str) -> int:
-        """Return the number of different components that follow a prefix in names."""
+        """Return the number of different components right after `prefix` in names."""
         suffixes = [n.removeprefix(prefix) for n in self if n.startswith(prefix)]
         return len({suffix.split(".")[0] for suffix in suffixes})
 
-    def head(self) -> dict[str, Any]:
-        """Return a classifier's arguments for the head and for a running norm."""
+    def head_arguments(self) -> dict[str, Any]:
+        """Return a classifier's num_classes (if it has a head) and running_norm."""
         arguments: dict[str, Any] = dict(running_norm="fc_norm.mean" in self)
         if head := self.get("head.weight"):
             arguments["num_classes"] = head[0]
         return arguments
 
-    def blocks(self) -> list[int]:
-        """Return the number of residual blocks of every stage.
+    def block_counts(self) -> list[int]:
+        """Return the number of residual blocks of each stage of a HiViT.
 
         Raises:
           CheckpointError: blocks and widths do not fit a HiViT.
@@ -76,6 +76,6 @@ def registered(model_class: type[Model], arguments: Mapping[str, Any]) -> list[s
 
 
 def with_name(model_class: type[Model], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments with the first `registered` name or the class's name."""
+    """Add a name to arguments: the first `registered` one, or else the class's."""
     name = next(iter(registered(model_class, arguments)), model_class.name)
     return dict(name=name) | arguments

@@ -78,20 +78,20 @@ class StandIn(dict):
         self.state = state
 
     def append(self, item: Any) -> None:
-        """Ignore an item, because no list is needed."""
+        """Ignore an item of a list or set; no model needs these items."""
 
     add = extend = append
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickler that finds only stand-ins.
+    """Unpickler that replaces every class and function by a stand-in.
 
-    storages: {key of a storage: its persistent id}, filled while the file is read.
+    pids: {key of a storage: its persistent id}, filled while the file is read.
     """
 
-    def __init__(self, file: BinaryIO, storages: dict[str, tuple]):
+    def __init__(self, file: BinaryIO, pids: dict[str, tuple]):
         super().__init__(file, encoding="latin1")
-        self._storages, self._classes = storages, {}
+        self._pids, self._classes = pids, {}
 
     def find_class(self, module: str, name: str) -> type[StandIn]:
         source = f"{module}.{name}"
@@ -102,12 +102,13 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         if pid[0] == "module":  # a class with its source code, which is not needed
             return pid[1]
-        self._storages[pid[2]] = pid
+        # pid: "storage", type, key, device, number of elements, perhaps a view
+        self._pids[pid[2]] = pid
         return pid
 
 
-def _unpickle(file: BinaryIO, storages: dict[str, tuple]) -> Any:
-    """Return the next object of a file, and move the position behind the object."""
+def _unpickle(file: BinaryIO, pids: dict[str, tuple]) -> Any:
+    """Return the next object of a file, and advance the file to the object's end."""
     start = file.tell()
     for opcode, arg, position in pickletools.genops(file):
         # Refused, because registered extensions bypass `find_class`, and PUT with a
@@ -117,7 +118,7 @@ def _unpickle(file: BinaryIO, storages: dict[str, tuple]) -> Any:
             raise ValueError(f"unexpected opcode {opcode.name}")
     end = file.tell()
     file.seek(start)
-    content = _Unpickler(file, storages).load()
+    content = _Unpickler(file, pids).load()
     file.seek(end)
     return content
 
@@ -195,11 +196,11 @@ class TorchFile:
             root = found[0].removesuffix("data.pkl")
             self._members = {m.filename.removeprefix(root): m for m in members}
             if "byteorder" in self._members:
-                self._check_order(archive.read(f"{root}byteorder") == b"little")
+                self._check_byte_order(archive.read(f"{root}byteorder") == b"little")
             file = io.BytesIO(archive.read(found[0]))
         self.content = _unpickle(file, self._pids)
 
-    def _check_order(self, little_endian: bool) -> None:
+    def _check_byte_order(self, little_endian: bool) -> None:
         if not little_endian:
             raise CheckpointError(f"{self._path} is big-endian; expected little-endian")
 
@@ -209,7 +210,7 @@ class TorchFile:
             if self.content != LEGACY_MAGIC:
                 return  # a plain pickle, for example of NumPy arrays
             _, system = (_unpickle(file, {}) for _ in range(2))  # version, system
-            self._check_order(system.get("little_endian", True))
+            self._check_byte_order(system.get("little_endian", True))
             self.content = _unpickle(file, self._pids)
             for key in _unpickle(file, {}):
                 count = int.from_bytes(file.read(8), "little")
@@ -220,7 +221,7 @@ class TorchFile:
             if file.tell() > self._size:
                 raise ValueError(f"{self._size:,} bytes, expected {file.tell():,}")
 
-    def _storage(self, pid: tuple) -> bytes:
+    def _storage_bytes(self, pid: tuple) -> bytes:
         key = pid[2]
         size = pid[4] * _storage_dtype(pid).itemsize
         if key not in self._data:
@@ -244,17 +245,13 @@ class TorchFile:
             return self._array(args[0](*args[2]))
         if source.startswith("numpy"):
             return _numpy_array(record)
-        if function not in (
-            "_rebuild_tensor",
-            "_rebuild_tensor_v2",
-            "_rebuild_tensor_v3",
-        ):
+        if not re.fullmatch("_rebuild_tensor(_v2|_v3)?", function):
             raise ValueError("is not a dense tensor")
         pid, offset, shape, strides = args[:4]
-        metadata = 7 if function.endswith("v3") else 6  # index of the metadata in args
-        if any(args[metadata : metadata + 1]) and any(args[metadata].values()):
+        index = 7 if function.endswith("v3") else 6  # of the metadata in args
+        if any(args[index : index + 1]) and any(args[index].values()):
             raise ValueError("is not a dense tensor")  # conjugated or negated
-        dtype = _dtype(args[6].source) if metadata == 7 else _storage_dtype(pid)
+        dtype = _dtype(args[6].source) if index == 7 else _storage_dtype(pid)
         offset *= dtype.itemsize
         if len(pid) > 5 and pid[5]:  # a view of a storage
             offset += pid[5][1] * dtype.itemsize
@@ -264,7 +261,7 @@ class TorchFile:
             raise ValueError(f"has shape {list(shape)} and is larger than the file")
         strides = [stride * dtype.itemsize for stride in strides]
         # NumPy raises an error if the array would reach beyond the storage.
-        return np.ndarray(shape, dtype, self._storage(pid), offset, strides)
+        return np.ndarray(shape, dtype, self._storage_bytes(pid), offset, strides)
 
 
 def _storage_dtype(pid: tuple) -> np.dtype:
@@ -275,7 +272,7 @@ def _storage_dtype(pid: tuple) -> np.dtype:
 
 
 def _dtype(name: str) -> np.dtype:
-    """Return the dtype of a name of PyTorch, such as ``torch.float8_e5m2``."""
+    """Return the dtype with a PyTorch name, such as ``torch.float8_e5m2``."""
     name = name.removeprefix("torch.")
     dtype = np.dtype(getattr(ml_dtypes, name, name))
     if dtype.hasobject:
@@ -295,6 +292,6 @@ def _numpy_array(record: StandIn) -> np.ndarray:
         data = data.encode("latin1")
     if not re.fullmatch("[biufc][0-9]+", dtype.args[0]):
         raise ValueError(f"has dtype {dtype.args[0]!r}; expected numbers")
-    numbers = np.dtype(dtype.args[0]).newbyteorder(dtype.state[1].replace("|", "="))
-    array = np.frombuffer(data, numbers).reshape(shape, order=order)
-    return array.astype(numbers.newbyteorder("="), copy=False)
+    stored = np.dtype(dtype.args[0]).newbyteorder(dtype.state[1].replace("|", "="))
+    array = np.frombuffer(data, stored).reshape(shape, order=order)
+    return array.astype(stored.newbyteorder("="), copy=False)

@@ -74,9 +74,9 @@ def compile_report(training: Training, chip_name: str) -> dict[str, Any]:
 def _compile(
     training: Training, bucket: int, chip_name: str
 ) -> tuple[jax.stages.Compiled | None, str, dict[str, int | None]]:
-    """Return program, HLO text and memory.
+    """Return the compiled step of a bucket, its HLO text, and {kind: bytes of memory}.
 
-    If the program does not fit, return (None, "", memory).
+    If the step does not fit, returns (None, "", memory).
     """
     limit = CHIPS[chip_name].memory // CHIPS[chip_name].devices
     try:
@@ -106,20 +106,20 @@ def _costs(
     chip_name: str,
 ) -> dict[str, Any]:
     """Return operations, bytes, collectives and the roofline of a compiled step."""
-    weights = training.batches[bucket]["weight"]
-    mesh, batch_size = weights.sharding.mesh, len(weights)
+    sample_weights = training.batches[bucket]["weight"]
+    mesh, batch_size = sample_weights.sharding.mesh, len(sample_weights)
     images = batch_size / mesh.size  # per device
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(training.step)(*training.arguments(bucket)).jaxpr
     region_flops = matmul_flops_by_region(jaxpr, loops=True)
     region_bytes = bytes_by_region(text)
-    matmuls = region_flops.total()
-    flops = matmuls / batch_size
+    product_flops = region_flops.total()
+    flops = product_flops / batch_size
     accessed = hbm_bytes = region_bytes.total() / images
     if cost := compiled.cost_analysis():
-        matmuls_once = matmul_flops(jaxpr, loops=False)
-        flops = cost["flops"] * matmuls / matmuls_once / images
-        accessed = cost["bytes accessed"] * matmuls / matmuls_once / images
+        flops_once = matmul_flops(jaxpr, loops=False)
+        flops = cost["flops"] * product_flops / flops_once / images
+        accessed = cost["bytes accessed"] * product_flops / flops_once / images
     communication = collectives(text)
     return {
         "flops_per_image": flops,

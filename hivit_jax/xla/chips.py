@@ -16,7 +16,7 @@ class Utilization(NamedTuple):
     """Fractions of a chip's limits that a training run reaches.
 
     Attributes:
-      peak: fraction of the bfloat16 peak, by the operations of `Task.training_flops`.
+      peak: fraction of the bfloat16 peak; `Task.training_flops` counts operations.
       bound: fraction of the bound that `--mode compile` computes.
       measurement: run and document that the fractions come from; "": an assumption.
     """
@@ -38,7 +38,8 @@ MEASURED_H100 = Utilization(
 
 
 # Memory traffic limits the step on an H100. The H200 has the same peak FLOP/s and 1.43
-# times the bandwidth. The bound of `--mode compile` already includes the bandwidth.
+# times the bandwidth, so it is assumed to reach 1.43 times the fraction of the peak.
+# The bound of `--mode compile` already includes the bandwidth.
 DERIVED_H200 = Utilization(MEASURED_H100.peak * 4800 / 3350, MEASURED_H100.bound)
 
 
@@ -49,7 +50,7 @@ class Chip(NamedTuple):
       memory: bytes of HBM that a program may use.
       flops: bfloat16 operations per second, dense, with float32 accumulation.
       bandwidth: bytes per second between chip and HBM.
-      network: bytes per second sent to chips of the same slice or node, on all links.
+      network: bytes per second that the chip sends to its slice or node on all links.
       source: publication of these numbers.
       devices: number of JAX devices per chip.
       utilization: fractions of the peak and of the bound that a run reaches.
@@ -123,8 +124,8 @@ DEVICE_KINDS = {
 # compilers need the hardware or were not tested without it.
 PLUGINS = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), "libtpu")
 PLUGINS |= dict.fromkeys(("h100", "h200"), "jax-cuda13-plugin")
-# Number of sides of a slice's shape.
-SIDES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+# Chip -> number of dimensions of the shape of a slice.
+NDIMS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, h100:8, h200:8"
 # Without these values, the TPU compiler queries the machine that it runs on, which need
 # not be a TPU host.
@@ -186,10 +187,10 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def suggested_topology(text: str) -> str:
-    """Return the topology that a name such as "v5e-64" or "v5litepod-64" stands for.
+    """Return "v5e:8x8 (64 chips)" for a name such as "v5e-64" or "v5litepod-64".
 
-    Returns "" for other names. The numbers in names of Google Cloud are chips; for v4
-    and v5p, they are cores, two per chip.
+    Returns "" for other names. The number in a name of Google Cloud counts chips; for
+    v4 and v5p, it counts cores, two per chip.
     """
     match = re.fullmatch(r"(\w+)([-:])(\d+)(x[\dx]+)?", text.lower())
     if not match:
@@ -198,19 +199,19 @@ def suggested_topology(text: str) -> str:
     name, chips = name.replace("v5litepod", "v5e"), int(count)
     if shape or PLUGINS.get(name, "libtpu") != "libtpu":
         return f"{name}:{count}{shape or ''}" if name in PLUGINS else ""
-    if name not in SIDES:
+    if name not in NDIMS:
         return ""
-    if SIDES[name] == 3 and separator == "-":
+    if NDIMS[name] == 3 and separator == "-":
         chips //= 2
-    doublings, sides = chips.bit_length() - 1, SIDES[name]
-    if chips != 2**doublings or doublings < sides:
+    doublings, ndim = chips.bit_length() - 1, NDIMS[name]
+    if chips != 2**doublings or doublings < ndim:
         return ""
-    exponents = [(doublings + side) // sides for side in range(sides)]
+    exponents = [(doublings + dim) // ndim for dim in range(ndim)]
     return f"{name}:{'x'.join(str(2**each) for each in exponents)} ({chips} chips)"
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
-    """Return the devices of a topology such as "v5e:16x16" or "h100:8" to compile for.
+    """Return devices to compile for, from a topology such as "v5e:16x16" or "h100:8".
 
     After this call the process computes on the CPU only.
 

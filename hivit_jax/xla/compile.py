@@ -17,11 +17,11 @@ from hivit_jax.resources import check_memory
 from hivit_jax.training.step import Training
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
-_hits: list[str] = []
+_cache_hits: list[str] = []  # one entry per program that was read from the cache
 
 
 def enable_compilation_cache(directory: str) -> None:
-    """Cache compiled programs in a directory, so that later starts read them.
+    """Cache compiled programs in a directory, so that later runs read them.
 
     Only programs that take at least a second to compile are cached. A cache directory
     in JAX's own settings takes precedence. An empty `directory` enables no cache.
@@ -29,7 +29,7 @@ def enable_compilation_cache(directory: str) -> None:
     if directory and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", expand(directory))
     jax.monitoring.register_event_listener(
-        lambda event, **_: _hits.append(event) if event == CACHE_HIT else None
+        lambda event, **_: _cache_hits.append(event) if event == CACHE_HIT else None
     )
 
 
@@ -50,7 +50,7 @@ def keep_freed_memory() -> None:
 
 
 def compile_steps(training: Training) -> Callable:
-    """Compile the train step for every bucket before its first call.
+    """Compile the train step for every bucket, before the first step runs.
 
     Returns:
       A function (state, frozen, batch, number of steps done) -> (state, metrics) that
@@ -75,7 +75,7 @@ def compile_steps(training: Training) -> Callable:
 
 
 def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Return the bytes of a program on each device by kind, and their total.
+    """Return the bytes that a program needs on each device, by kind and in total.
 
     Aliased bytes are outputs in the memory of donated arguments. These bytes count once
     in the total.
@@ -97,7 +97,8 @@ def compile_step(
     """Compile the train step for one bucket, and log the time.
 
     Args:
-      options: compiler options.
+      bucket: index of the bucket in `training.batches`.
+      options: compiler options; None: the defaults.
     """
     count = len(training.batches)
     suffix = f" for bucket {bucket + 1} of {count}" if count > 1 else ""
@@ -114,17 +115,17 @@ def compile_step(
 def log_compilation(program: str) -> Iterator[None]:
     """Context manager that logs the start and the duration of a compilation."""
     log(f"compiling {program}, which may take minutes ...")
-    start, hits = time.perf_counter(), len(_hits)
+    start, hits = time.perf_counter(), len(_cache_hits)
     yield
-    action = "read from the cache" if len(_hits) > hits else "compiled"
+    action = "read from the cache" if len(_cache_hits) > hits else "compiled"
     log(f"{action} in {time.perf_counter() - start:.1f} s")
 
 
 def announce(jitted: Callable, program: str) -> Callable:
-    """Return a jitted function that logs its compilation.
+    """Return a wrapper of a jitted function that logs the compilations.
 
-    The lines are logged in the first call with each combination of shapes, because JAX
-    compiles the function in this call.
+    JAX compiles in the first call with each combination of shapes, so only these calls
+    are logged.
     """
     seen = set()
 

@@ -27,9 +27,9 @@ OTHER = "other"
 # Instructions that move no bytes.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 FREE |= {"partition-id", "after-all"}
-# Instructions that call computations with kernels of their own.
+# Instructions whose bytes count in the computations that they call.
 CALLS = {"call", "while", "conditional", "async-start"}
-# Parts of asynchronous instructions whose bytes count at another part.
+# Endings of asynchronous opcodes whose bytes count at another part of the operation.
 NO_KERNEL = ("-start", "-update", "async-done")
 SLICES = {"slice", "dynamic-slice", "gather"}
 VMEM = "S(1)"  # marks the layout of an array in the VMEM of a TPU
@@ -83,11 +83,11 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
-            depth = math.prod(shape[dim] for dim in contracted)
-            flops = 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+            products = math.prod(shape[dim] for dim in contracted)
+            flops = 2 * products * math.prod(eqn.outvars[0].aval.shape)
             total[region_of(name) or OTHER] += flops
         inner_loops = loops or eqn.primitive.name == "pallas_call"
-        times = _run_count(eqn, inner_loops)
+        runs = _run_count(eqn, inner_loops)
         for inner in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
         ):
@@ -95,12 +95,12 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
             if hasattr(inner, "eqns"):
                 counts = matmul_flops_by_region(inner, inner_loops, name)
                 for region, flops in counts.items():
-                    total[region] += times * flops
+                    total[region] += runs * flops
     return total
 
 
 def _run_count(eqn: Any, loops: bool) -> int:
-    """Return the number of runs of an equation's program, summed over all devices."""
+    """Return how often an equation runs its inner program, summed over all devices."""
     match eqn.primitive.name:
         case "scan":
             return eqn.params["length"] if loops else 1
@@ -117,8 +117,7 @@ def _run_count(eqn: Any, loops: bool) -> int:
 def collectives(text: str) -> list[dict[str, Any]]:
     """Return count and bytes of each kind of collective in a compiled program.
 
-    A collective in a loop counts once per iteration, if the text contains the trip
-    count.
+    A collective in a loop counts once per iteration, see `hlo.trip_count`.
 
     Args:
       text: the program, as returned by ``Compiled.as_text``.
@@ -131,13 +130,13 @@ def collectives(text: str) -> list[dict[str, Any]]:
     for instruction, computation, times in hlo.executed(*hlo.parse(text)):
         kind = instruction.opcode.removesuffix("-done")
         if kind in COLLECTIVES:
-            # The TPU compiler may split a collective over several kernels. The parts
-            # have the same channel and count once.
+            # The TPU compiler may split a collective over several kernels. These have
+            # the same channel and shapes, and count once.
             channel = re.search(r"channel_id=\d+", instruction.attributes)
             part = channel[0] + instruction.shapes if channel else id(instruction)
             key = kind, part
             runs[key][id(instruction)] += times
-            operands = hlo.read_operands(instruction, computation)
+            operands = hlo.arrays_read(instruction, computation)
             sizes[key] = max(
                 sum(hlo.array_bytes(computation[name].shapes) for name in operands),
                 hlo.array_bytes(instruction.shapes),
@@ -160,11 +159,11 @@ def bytes_by_region(text: str) -> Counter:
     The counts follow these rules:
 
     - Every kernel reads its operands once and writes its results once, including the
-      padding of their tiles. Kernels are fusions, matrix products, and custom calls
-      (Pallas, cuDNN).
+      padding of their tiles. Every instruction that moves bytes is a kernel: fusions,
+      matrix products, custom calls (Pallas, cuDNN), copies and others.
     - A kernel that only slices an operand reads only the slices. A kernel that updates
       an operand in place writes only the update.
-    - Kernels in a loop count once per iteration, if the text contains the trip count.
+    - Kernels in a loop count once per iteration, see `hlo.trip_count`.
     - Arrays in another memory (VMEM of TPUs) are free, but copies from and to HBM
       count. A copy belongs to the region that uses or produced the array.
     - On GPUs no array is assumed to stay in a cache.
@@ -266,7 +265,7 @@ def _hbm_bytes(
     computations: dict[str, Computation],
 ) -> int:
     """Return the bytes of HBM that a kernel reads and writes."""
-    operands = hlo.read_operands(instruction, computation)
+    operands = hlo.arrays_read(instruction, computation)
     # Instructions inside the kernel, and names of the operands inside the kernel.
     inner, inner_names = {"": instruction}, dict(enumerate(operands))
     if instruction.opcode == "fusion":
@@ -286,8 +285,8 @@ def _hbm_bytes(
         elif size and [x.opcode for x in users] == ["dynamic-update-slice"]:
             target, update_name, *_ = users[0].operand_names
             if target == inner_names[index]:
-                # Replaces the size of the whole result, which is already in the total,
-                # by the size of the update, because the update is in place.
+                # The update is in place: replace the size of the whole result, which is
+                # already in the total, by the size of the update.
                 update = (inner | computation)[update_name]
                 size = hlo.tiled_bytes(update.shapes, excluded="") - size
         total += size

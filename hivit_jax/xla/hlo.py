@@ -22,7 +22,7 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that this instruction calls."""
+        """Names of the computations that it calls, without the condition of a loop."""
         return NAMES.findall(" ".join(CALLED.findall(self.attributes)))
 
 
@@ -31,8 +31,8 @@ LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 CALLED = re.compile(r"(?:calls|body|to_apply|computations?)=(\{[^}]*\}|%[\w.-]+)")
 NAMES = re.compile(r"%([\w.#-]+)")
 ELEMENT = re.compile(r"%(([\w.-]+)#(\d+))")  # an element of a tuple, such as %name#2
-# Type, bits, dimensions, minor-to-major order and tiles, such as
-# bf16[64,128]{1,0:T(8,128)(2,1)}. The layout in braces is optional.
+# Type, bits, dimensions, minor-to-major order, and tiling and memory, such as
+# bf16[64,128]{1,0:T(8,128)(2,1)S(1)}. The layout in braces is optional.
 ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([\d,]*):?([^}]*)\})?")
 
 
@@ -93,7 +93,7 @@ def executed(
     """
     for instruction in computations[name].values():
         yield instruction, computations[name], times
-        # The computation of an asynchronous operation counts at its "-start".
+        # -start, -update and -done name the same computation. Count it at -start.
         if instruction.opcode.endswith(("-done", "-update")):
             continue
         for called in instruction.called:
@@ -121,7 +121,7 @@ def trip_count(instruction: Instruction, computations: dict[str, Computation]) -
     return max((int(constant[0]) for constant in constants if constant), default=1)
 
 
-def read_operands(instruction: Instruction, computation: Computation) -> list[str]:
+def arrays_read(instruction: Instruction, computation: Computation) -> list[str]:
     """Return the names of the arrays that an instruction reads.
 
     An asynchronous ``-done`` reads the operands of its ``-start``.
@@ -149,21 +149,22 @@ def tiled_bytes(shapes: str, excluded: str = "S(") -> int:
         count.
     """
     total = 0
-    for bits, dims, order, tiles in _arrays(shapes):
-        if excluded and excluded in tiles:
+    for bits, dims, order, tiling_and_memory in _arrays(shapes):
+        if excluded and excluded in tiling_and_memory:
             continue
-        minor = [dims[int(dim)] for dim in order.split(",") if dim] or dims
-        if tile := re.match(r"T\(([\d,]+)\)", tiles):
-            tile = list(map(int, reversed(tile[1].split(","))))
-            minor += [1] * (len(tile) - len(minor))
-            for dim, size in enumerate(tile):
-                minor[dim] = -(-minor[dim] // size) * size
-        total += bits * math.prod(minor) // 8
+        minor_to_major = [dims[int(dim)] for dim in order.split(",") if dim] or dims
+        if match := re.match(r"T\(([\d,]+)\)", tiling_and_memory):
+            tile = list(map(int, reversed(match[1].split(","))))
+            minor_to_major += [1] * (len(tile) - len(minor_to_major))
+            for index, size in enumerate(tile):
+                minor_to_major[index] = -(-minor_to_major[index] // size) * size
+        total += bits * math.prod(minor_to_major) // 8
     return total
 
 
 def _arrays(shapes: str) -> Iterator[tuple[int, list[int], str, str]]:
-    """Yield bits per element, dimensions, order and tiles of each array."""
-    for dtype, bits, dims, order, tiles in ARRAY.findall(shapes):
+    """Yield bits per element, dimensions, order, tiling and memory of each array."""
+    for dtype, bits, dims, order, tiling_and_memory in ARRAY.findall(shapes):
         bits = int(bits) if bits else 8 * (dtype == "pred")
-        yield bits, [int(dim) for dim in dims.split(",") if dim], order, tiles
+        sizes = [int(dim) for dim in dims.split(",") if dim]
+        yield bits, sizes, order, tiling_and_memory

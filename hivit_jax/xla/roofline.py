@@ -12,7 +12,7 @@ def roofline(
     hbm_bytes: float,
     collectives: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return an upper bound on images per second, as JSON values.
+    """Return an upper bound on images per second and its parts, as JSON values.
 
     The bound assumes that arithmetic, memory traffic and communication overlap
     completely, so that the slowest of the three determines the time of a step. An
@@ -28,18 +28,18 @@ def roofline(
         entry["bytes_per_step"] * (2 if entry["kind"] == "all-reduce" else 1)
         for entry in collectives
     )
-    images *= chip.devices
+    images_per_chip = images * chip.devices
     seconds = {
-        "arithmetic": flops * images / chip.flops,
-        "memory": hbm_bytes * images / chip.bandwidth,
+        "arithmetic": flops * images_per_chip / chip.flops,
+        "memory": hbm_bytes * images_per_chip / chip.bandwidth,
         "network": sent / chip.network,
     }
-    bound = max(seconds, key=seconds.get)
+    slowest = max(seconds, key=seconds.get)
     peaks = chip._asdict()
     del peaks["utilization"]
     return {
-        "images_per_second_per_chip": images / seconds[bound],
-        "bound": bound,
+        "images_per_second_per_chip": images_per_chip / seconds[slowest],
+        "bound": slowest,
         "seconds_per_step": seconds,
         "peaks": peaks,
     }

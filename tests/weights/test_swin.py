@@ -202,7 +202,7 @@ def test_inspect_prints_the_guessed_image_size(tmp_path, capsys):
     assert convert.main(["--inspect", path]) == 0
     out = capsys.readouterr().out
     assert "parameter names: official code or timm" in out
-    assert "guessed: image_size 64, the size of the shift masks" in out
+    assert "guessed: image_size 64, from the number of tokens in the shift masks" in out
 
 
 def test_transformers_file_without_a_key_projection_is_refused(tmp_path):

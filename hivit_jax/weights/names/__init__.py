@@ -1,1 +1,1 @@
-"""Parameter names of other programs, one module per family."""
+"""Conversion of state dicts from and to the names and layouts of other programs."""

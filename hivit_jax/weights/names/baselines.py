@@ -1,4 +1,4 @@
-"""State dicts of ViT and Swin for other programs."""
+"""Conversion of state dicts of ViT and Swin to the layouts of other programs."""
 
 from collections.abc import Mapping
 
@@ -20,14 +20,15 @@ def to_layout(
 ) -> dict[str, np.ndarray]:
     """Convert a state dict with official names to the layout of another program.
 
-    timm has no decoders, so a masked autoencoder of ViT is reduced to its encoder.
+    For timm, a ViT's masked autoencoder is reduced to its encoder, because timm has no
+    decoders.
 
     Args:
-      state: official parameters of a ViT or Swin, without buffers.
+      state: parameters of `model`, a ViT or Swin, by official name; without buffers.
       layout: one of `LAYOUTS`.
 
     Raises:
-      ConfigError: the program does not have this model.
+      ConfigError: `layout` is unknown, or the program does not have this model.
     """
     is_swin = isinstance(model.config, SwinConfig)
     is_simmim = isinstance(model, SimMIM)

@@ -1,10 +1,10 @@
 """Conversion between PyTorch state dicts and our parameters, in both directions.
 
-Our parameters differ from the official parameters only in name and layout. Linear
-kernels are ``[in, out]``. The patch convolution is a Linear on the pixels of a cell.
-Attention heads have a separate axis. The multi-scale latent has its cells in merge
-order. The conversion permutes the latent's LayerNorm and the decoder embedding
-accordingly, so that the model does not have to permute activations.
+Our parameters differ from the official parameters only in name and layout. Our Linear
+kernels have the shape ``[in, out]``. Our patch convolution is a Linear on the pixels of
+a cell. Our attention heads have a separate axis. Our multi-scale latent has its cells
+in merge order: the conversion permutes the parameters of its LayerNorm and of the
+decoder embedding, so that the model does not have to permute activations.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,9 +27,9 @@ from hivit_jax.weights.names import baselines, swin
 from hivit_jax.weights.names.baselines import to_layout
 from hivit_jax.weights.names.swin import INDEX
 
-# Programs that the state dict of a HiViT can be written for: official self_supervised,
-# official supervised, MMPretrain. The two official programs differ in the names of the
-# relative position index.
+# Layouts of a HiViT's state dict: of the official self_supervised code, of the official
+# supervised code, of MMPretrain. The two official layouts differ only in the names of
+# the relative position index.
 HIVIT_LAYOUTS = ("official", "supervised", "mmpretrain")
 LAYOUTS = tuple(dict.fromkeys((*HIVIT_LAYOUTS, *baselines.LAYOUTS)))
 # Accepted dtypes of state dicts; float32 represents all their values exactly.
@@ -45,7 +45,7 @@ FLOATS = (
 
 
 class Entry(NamedTuple):
-    """Official name of one of our parameters, and both conversions of its array."""
+    """Official name of one of our parameters, and the conversions of its array."""
 
     name: str
     to_ours: Callable[[np.ndarray], np.ndarray]
@@ -53,10 +53,10 @@ class Entry(NamedTuple):
 
 
 def latent_order(config: MAEConfig) -> np.ndarray:
-    """Return the official channel of each channel of our multi-scale latent, int [7E].
+    """Return the channels of the official multi-scale latent in our order, int [7E].
 
     Both latents concatenate the stages. Within a stage, the official cells are in
-    row-major order, and our cells in merge order.
+    row-major order, and our cells in merge order. 7E is the length for 4x4 cells.
     """
     channels, inner, start = [], config.inner_patches, 0
     while inner:
@@ -75,7 +75,7 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
         parts = swin.official_parts(path, is_simmim)
     else:
         parts = path.removeprefix("encoder/").split("/")
-        # The official encoder is one flat list: the blocks and the merge of each stage.
+        # Officially, blocks and merges share one list. A merge follows its stage.
         lengths = [count + 1 for count in config.block_counts]
         if parts[0] == "stages":
             parts[:3] = ["blocks", str(sum(lengths[: int(parts[1])]) + int(parts[2]))]
@@ -108,8 +108,8 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
     if parts[-2] == "qkv":  # kernel [E, 3, heads, E/heads], bias [3, heads, E/heads]
         flat = (shape[0], -1) if leaf == "kernel" else (-1,)
         return Entry(name, lambda a: a.T.reshape(shape), lambda a: a.reshape(flat).T)
-    permuted = isinstance(model, MaskedAutoencoder) and config.multi_scale
-    if permuted and name in ("norm.weight", "norm.bias", "decoder_embed.weight"):
+    is_multi_scale = isinstance(model, MaskedAutoencoder) and config.multi_scale
+    if is_multi_scale and name in ("norm.weight", "norm.bias", "decoder_embed.weight"):
         order = latent_order(config)
         inverse = np.argsort(order)
         return Entry(name, lambda a: a.T[order], lambda a: a[inverse].T)
@@ -119,10 +119,10 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
 
 
 def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a state dict with official names.
+    """Convert the names in a state dict to official names.
 
-    Names of MMPretrain's HiViT and of timm's Swin are translated. For ViT, MAE and timm
-    use equal names. A state dict with a class token belongs to a ViT.
+    Accepts official names, MMPretrain's names of HiViT and timm's names of Swin. For
+    ViT (with a class token), the official code of MAE and timm use the same names.
     """
     if swin.is_swin(state):
         return swin.from_timm(state)
@@ -136,15 +136,15 @@ def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]:
-    """Return the names of official state dict entries that the model ignores.
+    """Return the entries of a state dict with official names that `model` ignores.
 
     - The relative position index, and the shift masks of Swin: the model computes them.
     - The norm of official masked autoencoders without multi-scale features, because the
       official code does not apply this norm.
-    - MMPretrain's decoder, which is not supported, because MMPretrain treats HiViT's
-      first visible unit as a class token.
-    - The pooler of transformers' encoders, which is not part of a classifier.
-    - For a model without a decoder, the decoder and the norm of the decoder's input.
+    - MMPretrain's decoder. It treats the first visible unit of a HiViT as a class
+      token, so it computes another function than our decoder.
+    - The pooler of encoders of the library transformers; our classifiers have none.
+    - If the model has no decoder: the decoder and the norm of the decoder's input.
     """
     if isinstance(model.config, SwinConfig):
         return [name for name in state if name.endswith(swin.BUFFERS)]
@@ -155,7 +155,7 @@ def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]
     else:
         decoder = ("decoder_", "mask_token")
         unused += decoder
-        # A norm of the encoder's width could be applied before the head.
+        # Without a decoder, a norm of the encoder's width may belong to a classifier.
         ignores_norm = norm.size > model.config.embed_dim
         ignores_norm |= any(name.startswith(decoder) for name in state)
         ignores_norm &= getattr(model, "norm", None) is None
@@ -166,20 +166,20 @@ def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]
 def from_official(
     state: Mapping[str, np.ndarray], model: Model, allow_missing: bool = False
 ) -> dict:
-    """Convert an official or MMPretrain state dict into parameters of `model`.
+    """Convert a state dict to parameters of `model`.
 
     Args:
-      state: NumPy arrays by their PyTorch names.
+      state: NumPy arrays by name; `official_names` lists the accepted names.
       model: a built or abstract model of the same configuration.
-      allow_missing: return None for parameters that the state dict does not contain.
+      allow_missing: return None in place of parameters that the state dict lacks.
 
     Returns:
       Nested float32 parameters, as returned by `tree.split`.
 
     Raises:
       CheckpointError: an entry is missing or unexpected, or has an unexpected shape, a
-        dtype that float32 does not represent exactly, or values that are not finite.
-        The message names the entry.
+        dtype that is not in `FLOATS`, or values that are not finite. The message names
+        the entry.
     """
     remaining = official_names(state)
     for name in unneeded_entries(remaining, model):
@@ -232,12 +232,12 @@ def to_official(params: Mapping, model: Model) -> dict[str, np.ndarray]:
 def to_state_dict(
     params: Mapping, model: Model, layout: str = "official"
 ) -> dict[str, np.ndarray]:
-    """Convert nested parameters of `model` to the full state dict of another program.
+    """Convert nested parameters of `model` to a state dict of another program.
 
-    HiViT's state dict contains the relative position index, unless the model has
-    windows, which the other programs do not support. The state dict of Swin contains
-    the indices and shift masks that the other program stores. For MMPretrain and timm,
-    masked autoencoders are reduced to the encoder.
+    The state dict of a HiViT contains the relative position index. A HiViT with windows
+    has none, because the other programs do not support such a model. The state dict of
+    a Swin contains the indices and shift masks that the other program stores. For
+    MMPretrain and timm, masked autoencoders are reduced to the encoder.
 
     Args:
       layout: one of `LAYOUTS`.
@@ -247,7 +247,7 @@ def to_state_dict(
       arrays share memory.
 
     Raises:
-      ConfigError: the other program does not have this model.
+      ConfigError: the other program does not have this model, or `layout` is unknown.
     """
     state, config = to_official(params, model), model.config
     if not isinstance(config, HiViTConfig):

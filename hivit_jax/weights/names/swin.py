@@ -1,4 +1,4 @@
-"""Official and timm's names of Swin and SimMIM, and buffers of the official code."""
+"""Names of Swin and SimMIM in the official code and timm, and the official buffers."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from hivit_jax.models.positions import relative_position_index
 from hivit_jax.models.swin import SwinConfig
 
 MASK_TOKEN = "encoder.mask_token"  # only in SimMIM's files
-PREFIXES = ("", "encoder.")
+PREFIXES = ("", "encoder.")  # of the encoder's names in Swin and in SimMIM
 INDEX, MASK = BUFFERS = ("relative_position_index", "attn_mask")
 
 
@@ -20,7 +20,7 @@ def is_swin(state: Mapping[str, np.ndarray]) -> bool:
 def official_parts(path: str, is_simmim: bool) -> list[str]:
     """Return the components of the official name of our parameter `path`.
 
-    The last component is not translated, for example "kernel".
+    The last component is still our own, for example "kernel".
     """
     in_encoder = path.startswith(("encoder/", "norm/"))
     parts = path.removeprefix("encoder/").split("/")
@@ -34,7 +34,7 @@ def official_parts(path: str, is_simmim: bool) -> list[str]:
 
 
 def from_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a state dict with official names; timm's names are translated.
+    """Convert timm's names to official names; official names stay as they are.
 
     In timm's names, the patch merge after a stage belongs to the next stage, and the
     classifier is ``head.fc``.
@@ -51,7 +51,7 @@ def from_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the state dict of a Swin classifier with timm's names."""
+    """Convert the official names of a Swin classifier's state dict to timm's names."""
     named = {}
     for name, array in state.items():
         parts = name.split(".")
@@ -68,7 +68,7 @@ def decoder_to_ours(
 ) -> np.ndarray:
     """Convert a weight or bias of SimMIM's decoder to our layout.
 
-    The outputs for a unit have the order [C, P, P] in SimMIM and [P, P, C] here.
+    The P x P pixels of a unit have the order [C, P, P] in SimMIM and [P, P, C] here.
     """
     side = round((array.shape[0] // channels) ** 0.5)
     array = array.reshape(channels, side, side, -1)
@@ -85,7 +85,7 @@ def decoder_to_official(array: np.ndarray, channels: int) -> np.ndarray:
 
 
 def buffers(config: SwinConfig, prefix: str) -> dict[str, np.ndarray]:
-    """Return the position indices and shift masks that the official code stores.
+    """Return the relative position indices and shift masks of official state dicts.
 
     Args:
       prefix: start of the names, such as ``encoder.``.

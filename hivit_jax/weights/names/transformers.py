@@ -1,4 +1,7 @@
-"""Names of Hugging Face transformers for ViT, ViTMAE, Swin and SimMIM."""
+"""Conversion between names of the official code and of the library transformers.
+
+Covers the library's ViT, ViTMAE, Swin and SimMIM (Hugging Face).
+"""
 
 import re
 from collections.abc import Mapping
@@ -9,8 +12,8 @@ from hivit_jax.errors import CheckpointError
 
 PATCHES = "embeddings.patch_embeddings.projection.weight"
 PARTS = ("query", "key", "value")  # in the order of the rows of the official qkv
-# Patterns in names of transformers, and their official replacements, applied in order.
-RULES = [
+# (pattern in a name of the library, official replacement), applied in this order.
+TO_OFFICIAL = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^(vit|swin)\.", ""),
@@ -35,29 +38,31 @@ RULES = [
 
 
 def is_transformers(state: Mapping[str, np.ndarray]) -> bool:
-    """Return True if a state dict has the names of transformers."""
+    """Return True if a state dict has the names of the library transformers."""
     return any(name.endswith(PATCHES) for name in state)
 
 
 def from_transformers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a state dict with official names; query, key and value are joined.
+    """Convert the names of the library to official names; concatenate q, k and v.
 
     Raises:
       CheckpointError: a query, key or value is missing.
     """
-    named, thirds = {}, {}
+    named, qkv_parts = {}, {}
     for name, array in state.items():
-        for pattern, replacement in RULES:
+        for pattern, replacement in TO_OFFICIAL:
             name = pattern.sub(replacement, name)
         *parents, part, leaf = ["", *name.split(".")]
         if part in PARTS and parents[-1] == "attn":
             name = ".".join([*parents[1:], "qkv", leaf])
-            thirds.setdefault(name, {})[part] = array
+            qkv_parts.setdefault(name, {})[part] = array
         else:
             named[name] = array
-    for name, parts in thirds.items():
+    for name, parts in qkv_parts.items():
         if missing := [part for part in PARTS if part not in parts]:
-            raise CheckpointError(f"{name!r}: the state dict has no {missing[0]}")
+            raise CheckpointError(
+                f"{name!r}: the state dict has no {missing[0]} projection"
+            )
         named[name] = np.concatenate([parts[part] for part in PARTS])
     if "mask_token" in named and any(name.startswith("layers.") for name in named):
         # In SimMIM's official names, encoder entries have the prefix "encoder.".
@@ -68,8 +73,9 @@ def from_transformers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return named
 
 
-# Patterns in official names and their replacements; FAMILY is "vit" or "swin".
-INVERSE = [
+# (pattern in an official name, replacement), applied in this order. `to_transformers`
+# replaces FAMILY and INNER.
+FROM_OFFICIAL = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^(cls_token)$", r"FAMILY.embeddings.\1"),
@@ -95,7 +101,7 @@ INVERSE = [
 def to_transformers(
     state: Mapping[str, np.ndarray], family: str
 ) -> dict[str, np.ndarray]:
-    """Return an official state dict with the names of transformers.
+    """Convert the official names in a state dict to names of the library.
 
     Args:
       family: "vit" or "swin".
@@ -106,10 +112,10 @@ def to_transformers(
     for name, array in state.items():
         name = name.removeprefix("encoder.")
         if name.endswith("attn_mask"):
-            continue  # transformers computes the masks
+            continue  # the library computes the masks
         if name == "mask_token":
             name = mask_token[family]
-        for pattern, replacement in INVERSE:
+        for pattern, replacement in FROM_OFFICIAL:
             name = pattern.sub(replacement, name)
         name = name.replace("FAMILY", family).replace("INNER", inner)
         if ".qkv." in name:
