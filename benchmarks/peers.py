@@ -207,9 +207,8 @@ def table(results: dict[str, dict[str, Any]], on_cpu: bool) -> str:
             if our_throughput
             else f"{'':10}"
         )
-        lines.append(
-            line + (f"{result['cpu_seconds_per_step']:16.2f}" if on_cpu else "")
-        )
+        line += f"{result['cpu_seconds_per_step']:16.2f}" if on_cpu else ""
+        lines.append(line)
     return "\n".join(lines)
 
 
