@@ -172,13 +172,12 @@ def start_torch(
     images, noise_or_labels = torch.randn(args.batch, 3, side, side), None
     if name == "HiViT-B" and first_step and first_step.exists():
         images, noise_or_labels = load_first_step(network, first_step)
-        noise_or_labels = noise_or_labels.to(device)
     network, images = network.to(device), images.to(device)
     loss_of = torch_loss(network, args.task)
     if compiled:
         loss_of = torch.compile(loss_of, mode=args.torch_mode)
-    run_step = inference_step if args.task == "inference" else training_step
-    step = run_step(network, loss_of, device)
+    make_step = inference_step if args.task == "inference" else training_step
+    step = make_step(network, loss_of, device)
 
     def random_noise_or_labels():
         if pretrain:
@@ -190,11 +189,10 @@ def start_torch(
             loss = step(images, random_noise_or_labels())
         return loss.item()  # waits for the device
 
-    began = time.perf_counter()
     is_random = noise_or_labels is None
-    loss = step(
-        images, random_noise_or_labels() if is_random else noise_or_labels
-    ).item()
+    first = random_noise_or_labels() if is_random else noise_or_labels.to(device)
+    began = time.perf_counter()
+    loss = step(images, first).item()
     memory = (
         torch.cuda.max_memory_allocated if device == "cuda" else peak_process_memory
     )
