@@ -161,8 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--platform", choices=("cuda", "tpu", "cpu"), default="cuda")
-    text = "default: all parts; see --list. The first words of several names, such as "
-    text += "peers, select all parts with these names"
+    text = "default: all parts; see --list. A text such as peers, with which several "
+    text += "names begin, selects all these parts"
     add("--only", nargs="+", metavar="PART", help=text)
     add("--list", action="store_true", help="print the names of all parts and exit")
     add("--batch", type=int, default=256, help="images per step")
@@ -177,8 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     selected = list(parts) if args.only is None else []
     for text in args.only or ():
-        longer = [name for name in parts if name.startswith(f"{text} ")]
-        names = [text] if text in parts else longer
+        begin_with_text = [name for name in parts if name.startswith(f"{text} ")]
+        names = [text] if text in parts else begin_with_text
         if not names:
             expected = ", ".join(parts)
             parser.error(f"--only: unknown {text}; expected some of {expected}")

@@ -86,11 +86,11 @@ def measure(
     for _ in range(rounds + 1):  # the first round is a warmup, and makes the copies
         for row, config in configs.items():
             registry.open_source(config.data, "train")
-            read = inputs.train_batches(config, 0, WARMUP + batches)
+            loaded = inputs.train_batches(config, 0, WARMUP + batches)
             for _ in range(WARMUP):
-                next(read)
+                next(loaded)
             cpu, wall = time.process_time(), time.perf_counter()
-            images = BATCH * sum(1 for _ in read)
+            images = BATCH * sum(1 for _ in loaded)
             spent = time.process_time() - cpu, time.perf_counter() - wall
             rates[row].append((images / spent[0], images / spent[1]))
     return {

@@ -13,8 +13,9 @@ The table contains one row per region of the program, forward and backward toget
 bytes, their fraction of all bytes, FLOPs of matrix products, and the shortest time that
 the chip's peaks of bandwidth and FLOP/s allow. All values are per image. Regions are
 the named scopes of the step; `exchange` is the collectives. The results are written to
-results/compiled.json, or --out. A rerun reuses existing reports; after a change of the
-code, use another --workdir. Chips whose compiler is not installed are skipped.
+results/compiled.json, or to the file of --out. A rerun reuses existing reports; after a
+change of the code, use another --workdir. Chips whose compiler is not installed are
+skipped.
 
 There are two totals of bytes, both including the padding of tiles:
 
@@ -67,22 +68,24 @@ def table(report: dict) -> str:
     peaks, rows = report["roofline"]["peaks"], []
     for name in sorted(report["regions"], key=REGIONS.index):
         hbm_bytes, flops = report["regions"][name].values()
-        bound = max(hbm_bytes / peaks["bandwidth"], flops / peaks["flops"])
-        rows.append((name, hbm_bytes, flops, bound))
-    _, hbm_bytes, flops, seconds = zip(*rows, strict=True)
-    rows.append(("all", sum(hbm_bytes), sum(flops), sum(seconds)))
+        seconds = max(hbm_bytes / peaks["bandwidth"], flops / peaks["flops"])
+        rows.append((name, hbm_bytes, flops, seconds))
+    total_bytes, total_flops, total_seconds = (
+        sum(row[column] for row in rows) for column in (1, 2, 3)
+    )
+    rows.append(("all", total_bytes, total_flops, total_seconds))
     lines = [
         "| | MB per image | % | GFLOP per image | us per image |\n" + "|---" * 5 + "|"
     ]
     lines += [
-        f"| {name} | {size / 1e6:.1f} | {100 * size / sum(hbm_bytes):.1f} "
-        f"| {operations / 1e9:.2f} | {1e6 * bound:.1f} |"
-        for name, size, operations, bound in rows
+        f"| {name} | {hbm_bytes / 1e6:.1f} | {100 * hbm_bytes / total_bytes:.1f} "
+        f"| {flops / 1e9:.2f} | {1e6 * seconds:.1f} |"
+        for name, hbm_bytes, flops, seconds in rows
     ]
     temporaries = report["hbm_bytes_per_device"]["temporaries"] / GIB
     lines.append(
         f"\n{report['batch_per_device']} images per chip, {temporaries:.2f} GiB of "
-        f"temporaries, at most {1 / sum(seconds):,.0f} images/s per chip"
+        f"temporaries, at most {1 / total_seconds:,.0f} images/s per chip"
     )
     if accessed := report["bytes_accessed_per_image"]:
         lines[-1] += (
@@ -93,7 +96,7 @@ def table(report: dict) -> str:
 
 
 def compile_all(arguments: argparse.Namespace) -> None:
-    """Compile the variants for each chip; print and write each result at once."""
+    """Compile the variants for each chip; print and write each result immediately."""
     variants = {"": []}
     for variant in arguments.variant:
         name, _, overrides = variant.partition(":")

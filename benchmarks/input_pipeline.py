@@ -60,9 +60,12 @@ def pipeline(directory: Path, **data) -> Callable[[], Iterator]:
 
 
 def per_image(directory: Path, process: Callable) -> Callable[[], Iterator]:
-    """Return a function that starts a round of process(encoded, index) per image.
+    """Return a function that starts a round, which calls `process` for each image.
 
     The files are read before the measurement.
+
+    Args:
+      process: function of the encoded image and its index.
     """
     source = registry.open_source(recipe(directory).data, "train")
     indices = [i % len(source) for i in range(BATCH * STEPS)]
@@ -77,7 +80,7 @@ def per_image(directory: Path, process: Callable) -> Callable[[], Iterator]:
 
 
 def torchvision_like(encoded: bytes, index: int) -> None:
-    """Decode and crop with PIL, as torchvision's ImageFolder and RandomResizedCrop."""
+    """Decode, crop and resize as torchvision's ImageFolder and RandomResizedCrop do."""
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
     draws = transforms.uniforms(0, 0, index)
     crop = crops.random_resized_crop(image.height, image.width, draws, SCALE)
@@ -171,7 +174,7 @@ def write_reduced(root: Path, short_side: int) -> None:
 
 
 def seconds_to_jump() -> float:
-    """Return the seconds of computing the 4,096 crops of step 100,000 on ImageNet.
+    """Return the seconds to compute the 4,096 crops of step 100,000 on ImageNet.
 
     No image is read or decoded.
     """
@@ -234,7 +237,7 @@ def report(root: Path, rounds: int) -> None:
 def report_readers(root: Path, rounds: int) -> None:
     """Print images per CPU-second of both values of `data.reader`, and their ratio.
 
-    Freed memory is kept, as in training with tf.data.
+    malloc keeps freed memory, as in training with tf.data.
     """
     keep_freed_memory()
     starts = {

@@ -105,8 +105,8 @@ def torch_optimizer(
     """Return the optimizer of the twin.
 
     Args:
-      is_decayed: function from the name of a parameter of the twin to whether weight
-        decay applies to it.
+      is_decayed: returns True if weight decay applies to the twin's parameter with a
+        given name.
     """
     groups: dict[bool, list] = {True: [], False: []}
     for name, parameter in network.named_parameters():

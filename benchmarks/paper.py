@@ -176,8 +176,8 @@ def compile_all(cells: list[str], args: argparse.Namespace) -> None:
             write(folder, {name: report})
             if roofline := report["roofline"]:
                 bounds[job, model] = roofline["images_per_second_per_chip"]
-            bound = bounds.get((job, "HiViT-B"))
-            print(format_compiled(f"{model}, {job}, {chip}", report, bound), flush=True)
+            title, hivit_bound = f"{model}, {job}, {chip}", bounds.get((job, "HiViT-B"))
+            print(format_compiled(title, report, hivit_bound), flush=True)
 
 
 def measure_all(cells: list[str], args: argparse.Namespace) -> None:

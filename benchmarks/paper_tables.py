@@ -28,12 +28,12 @@ CELLS = {
 Results = dict[str, dict[str, Any]]  # name of a cell -> content of its file
 
 
-def ratio(results: Results, first: str, second: str) -> float | None:
+def ratio(results: Results, numerator: str, denominator: str) -> float | None:
     """Return the ratio of images per second of two cells.
 
     Returns None unless both cells were measured in the same run, interleaved.
     """
-    a, b = results.get(first), results.get(second)
+    a, b = results.get(numerator), results.get(denominator)
     if a is None or b is None or a["run"] != b["run"]:
         return None
     return a["images_per_second"] / b["images_per_second"]
@@ -103,19 +103,22 @@ def draw(results: Results, path: Path) -> None:
     figure.savefig(path)
 
 
-def format_compiled(name: str, report: dict[str, Any], bound: float | None) -> str:
+def format_compiled(
+    name: str, report: dict[str, Any], hivit_bound: float | None
+) -> str:
     """Format a row of the table of compiled cells.
 
     Args:
-      bound: bound on HiViT-B's images per second for this job and chip; None: unknown.
+      hivit_bound: bound on HiViT-B's images per second for this job and chip; None:
+        unknown.
     """
     total, roofline = report["hbm_bytes_per_device"]["total"], report["roofline"]
     line = f"| {name} | {report['batch_per_device']} "
     line += f"| {'yes' if report['fits'] else 'no'} | {(total or 0) / 2**30:.2f} "
     if not roofline:
         return line + 4 * "| " + "|"
-    rate = roofline["images_per_second_per_chip"]
+    bound = roofline["images_per_second_per_chip"]
     line += f"| {report['flops_per_image'] / 1e9:.1f} "
     line += f"| {report['hbm_bytes_per_image'] / 1e6:,.0f} "
-    line += f"| {rate:,.0f}, {roofline['bound']} "
-    return line + (f"| {bound / rate:.2f} |" if bound else "| |")
+    line += f"| {bound:,.0f}, {roofline['bound']} "
+    return line + (f"| {hivit_bound / bound:.2f} |" if hivit_bound else "| |")

@@ -36,7 +36,8 @@ HIVIT = {
 RECIPES = {"pretrain": "mae_base", "classify": "finetune:base"}
 RECIPES["inference"] = RECIPES["classify"]
 CLASSES, SMOOTHING = 1000, 0.1
-# Overrides that disable random draws in finetuning, because a twin cannot repeat them.
+# Overrides in finetuning: the twin's smoothing, and no random draws, because the twin
+# cannot repeat them.
 NO_RANDOM_DRAWS = {
     "model.drop_path_rate": 0,
     "mixup": 0,
@@ -48,7 +49,7 @@ WEIGHT_DECAY, BETAS, LEARNING_RATE = 0.05, (0.9, 0.95), 1e-6
 
 
 def load_recipe(recipe: str, values: dict[str, Any], args: argparse.Namespace) -> Any:
-    """Return the config of a recipe with overrides, batch and dtype of the flags."""
+    """Return a recipe's config with overrides, and with the flags' batch and dtype."""
     from benchmarks import plain_config  # noqa: F401  before hivit_jax
     from hivit_jax import config as configs
 
@@ -67,7 +68,7 @@ def start_recipe(
 
 
 def compile_program(config: Any, args: argparse.Namespace) -> Any:
-    """Return the compiled train step of a config, or its evaluation step."""
+    """Compile the train step of a config, or its evaluation step for inference."""
     from benchmarks.train_step import Evaluation, Training
 
     return (Evaluation if args.task == "inference" else Training)(config)
@@ -114,12 +115,13 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> PreparedRow:
     images = task.preprocess(batch) if forward else task.training_images(batch, keys)
     if args.task == "pretrain":
         mask_keys, units = rng.split_keys(keys.samples, "mask"), (224 // 16) ** 2
-        target = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(mask_keys)
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (units,)))
+        noise_or_labels = uniform(mask_keys)
     else:
-        target = np.asarray(batch["label"], np.int64)
+        noise_or_labels = np.asarray(batch["label"], np.int64)
     model = nnx.eval_shape(task.build_model)
     weights = to_official(state["params"] | state["model_state"], model)
-    np.savez(first_step, **weights, images=images, target=target)
+    np.savez(first_step, **weights, images=images, noise_or_labels=noise_or_labels)
     return run_first_step(program, args)
 
 
@@ -154,7 +156,7 @@ def start_torch(
       name: network; see `build_network`.
       compiled: use torch.compile.
       plain: compute the softmax of attention explicitly, without fused attention.
-      first_step: file with the weights, images and targets of HiViT-B's first step.
+      first_step: file that `start_ours` writes, for HiViT-B; None: random inputs.
     """
     import torch
 
@@ -167,34 +169,35 @@ def start_torch(
     device = "cpu" if args.device == "cpu" else "cuda"
     network, pretrain = build_network(name, args.task), args.task == "pretrain"
     side = network.image_size
-    images, target = torch.randn(args.batch, 3, side, side), None
+    images, noise_or_labels = torch.randn(args.batch, 3, side, side), None
     if name == "HiViT-B" and first_step and first_step.exists():
-        images, target = load_first_step(network, first_step)
-        target = target.to(device)
+        images, noise_or_labels = load_first_step(network, first_step)
     network, images = network.to(device), images.to(device)
     loss_of = torch_loss(network, args.task)
     if compiled:
         loss_of = torch.compile(loss_of, mode=args.torch_mode)
-    run_step = inference_step if args.task == "inference" else training_step
-    step = run_step(network, loss_of, device)
+    make_step = inference_step if args.task == "inference" else training_step
+    step = make_step(network, loss_of, device)
 
-    def random_target():
+    def random_noise_or_labels():
         if pretrain:
             return torch.rand(args.batch, network.units, device=device)
         return torch.randint(CLASSES, (args.batch,), device=device)
 
     def run(count):
         for _ in range(count):
-            loss = step(images, random_target())
+            loss = step(images, random_noise_or_labels())
         return loss.item()  # waits for the device
 
+    is_random = noise_or_labels is None
+    first = random_noise_or_labels() if is_random else noise_or_labels.to(device)
     began = time.perf_counter()
-    loss = step(images, random_target() if target is None else target).item()
+    loss = step(images, first).item()
     memory = (
         torch.cuda.max_memory_allocated if device == "cuda" else peak_process_memory
     )
     facts = {
-        "loss": None if target is None else loss,
+        "loss": None if is_random else loss,
         "compile_seconds": time.perf_counter() - began if compiled else None,
         "versions": {"torch": torch.__version__},
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
@@ -203,19 +206,19 @@ def start_torch(
 
 
 def load_first_step(network: Any, first_step: Path) -> tuple[Any, Any]:
-    """Load the weights that `start_ours` wrote, and return the images and targets."""
+    """Load the weights of `start_ours`; return its images, and noise or labels."""
     import numpy as np
     import torch
 
     saved = {key: torch.tensor(x) for key, x in np.load(first_step).items()}
     images = saved.pop("images").permute(0, 3, 1, 2).contiguous()
-    target = saved.pop("target")
+    noise_or_labels = saved.pop("noise_or_labels")
     network.load_state_dict(saved)
-    return images, target
+    return images, noise_or_labels
 
 
 def torch_loss(network: Any, task: str) -> Callable:
-    """Return a function (images, target) -> loss of a network.
+    """Return a function (images, noise or labels) -> loss of a network.
 
     Args:
       task: see `build_network`.
@@ -224,17 +227,17 @@ def torch_loss(network: Any, task: str) -> Callable:
 
     smoothing = SMOOTHING if task == "classify" else 0.0
 
-    def loss_of(images, target):
+    def loss_of(images, noise_or_labels):
         if task == "pretrain":
-            return network.masked_loss(images, target)
+            return network.masked_loss(images, noise_or_labels)
         logits = network.classify(images)
-        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+        return F.cross_entropy(logits, noise_or_labels, label_smoothing=smoothing)
 
     return loss_of
 
 
 def training_step(network: Any, loss_of: Callable, device: str) -> Callable:
-    """Return a function (images, target) -> loss that updates the network."""
+    """Return a function (images, noise or labels) -> loss that updates the network."""
     import torch
 
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -244,9 +247,9 @@ def training_step(network: Any, loss_of: Callable, device: str) -> Callable:
     ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
 
-    def step(images, target):
+    def step(images, noise_or_labels):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = loss_of(images, target)
+            loss = loss_of(images, noise_or_labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -256,14 +259,14 @@ def training_step(network: Any, loss_of: Callable, device: str) -> Callable:
 
 
 def inference_step(network: Any, loss_of: Callable, device: str) -> Callable:
-    """Return a function (images, target) -> loss without gradients."""
+    """Return a function (images, noise or labels) -> loss without gradients."""
     import torch
 
     network.eval()
 
-    def step(images, target):
+    def step(images, noise_or_labels):
         autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
         with torch.no_grad(), autocast:
-            return loss_of(images, target)
+            return loss_of(images, noise_or_labels)
 
     return step

@@ -67,10 +67,10 @@ def start_row(
       keep_memory: make malloc keep freed memory, if the process runs on a CPU.
     """
     context = multiprocessing.get_context("spawn")
-    pipe, end = context.Pipe()
-    arguments = start, keep_memory, args, end
+    pipe, worker_pipe = context.Pipe()
+    arguments = start, keep_memory, args, worker_pipe
     context.Process(target=worker, args=arguments, daemon=True).start()
-    end.close()  # so that recv fails if the process ends
+    worker_pipe.close()  # so that recv fails if the process ends
     return pipe
 
 
@@ -196,10 +196,10 @@ def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> 
             )
 
 
-def table(results: dict[str, dict[str, Any]], cpu: bool) -> str:
-    """Format a table: images per second, relative throughput, CPU-seconds per step."""
+def table(results: dict[str, dict[str, Any]], on_cpu: bool) -> str:
+    """Format a table: images per second, relative throughput, CPU-seconds on a CPU."""
     our_throughput = results.get(OURS, {}).get("images_per_second")
-    lines = [f"{'':26}{'images/s':>10}{'relative':>10}{'CPU-s per step' * cpu:>16}"]
+    lines = [f"{'':26}{'images/s':>10}{'relative':>10}{'CPU-s per step' * on_cpu:>16}"]
     for row, result in results.items():
         line = f"{row:26}{result['images_per_second']:10,.2f}"
         line += (
@@ -207,7 +207,8 @@ def table(results: dict[str, dict[str, Any]], cpu: bool) -> str:
             if our_throughput
             else f"{'':10}"
         )
-        lines.append(line + (f"{result['cpu_seconds_per_step']:16.2f}" if cpu else ""))
+        line += f"{result['cpu_seconds_per_step']:16.2f}" if on_cpu else ""
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -99,23 +99,23 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
         if (draw, dataset, method, start) in measured or not selected:
             continue
         directory = workdir / f"{dataset}_{draw}"
-        images = directory / "labeled"
-        if not images.exists():
+        labeled = directory / "labeled"
+        if not labeled.exists():
             pixels = DATASETS[dataset]()
             write_png(directory / "unlabeled", unlabeled(pixels, draw))
-            write(images, pixels, draw)
+            write(labeled, pixels, draw)
         (pretrained, classifier), common, pretraining = METHODS[method]
         name = method.replace(", ", "_")
         values = common | {"model.name": classifier, "model.num_classes": 10}
-        values |= {"data.dir": images, "total_epochs": EPOCHS, "init_from": ""}
+        values |= {"data.dir": labeled, "total_epochs": EPOCHS, "init_from": ""}
         if start == "pretrained":
             values["init_from"] = directory / f"{name}_pretraining"
             options = {"total_epochs": PRETRAINING_EPOCHS, "model.name": pretrained}
             options |= {"data.dir": directory / "unlabeled", "data.eval_split": "none"}
             run("folder_mae", values["init_from"], stop, common | pretraining | options)
-        top1 = run("folder_finetune", directory / f"{name}_{start}", stop, values)
+        metrics = run("folder_finetune", directory / f"{name}_{start}", stop, values)
         row = dict(zip(KEYS, (draw, dataset, method, start), strict=True))
-        rows.append(row | {"top1": top1["eval/top1"]})
+        rows.append(row | {"top1": metrics["eval/top1"]})
         write_rows(RESULT, rows)
     log(f"{costs()}\n\n{table(rows)}")
 
@@ -123,14 +123,15 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
 def costs() -> str:
     """Format a table of parameters and multiply-adds (MACs) per image, forward pass."""
     lines = [f"{'':<16}{'parameters':>12}{'MACs':>12}{'MACs, pretraining':>20}"]
-    for method, (names, common, pretraining) in METHODS.items():
-        (decoder, classifier), size = names, {"image_size": SIDE}
-        keys = {k.removeprefix("model."): v for k, v in common.items()} | size
-        own = pretraining.items()
-        extra = {k[6:]: v for k, v in own if k.startswith("model.")}
+    for method, ((pretrained, classifier), *overrides) in METHODS.items():
+        common, pretraining = (
+            {k[len("model.") :]: v for k, v in x.items() if k.startswith("model.")}
+            for x in overrides
+        )
+        common["image_size"] = SIDE
         models = [
-            hivit_jax.create_model(classifier, num_classes=10, **keys),
-            hivit_jax.create_model(decoder, **keys, **extra),
+            hivit_jax.create_model(classifier, num_classes=10, **common),
+            hivit_jax.create_model(pretrained, **common, **pretraining),
         ]
         macs = [model.macs(SIDE) for model in models]
         lines.append(
@@ -146,8 +147,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         line = f"{f'{method}, {start}':<28}"
         for dataset in DATASETS:
             names = dataset, method, start
-            own = [row for row in rows if tuple(row[k] for k in KEYS[1:]) == names]
-            line += f"{mean_and_deviation([100 * row['top1'] for row in own]):>16}"
+            draws = [row for row in rows if tuple(row[k] for k in KEYS[1:]) == names]
+            line += f"{mean_and_deviation([100 * row['top1'] for row in draws]):>16}"
         lines.append(line)
     return "\n".join(lines)
 

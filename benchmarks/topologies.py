@@ -81,11 +81,12 @@ def table_row(name: str, report: dict) -> str:
     if not report["fits"]:
         return start + 6 * " |"
     bound, collectives = report["roofline"], report["collectives"]
-    collective = sum(op["bytes_per_step"] for op in collectives) / 1e6
-    hbm = report["hbm_bytes_per_image"] / 1e6
+    collective_mb = sum(op["bytes_per_step"] for op in collectives) / 1e6
+    hbm_mb = report["hbm_bytes_per_image"] / 1e6
     return (
         f"{start} {memory['temporaries'] / GIB:.2f} "
-        f"| {report['flops_per_image'] / 1e9:.1f} | {hbm:,.0f} | {collective:,.1f} "
+        f"| {report['flops_per_image'] / 1e9:.1f} | {hbm_mb:,.0f} "
+        f"| {collective_mb:,.1f} "
         f"| {bound['images_per_second_per_chip']:,.0f}, {bound['bound']} "
         f"| {report['compile_cpu_seconds']:.0f} |"
     )

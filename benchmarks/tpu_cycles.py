@@ -103,7 +103,7 @@ def compile_block(
     """Compile the forward and backward pass of a block.
 
     Returns:
-      The text of the program, and the number of operations of its matrix products.
+      The text of the program, and the FLOPs of its matrix products.
     """
     mesh = Mesh(np.array([device]), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -139,7 +139,7 @@ def measure(config: Any, images: int, dump: Path) -> dict[str, Any]:
     for kind, (count, block, shape) in blocks(config, images).items():
         plain_program, _ = compile_block(block, shape, "plain", device)
         before = set(dump.iterdir())
-        _, operations = compile_block(block, shape, "auto", device)
+        _, flops = compile_block(block, shape, "auto", device)
         counts = Counter()
         for path in set(dump.glob("*-01-final_bundles.txt")) - before:
             if name := re.search("(attention|mlp)_block(_gradient)?", path.name):
@@ -148,7 +148,7 @@ def measure(config: Any, images: int, dump: Path) -> dict[str, Any]:
         results[kind] = {
             "blocks": count,
             "bundles": dict(counts),
-            "products": operations * CLOCK / peak,
+            "products": flops * CLOCK / peak,
             "plain": sum(map(int, estimates)),
         }
     return results

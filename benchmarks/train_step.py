@@ -5,10 +5,10 @@
 
 The benchmark runs the train step on all devices, repeatedly on one batch of synthetic
 images that is already on the devices. --forward runs the evaluation step instead, which
-has only a forward pass. Times are medians of `--rounds` rounds of
-`--steps` steps. The results are written to results/train_step_RECIPE_PLATFORM.json
-(with --forward, results/forward_RECIPE_PLATFORM.json) or to the file of `--out`. The
-benchmark needs only jax, flax, optax and numpy.
+has only a forward pass. Times are medians of `--rounds` rounds of `--steps` steps. The
+results are written to results/train_step_RECIPE_PLATFORM.json (with --forward,
+results/forward_RECIPE_PLATFORM.json) or to the file of `--out`. The benchmark needs
+only jax, flax, optax and numpy.
 """
 
 import json
@@ -255,7 +255,7 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     overrides = args.set + ([f"batch_size={args.batch}"] if args.batch else [])
     config = configs.load(args.config, [f"--config.{item}" for item in overrides])
-    # The cache is disabled, because reading a program would not measure compilation.
+    # Without this, the compile time would be the time to read a cached program.
     jax.config.update("jax_enable_compilation_cache", False)
     if jax.default_backend() == "cpu":
         keep_freed_memory()  # as training does

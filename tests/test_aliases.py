@@ -57,7 +57,7 @@ def test_advice_names_the_optimizer_of_each_task(key):
 
 
 def test_advice_lists_keys_of_the_given_section():
-    """The advice lists the keys of the given section, not those of other sections."""
+    """Keys with the same last component in other sections are not suggested."""
     assert advice("mesh.name").startswith("keys of mesh: replica, data, ")
     assert advice("optimizer.dtype").startswith("keys of optimizer: ")
 

@@ -131,7 +131,7 @@ def test_only_top_level_modules_accept_a_whole_config():
 
 
 def test_names_of_tests_are_unique():
-    """A name states subject and outcome, so that no two files have the same test."""
+    """A name states subject and outcome. A repeated name is too general."""
     names = [
         node.name
         for path in sorted(Path(__file__).parent.rglob("test_*.py"))
@@ -146,12 +146,12 @@ def test_files_and_functions_are_short():
 
     The limits hold for the package and for the benchmarks.
     """
-    longer = {("train.py", "train"): 160}
+    exceptions = {("train.py", "train"): 160}
     for name, lines, tree in modules() + modules(PACKAGE.parent / "benchmarks"):
         assert len(lines) <= 300, name
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.lineno + 1
-                assert length <= longer.get((name, node.name), 60), (
+                assert length <= exceptions.get((name, node.name), 60), (
                     f"{name} {node.name}"
                 )

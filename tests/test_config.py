@@ -231,7 +231,7 @@ def test_copied_configs_equal_the_original():
 
 
 def test_recorded_paths_are_absolute(tmp_path, monkeypatch):
-    """Addresses, paths below the home directory and missing files stay as they are."""
+    """Addresses, paths with a leading ~ and missing paths stay as they are."""
     monkeypatch.chdir(tmp_path)
     for name in ("photos", "mae", "list.txt"):
         (tmp_path / name).touch()

@@ -10,7 +10,7 @@ import hivit_jax
 from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.data import tf_data
-from hivit_jax.data.sources import digits
+from hivit_jax.data.sources import digits, registry
 from hivit_jax.errors import (
     ConfigError,
     MissingPackage,
@@ -49,7 +49,7 @@ def test_size_of_a_known_dataset_requires_no_package(
 ):
     """Only opening the dataset requires the package."""
     monkeypatch.setitem(sys.modules, package, None)
-    inputs.open_source.__globals__["_open"].cache_clear()
+    registry._open.cache_clear()
     digits._digits.cache_clear()
     config = configs.load(recipe)
     task = inputs.task_of_recipe(config)

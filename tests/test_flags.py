@@ -24,7 +24,7 @@ def test_printed_flags_are_read_back(key, value, text):
     (flag,) = shlex.split(text)
     config = configs.load("folder_finetune", [flag])
     expected = tuple(value) if isinstance(value, list) else value
-    value = config
+    actual = config
     for name in key.split("."):
-        value = value[name]
-    assert value == expected
+        actual = actual[name]
+    assert actual == expected

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import assert_batches_equal, digits_config, folder_config
+from datasets import assert_batches_equal, digits_config, encode, folder_config
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -270,21 +270,23 @@ def test_center_crops_are_pixels_of_the_files(folder):
 def halved(pixels, taps):
     """Halve the center 48x48 pixels of an image [48, 64, 3].
 
-    Filters columns, then rows, and rounds after each pass.
+    Filters along the width, then along the height, and rounds after each pass.
 
     Args:
       taps: {offset from an even position: weight}.
     """
     for axis, start in ((1, 8), (0, 0)):
-        pixels, total = np.moveaxis(np.float64(pixels), axis, 0), 0
-        even, weights = start + np.arange(24) * 2, 0
+        pixels, weighted_sum = np.moveaxis(np.float64(pixels), axis, 0), 0
+        even, weight_sum = start + np.arange(24) * 2, 0
         for offset, weight in taps.items():
             position = even + offset
             inside = (position >= 0) & (position < len(pixels))
             weight = (weight * inside)[:, None, None]
-            total = total + weight * pixels[position.clip(0, len(pixels) - 1)]
-            weights = weights + weight
-        pixels = np.moveaxis(np.rint(total / weights).clip(0, 255), 0, axis)
+            neighbors = pixels[position.clip(0, len(pixels) - 1)]
+            weighted_sum = weighted_sum + weight * neighbors
+            weight_sum = weight_sum + weight
+        pixels = np.rint(weighted_sum / weight_sum).clip(0, 255)
+        pixels = np.moveaxis(pixels, 0, axis)
     return pixels.astype(np.uint8)
 
 
@@ -361,14 +363,7 @@ class ListSource(Source):
         return example if isinstance(example, dict) else {"image": example, "label": 0}
 
 
-def encode(values, kind="PNG"):
-    """Encode pixels as an image file."""
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, kind)
-    return buffer.getvalue()
-
-
-GOOD = encode(np.arange(64, dtype=np.uint8).reshape(8, 8))
+GOOD = encode(np.arange(64, dtype=np.uint8).reshape(8, 8), "PNG")
 FLOATS = encode(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8), "TIFF")
 
 
@@ -444,18 +439,18 @@ def test_run_warns_of_small_classes_and_unmatched_exclusions(tmp_path, monkeypat
     (tmp_path / "list.txt").write_text("a/0.png\nz/0.png\n*.png\n")
     keys = dict(data__eval_fraction=0.3, data__exclude=tmp_path / "list.txt")
     cfg = folder_config(tmp_path / "own", model__num_classes=0, **keys)
-    first, second = inputs.check_splits(cfg, inputs.make_task(cfg))
-    assert first == (
+    exclusions, classes = inputs.check_splits(cfg, inputs.make_task(cfg))
+    assert exclusions == (
         f"data.exclude={tmp_path}/list.txt: 2 entries match no image, the first is "
         "'z/0.png'; expected paths as check_data --list writes them"
     )
     assert (
-        second
+        classes
         == "the evaluation has no image of 6 classes: b, c, d, e, f, ... and 1 more"
     )
     splits = inputs.used_splits(cfg)
-    assert notes.dataset_warnings(cfg.data, splits, True) == [first, second]
-    assert notes.dataset_warnings(cfg.data, splits, False) == [first]
+    assert notes.dataset_warnings(cfg.data, splits, True) == [exclusions, classes]
+    assert notes.dataset_warnings(cfg.data, splits, False) == [exclusions]
     # A split that does not exist is an error only when its images are read.
     keys = dict(data__train_split=".", data__eval_split="nowhere")
     cfg = folder_config(tmp_path / "own", **keys)
@@ -520,10 +515,10 @@ def test_evaluations_warn_of_unmatched_exclusions(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(evaluate.load, "read_for", start)
     with pytest.raises(Started):
         probing.make_encoder(cfg, inputs.make_task(cfg), None, False)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == second
-    assert first.startswith(f"warning: data.exclude={tmp_path}/list.txt: 1 entry match")
-    assert "the first is 'z.png'" in first
+    line, line_of_probe = capsys.readouterr().out.splitlines()
+    assert line == line_of_probe
+    assert line.startswith(f"warning: data.exclude={tmp_path}/list.txt: 1 entry match")
+    assert "the first is 'z.png'" in line
 
 
 @pytest.mark.parametrize(
@@ -531,8 +526,8 @@ def test_evaluations_warn_of_unmatched_exclusions(tmp_path, monkeypatch, capsys)
 )
 def test_figures_show_evenly_spaced_examples(replace_sources, total, expected):
     """The first examples of class folders would all have the same class."""
-    images = ListSource(*[encode(np.full((8, 8), i, np.uint8)) for i in range(total)])
-    cfg, _ = replace_sources(ListSource(GOOD), images)
+    images = [encode(np.full((8, 8), i, np.uint8), "PNG") for i in range(total)]
+    cfg, _ = replace_sources(ListSource(GOOD), ListSource(*images))
     assert inputs.some_test_examples(cfg, 6)["index"].tolist() == expected
 
 

@@ -91,7 +91,7 @@ def test_unwritable_workdir_is_an_error(capsys, tmp_path):
 def test_workdir_among_the_images_is_refused(
     workdir, overrides, mode, tmp_path, capsys
 ):
-    """Otherwise, the next run would list the run's directories as classes."""
+    """If accepted, the run's directories would become classes of later runs."""
     overrides = {f"data__{key}": value for key, value in overrides.items()}
     dataset = dict(data__name="folder", data__train_examples=0, data__dir=tmp_path)
     flags = mini_runs.arguments(**dataset | overrides)
@@ -179,7 +179,7 @@ def test_eval_mode_prints_the_results_of_the_run(finished, capsys):
 def test_config_defaults_to_the_newest_config_of_the_workdir(
     finished, tmp_path, capsys
 ):
-    """Evaluating or restarting a finished run without new overrides writes nothing.
+    """Evaluating or restarting a finished run writes nothing, even with an override.
 
     config.json is a valid recipe. Directories without config.json and invalid files
     are errors.
@@ -252,7 +252,7 @@ def test_resumed_run_prints_changes_of_config_and_dataset(finished, capsys):
 
 @pytest.mark.slow
 def test_other_batch_size_or_task_is_refused_before_the_checkpoint_is_read(finished):
-    """The model of another task has other arrays, whose shapes are not mentioned."""
+    """The error about another task does not list arrays with different shapes."""
     with pytest.raises(ConfigError, match="batch_size=8; .* with batch_size=16"):
         train(mini_runs.mae(total_steps=2, batch_size=8), finished)
     with pytest.raises(ConfigError) as error:

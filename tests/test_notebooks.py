@@ -58,9 +58,9 @@ def test_notebook_runs(path, tmp_path, monkeypatch, capsys, minimal_output):
     """All cells run in order with four training steps, as if libtpu were missing."""
     pytest.importorskip("sklearn")
     matplotlib.use("Agg")
-    find = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n: None if n == "libtpu" else find(n)
+        importlib.util, "find_spec", lambda n: None if n == "libtpu" else find_spec(n)
     )
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}

@@ -21,7 +21,7 @@ def updates(monkeypatch):
 def test_commands_without_device_work_use_the_cpu(updates, monkeypatch, capsys):
     """Commands that only describe, compile, inspect or check data use the CPU.
 
-    Training leaves the platform unchanged, and so does a call with arguments.
+    Training leaves the platform unchanged, and so does a `main` called with arguments.
     """
     cpu = {"jax_platforms": "cpu"}
     recipe = ["--config=no_such_recipe", "--workdir=x"]

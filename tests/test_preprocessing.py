@@ -127,7 +127,7 @@ def test_16_bit_and_gray_rgb_images_equal_8_bit_images():
 
 def test_images_that_do_not_fit_the_model_must_be_converted(tmp_path):
     """The error names no config key, because the model is trained."""
-    run = hivit_jax.preprocess(model_of(digits_config(), dtype="uint16"))
+    preprocess = hivit_jax.preprocess(model_of(digits_config(), dtype="uint16"))
     np.save(path := tmp_path / "five.npy", bands := np.zeros((16, 16, 5), np.uint16))
     for image, found in (
         (bands, "expected 1 channel, found 5"),
@@ -135,7 +135,7 @@ def test_images_that_do_not_fit_the_model_must_be_converted(tmp_path):
         (np.zeros((16, 16), np.float32), "found float32 from 0 to 0"),
     ):
         with pytest.raises(DataError) as raised:
-            run(image)
+            preprocess(image)
         assert found in str(raised.value)
         assert str(raised.value).endswith(
             "; convert the image to match the trained model"

@@ -264,7 +264,7 @@ def test_old_recipes_have_the_recorded_learning_rates(name, source):
     """Learning rates equal the recorded rates, up to the float32 error of the peak."""
     old, config = OLD_RECIPES[name], configs.load(source)
     schedule = mini_runs.jit_schedule(config, *steps_of(config))
-    check_rates(schedule, old["steps"], old["rates"])
+    check_learning_rates(schedule, old["steps"], old["rates"])
 
 
 @pytest.mark.parametrize("name", NAMES_WITH_FILE)
@@ -280,7 +280,7 @@ def test_official_quirks_keep_the_recorded_learning_rates(name, tmp_path):
     assert config.optimizer.first_epoch == int(not from_scratch)
     assert (config.optimizer.schedule == "cosine_from_start") == from_scratch
     schedule = mini_runs.jit_schedule(config, *steps_of(config))
-    check_rates(schedule, old["steps"], old["official_quirks"])
+    check_learning_rates(schedule, old["steps"], old["official_quirks"])
     if config.task == "classify":
         # The meaning of official_quirks depends on init_from.
         other_init_from = "" if config.init_from else "somewhere"
@@ -288,7 +288,7 @@ def test_official_quirks_keep_the_recorded_learning_rates(name, tmp_path):
         assert config.optimizer.first_epoch == int(from_scratch)
 
 
-def check_rates(schedule, steps, expected):
+def check_learning_rates(schedule, steps, expected):
     """Check that a schedule has the expected learning rates at some steps."""
     actual = np.array([schedule(np.int32(step)) for step in steps])
     assert_allclose(actual, np.float32(expected), rtol=0, atol=2e-7 * max(expected))

@@ -11,7 +11,8 @@ import pytest
 from hivit_jax import errors, resources
 from hivit_jax.errors import ResourceError
 
-# (error message of JAX or XLA, text in our message: the needed memory, if it is known)
+# (message of JAX or XLA, text that our message must contain: the needed memory, or part
+# of the original message if it states no amount)
 OUT_OF_MEMORY = [
     ("RESOURCE_EXHAUSTED: Out of memory allocating 549755813888 bytes.", "512.0 GiB"),
     (
@@ -40,8 +41,8 @@ def code_and_message(error, capsys):
     return code, err
 
 
-@pytest.mark.parametrize(("text", "needed"), OUT_OF_MEMORY)
-def test_out_of_memory_error_suggests_keys(text, needed, capsys):
+@pytest.mark.parametrize(("text", "expected"), OUT_OF_MEMORY)
+def test_out_of_memory_error_suggests_keys(text, expected, capsys):
     """The error contains needed and available memory, and keys that reduce memory.
 
     JAX raises some of these errors at compile time, others at run time.
@@ -49,7 +50,7 @@ def test_out_of_memory_error_suggests_keys(text, needed, capsys):
     code, err = code_and_message(jax.errors.JaxRuntimeError(text), capsys)
     assert code == 2
     assert err.startswith("error: out of memory: ")
-    assert needed in err
+    assert expected in err
     assert "GiB for all its processes" in err
     for key in ("batch_size", "optimizer.accumulate_steps", "model.remat"):
         assert key in err

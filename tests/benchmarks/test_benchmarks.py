@@ -238,12 +238,12 @@ def test_small_data_runs_selected_cells(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("job", ["pretrain", "classify"])
-def test_networks_of_the_paper_have_equal_parameters(job):
+def test_networks_of_the_paper_have_equal_parameter_counts(job):
     """The PyTorch networks have as many parameters as our models."""
     torch = pytest.importorskip("torch")
     from flax import nnx
 
-    from benchmarks import peer_rows, train_step
+    from benchmarks import train_step
 
     args = argparse.Namespace(batch=8, device="cpu", task=job)
     for cell_job, model, program in paper.CELLS.values():
@@ -283,6 +283,6 @@ LH: loop header
 
 def test_bundles_of_loops_count_once_per_iteration():
     """The outer loop is over tiles, the inner loop over the images of a tile."""
-    # 3 bundles outside the loops, 7 per tile, 3 per image of a tile, and 2 inside the
-    # outer loop that run only once
+    # 3 bundles outside the loops, 7 per tile, 3 per image of a tile, and 2 in a nested
+    # region, which runs only once
     assert tpu_cycles.count_bundles(LISTING) == 3 + 4 * 7 + 4 * 3 * 3 + 2

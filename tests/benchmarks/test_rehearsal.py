@@ -13,7 +13,7 @@ def values(root):
 
 
 def test_pretraining_uses_every_image_that_is_not_tested(tmp_path):
-    """The images of a class are told apart by their gray values."""
+    """Each image has its own gray value."""
     images = {"a": np.arange(90, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2))}
     images = {name: pixels.astype(np.uint8) for name, pixels in images.items()}
     for draw in range(2):

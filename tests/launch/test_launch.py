@@ -72,8 +72,8 @@ class Stage:
         """Start a command.
 
         Args:
-          play: answers of the stand-ins. By default, pkill finds no process, and the
-            TPU is ready.
+          play: scripted answers, see `PLAY` in tests/helpers/stand_in.py. By default,
+            pkill finds no process, and the TPU is ready.
         """
         answers = {"pkill": [["", 1]], TPU: [["READY", 0]]} | (play or {})
         variables = {"PLAY": json.dumps(answers), **self.environment, **environment}
@@ -275,10 +275,10 @@ def test_unreachable_tpu_is_recreated(stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", [75, 134, "abort"])
-def test_interrupted_run_resumes_on_the_same_tpu(stage, code):
-    """The run saved its state (75) or lost one of its processes (134, or an abort)."""
-    steps, code = run_keep(stage, [code] * 6 + [0])
+@pytest.mark.parametrize("ending", [75, 134, "abort"])
+def test_interrupted_run_resumes_on_the_same_tpu(stage, ending):
+    """Exit code 75: the state is saved; 134 or an abort: a process was lost."""
+    steps, code = run_keep(stage, [ending] * 6 + [0])
     assert steps == [*RESUME, "describe"] * 6 + RESUME
     assert code == 0
 
@@ -495,7 +495,7 @@ def test_jobset_restarts_unless_the_user_made_an_error(code, expected):
 
 
 def test_jobset_uses_all_chips_of_the_slice():
-    """The pods end with training and have time to save. The arguments are valid."""
+    """No pod restarts alone; each has 120 s to save. Training accepts the arguments."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
     assert jobset["kind"] == "JobSet"
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] >= 100

@@ -18,7 +18,7 @@ VIT = dict(embed_dim=16, num_heads=2, depth=2, image_size=(32, 48), num_classes=
 
 
 def test_maps_are_rows_of_the_attention():
-    """The maps of a unit are its row of weights, in the shape of the grid."""
+    """Each head's map is the row of a unit's weights, reshaped to the grid."""
     model, images = mini(image_size=(48, 80)), random_array((2, 48, 80, 3))
     layers = model.layers(images, attention=True)
     for options, block, query in (
@@ -45,7 +45,7 @@ def test_class_token_is_the_default_query():
 
 
 def test_strongest_unit_is_brightest_and_selected_unit_is_red():
-    """The strongest unit is the brightest, and only the border of the unit is red."""
+    """Only the border of the selected unit is red."""
     maps = np.full((1, 2, 3, 5), 0.01, np.float32)
     maps[0, 0, 2, 4] = maps[0, 1, 0, 0] = 0.5
     image = np.full((1, 48, 80, 1), 0.5, np.float32)
@@ -96,16 +96,16 @@ def test_attention_command_writes_the_figure(name, tmp_path, capsys):
         assert command.main([*map(str, flags), option]) == 2
         assert fragment in capsys.readouterr().err
     (tmp_path / "broken.png").write_text("no image")
-    for name, code, message in (
+    for image, code, message in (
         ("no.png", 2, "no.png: no such file or directory"),
         ("broken.png", 4, "broken.png: no image can be read"),
     ):
-        assert command.main([*map(str, flags[:-2]), str(tmp_path / name)]) == code
+        assert command.main([*map(str, flags[:-2]), str(tmp_path / image)]) == code
         assert message in capsys.readouterr().err
 
 
 def test_unreadable_images_are_skipped(tmp_path, capsys):
-    """The figure is that of the other images, and one line names the broken image."""
+    """The figure does not change, and one line on stderr names the broken image."""
     hivit_jax.save_pretrained(mini("hivit_base"), tmp_path / "model")
     (tmp_path / "photos").mkdir()
     for name in ("a.png", "c.png"):
@@ -125,7 +125,7 @@ def test_unreadable_images_are_skipped(tmp_path, capsys):
 
 
 def test_images_of_a_directory_are_drawn(tmp_path, capsys, monkeypatch):
-    """Of many images, evenly spaced ones are drawn, and a line states their number."""
+    """Of too many images, evenly spaced images are drawn; a line states how many."""
     hivit_jax.save_pretrained(mini("hivit_base"), tmp_path / "model")
     (tmp_path / "photos" / "deep").mkdir(parents=True)
     for name in ("0.png", "1.png", "2.png", "3.png", "deep/4.png"):

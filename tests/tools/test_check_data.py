@@ -148,13 +148,13 @@ def test_images_in_subdirectories_of_classes_are_noted(check, tmp_path):
 
 @pytest.mark.slow
 def test_image_with_several_labels_counts_in_each_class(check, healthy, tmp_path):
-    """Images of no class have a row of their own. A class without an image fails."""
+    """The table has a row for images of no class. A class without images is a fault."""
     rows = [f"{photo(healthy, k)},{'a;b' if k % 3 else ''},train" for k in range(12)]
     rows += [f"{photo(healthy, k, 'val')},a;c,val" for k in range(3)]
     (tmp_path / "all.csv").write_text("\n".join(["path,label,split", *rows]))
-    flags = dict(data__name="csv", data__multi_label=True, data__eval_split="val")
+    keys = dict(data__name="csv", data__multi_label=True, data__eval_split="val")
     sheet = f"--sheet={tmp_path / 'sheet.png'}"
-    code, out, err = check(tmp_path / "all.csv", sheet, **flags)
+    code, out, err = check(tmp_path / "all.csv", sheet, **keys)
     table = [line.split()[-3:] for line in out.splitlines() if line.startswith("  ")]
     for row in (["a", "8", "3"], ["b", "8", "0"], ["c", "0", "3"]):
         assert row in table
@@ -166,7 +166,7 @@ def test_image_with_several_labels_counts_in_each_class(check, healthy, tmp_path
 
 
 def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
-    """The estimate is for a chip at its utilization and the cores that feed it."""
+    """A chip's row contains its images per second and the cores that supply them."""
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
     row = next(i for i, line in enumerate(lines) if "estimate" in line)
@@ -175,7 +175,7 @@ def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
     model = check_data.nnx.eval_shape(
         check_data.inputs.task_of_recipe(config).build_model
     )
-    # Two FLOP per multiply-add; the backward pass costs two forward passes.
+    # Two FLOP per multiply-add; forward and backward pass cost three forward passes.
     flops = 6 * model.macs(mask_ratio=0.75, layer_norm_cost=0)
     rows = {line[1]: line[2:] for line in lines[row + 1 :] if line[:1] == ["one"]}
     assert rows.keys() == chips.CHIPS.keys()
@@ -185,10 +185,10 @@ def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
         "v5p": (0.4, 459, "at 40.0%, assumed"),
     }
     assert "\n  measured on h100: HiViT-B, pretraining on one H100" in out
-    for name, (part, peak, basis) in expected.items():
+    for name, (utilization, peak, basis) in expected.items():
         assert " ".join(rows[name][:-2]) == basis
         per_chip, cores = (float(cell.replace(",", "")) for cell in rows[name][-2:])
-        assert per_chip == pytest.approx(part * peak * 1e12 / flops, abs=1)
+        assert per_chip == pytest.approx(utilization * peak * 1e12 / flops, abs=1)
         assert cores == pytest.approx(per_chip / images_per_core, rel=0.01)
 
 
@@ -282,11 +282,11 @@ def write_folder(root, *contents):
 
 
 RAMP = np.arange(48 * 64).reshape(48, 64)
-UNIT = np.float32(RAMP / RAMP.max())
+FLOAT_RAMP = np.float32(RAMP / RAMP.max())  # from 0 to 1
 
 
 def test_lost_values_count_as_unreadable(check, tmp_path):
-    """12-bit values in 16-bit files decode to nearly black, which loses values."""
+    """12-bit values in a 16-bit file decode to few levels, all nearly black."""
     write_folder(tmp_path, encode(Image.fromarray(RAMP.astype(np.uint16)), "PNG"))
     code, out, err = check(tmp_path)
     assert code == 4
@@ -300,8 +300,8 @@ def test_lost_values_count_as_unreadable(check, tmp_path):
 
 
 def test_clipped_values_are_reported_but_pass_the_check(check, tmp_path):
-    """CT windows clip on purpose."""
-    contents = [encode(Image.fromarray(UNIT * scale), "TIFF") for scale in (1, 2)]
+    """Clipping may be intended, as with CT windows."""
+    contents = [encode(Image.fromarray(FLOAT_RAMP * scale), "TIFF") for scale in (1, 2)]
     write_folder(tmp_path, *contents)
     code, out, _ = check(tmp_path, data__value_range=(0, 1))
     assert code == 0
@@ -368,9 +368,9 @@ def test_report_lists_classes_kinds_of_files_and_settings(check, healthy, tmp_pa
 
 
 def test_images_in_both_splits_are_reported(check, tmp_path, monkeypatch):
-    """Images in both splits have equal content, or belong to the same group.
+    """One file occurs in both splits, and so do four groups, of which three are listed.
 
-    The groups of the pattern are the file numbers 10 to 13. At most three are listed.
+    The groups of the pattern are file numbers; 10 to 13 occur in both splits.
     """
     monkeypatch.setattr(dataset_content, "MAX_PAIRS", 3)
     write_folder(tmp_path)
@@ -410,7 +410,7 @@ def test_tiles_of_four_bands_require_channels_and_dtype(check, tmp_path):
 
 
 def test_dataset_of_one_class_is_noted(check, tmp_path, capsys):
-    """The note is the warning of a run. A pretraining run needs no classes."""
+    """The note is the warning that a run logs. Pretraining has no such note."""
     write(tmp_path, {"train": 14}, (64, 48))
     for directory in (tmp_path / "train").iterdir():
         if directory.name != NAMES[0]:
@@ -497,7 +497,7 @@ def test_sample_checks_the_same_images_every_time(check, damaged, healthy):
 
 
 def test_class_without_an_image_is_reported(check, tmp_path):
-    """A class has no folder in one split, or no readable image."""
+    """A class may lack a folder in one split, or have no readable image."""
     write(tmp_path, {"train": 7, "val": 5}, (64, 48))
     photo(tmp_path, 0).write_bytes(b"")
     code, out, err = check(tmp_path, data__max_unreadable=1.0)
@@ -513,7 +513,7 @@ def test_class_without_an_image_is_reported(check, tmp_path):
 
 
 def test_class_without_held_out_images_is_noted(check, tmp_path):
-    """One image cannot be in both splits. A class without any image still fails."""
+    """The only image of a class is for training. A class without images still fails."""
     root = tmp_path / "own"
     write(root, {".": 21}, (64, 48))
     photo(root, 7, ".").unlink()
@@ -526,7 +526,7 @@ def test_class_without_held_out_images_is_noted(check, tmp_path):
     code, out, err = check(root, data__max_unreadable=1.0, **keys)
     assert code == 4
     assert out.endswith("\ntrain (.): 1 class without an image\n")
-    # A slice is a fraction too.
+    # An evaluation split that is a slice has the same note.
     slices = dict(data__train_split=".[:80%]", data__eval_split=".[80%:]")
     photo(root, 0, ".").write_bytes(photo(root, 1, ".").read_bytes())
     code, out, _ = check(root, **slices)
@@ -599,7 +599,8 @@ def test_invalid_label_vectors_are_findings(healthy, monkeypatch):
 
         def sample(self, index):
             label = self.vectors[index]
-            label = multi_hot([0, -1], 3) if label is None else label
+            if label is None:
+                label = multi_hot([0, -1], 3)  # raises LabelError
             return {"image": photo(healthy, index).read_bytes(), "label": label}
 
     monkeypatch.setattr(dataset_split, "open_source", lambda data, split: Labeled())

@@ -16,6 +16,16 @@ from hivit_jax.xla import ahead
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
+REPORT = {
+    "model": "mae_hivit_base",
+    "topology": "v5e:2x4",
+    "devices": 8,
+    "flops_per_image": 2.5e9,
+    "hbm_bytes_per_image": 7e6,
+    "collectives": [{"kind": "all-reduce", "count": 2, "bytes_per_step": 3e6}],
+    "roofline": {"images_per_second_per_chip": 123.4, "bound": "memory"},
+}
+
 
 def test_search_batch_adds_the_largest_batch_to_the_report(
     monkeypatch, tmp_path, capsys
@@ -25,7 +35,7 @@ def test_search_batch_adds_the_largest_batch_to_the_report(
     def step_report(config, devices, topology):
         size = config.batch_size // 8
         memory = dict(
-            total=program_size(size), limit=5000, arguments=1000, temporaries=1
+            total=1000 + 100 * size, limit=5000, arguments=1000, temporaries=1
         )
         return REPORT | {
             "batch_size": config.batch_size,
@@ -44,7 +54,7 @@ def test_search_batch_adds_the_largest_batch_to_the_report(
         assert "all-reduce x 2: 3.0 MB per step and device\n" in out
         assert "at most 123 images/s per chip, bound by memory\n" in out
         assert "2.5 GFLOP and 7 MB of HBM traffic per image\n" in out
-        assert (f"written: {tmp_path}/compile.json") in out
+        assert f"written: {tmp_path}/compile.json" in out
         # 8 steps of 64 images on 8 chips at 123.4 images/s each.
         hours = 8 * 64 / (8 * 123.4) / 3600
         assert content["run"]["hours_at_bound"] == pytest.approx(hours)
@@ -65,17 +75,6 @@ def test_search_batch_adds_the_largest_batch_to_the_report(
     assert f"per device: {content['largest_batch_per_device']} (" in out
 
 
-REPORT = {
-    "model": "mae_hivit_base",
-    "topology": "v5e:2x4",
-    "devices": 8,
-    "flops_per_image": 2.5e9,
-    "hbm_bytes_per_image": 7e6,
-    "collectives": [{"kind": "all-reduce", "count": 2, "bytes_per_step": 3e6}],
-    "roofline": {"images_per_second_per_chip": 123.4, "bound": "memory"},
-}
-
-
 def test_hours_use_the_measured_utilization_of_a_chip():
     config = mini_runs.mae(batch_size=64)
     memory = dict(total=1, limit=2, arguments=1, temporaries=1)
@@ -91,7 +90,7 @@ def test_hours_use_the_measured_utilization_of_a_chip():
     summary = compile_ahead.summary(report)
     assert "at 53% of it, measured" in summary
     assert "measured: HiViT-B, pretraining on one H100" in summary
-    # A report of an earlier version contains only the assumption.
+    # Reports of earlier versions do not contain the basis, which was an assumption.
     report["run"] = {
         name: value for name, value in run.items() if "utilization_" not in name
     }
@@ -192,30 +191,34 @@ def test_report_lists_memory_collectives_and_regions(tmp_path, monkeypatch):
     assert memory["limit"] == 15.75 * 2**30
     assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
     model = nnx.eval_shape(inputs.task_of_recipe(mini_runs.mae()).build_model)
-    [reduced] = report["collectives"]
-    assert reduced["kind"] == "all-reduce"
-    assert_allclose(reduced["bytes_per_step"], 4 * model.parameter_count(), rtol=0.02)
+    [all_reduce] = report["collectives"]
+    assert all_reduce["kind"] == "all-reduce"
+    gradient_bytes = 4 * model.parameter_count()
+    assert_allclose(all_reduce["bytes_per_step"], gradient_bytes, rtol=0.02)
     network = {
         f"{part} {branch}" for part in ("main", "decoder") for branch in BRANCHES
     }
-    network |= {"input", "embedding", "stem1", "stem2", "merge", "latent", "loss"}
+    network |= {
+        "input",
+        "embedding",
+        "stem1",
+        "stem2",
+        "merge",
+        "latent",
+        "loss",
+    }
     regions = report["regions"]
     assert network | {"optimizer", "exchange"} <= regions.keys()
     for name in network:
         assert all(value > 0 for value in regions[name].values()), name
     assert regions["optimizer"]["flops_per_image"] == 0
-    # Four microbatches of the same size exchange gradients only once.
+    # Four microbatches, each as large as the batch above, exchange gradients once.
     accumulated = mini_runs.compile_report(
         tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options
     )
     assert_allclose(
         accumulated["collectives"][0]["bytes_per_step"],
-        reduced["bytes_per_step"],
+        all_reduce["bytes_per_step"],
         rtol=0.02,
     )
     assert_allclose(accumulated["flops_per_image"], report["flops_per_image"], rtol=0.1)
-
-
-def program_size(size):
-    """Return the size of a program in bytes for a batch size."""
-    return 1000 + 100 * size

@@ -44,10 +44,9 @@ def test_describe_counts_the_parameters_of_overrides(capsys):
 
 @pytest.mark.slow
 def test_hours_count_forward_and_backward_passes():
-    """An image costs three forward passes, or one if the encoder is frozen.
+    """A training image costs three forward passes, or one if the encoder is frozen.
 
-    Hours and chip-hours at the measured or assumed part of the peak follow from those
-    at the peak.
+    The table contains hours and chip-hours, at a chip's peak and at its utilization.
     """
     for config, passes in (
         (mini_runs.recipe("digits_mae"), 3),
@@ -60,17 +59,18 @@ def test_hours_count_forward_and_backward_passes():
         config.total_steps *= 10**5
         lines = hours_table(config, task, model).splitlines()
         images = config.total_steps * config.batch_size
-        for name, peak, fraction, part in (
+        for name, peak, utilization, cells in (
             ("h100", 989e12, 0.2453, ["24.5%", "measured"]),
             ("v5e", 197e12, 0.4, ["40.0%", "assumed"]),
         ):
             row = next(line for line in lines if line.startswith(name))
             speed = peak / (2 * passes * task.macs(model))  # two FLOP per multiply-add
-            hours = images / speed / 3600
-            values = hours / 8, hours, hours / 8 / fraction, hours / fraction
-            hours, chip_hours, *realistic = (f"{value:,.2f}" for value in values)
-            expected = [name, "8", f"{speed:,.0f}", hours, chip_hours, *part]
-            assert row.split() == [*expected, *realistic]
+            chip_hours = images / speed / 3600
+            at_peak = [f"{x:,.2f}" for x in (chip_hours / 8, chip_hours)]
+            chip_hours /= utilization
+            realistic = [f"{x:,.2f}" for x in (chip_hours / 8, chip_hours)]
+            expected = [name, "8", f"{speed:,.0f}", *at_peak, *cells, *realistic]
+            assert row.split() == expected
         assert any("measured on h100: HiViT-B" in line for line in lines)
 
 
@@ -96,21 +96,21 @@ def test_describe_process_imports_no_tensorflow():
 def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
     """Figures show every learning rate and the first 16 training images.
 
-    The config of this test neither crops nor flips images.
+    This test's config neither crops nor flips images.
     """
     lines, images = [], []
     plot, imshow = Axes.plot, Axes.imshow
 
-    def plotted(axes, *arrays, **options):
+    def recorded_plot(axes, *arrays, **options):
         lines.append(arrays)
         return plot(axes, *arrays, **options)
 
-    def shown(axes, image, **options):
+    def recorded_imshow(axes, image, **options):
         images.append((image, options))
         return imshow(axes, image, **options)
 
-    monkeypatch.setattr(Axes, "plot", plotted)
-    monkeypatch.setattr(Axes, "imshow", shown)
+    monkeypatch.setattr(Axes, "plot", recorded_plot)
+    monkeypatch.setattr(Axes, "imshow", recorded_imshow)
     recipe = mini_runs.ROOT / "configs" / "digits_finetune.py"
     overrides = [
         "--config.batch_size=24",
@@ -128,8 +128,8 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
     np.testing.assert_array_equal(steps, np.arange(361))
     peak = 1e-2 * 24 / 256
     warmup = 30 * 100 / 24  # steps: 30 epochs of 100 images
-    fall = 0.5 + 0.5 * np.cos(np.pi * (steps - warmup) / (360 - warmup))
-    expected = peak * np.where(steps < warmup, steps / warmup, fall)
+    cosine = 0.5 + 0.5 * np.cos(np.pi * (steps - warmup) / (360 - warmup))
+    expected = peak * np.where(steps < warmup, steps / warmup, cosine)
     np.testing.assert_allclose(learning_rates, expected, rtol=1e-4, atol=1e-8)
     pixels = digits.Digits("train", 100).pixels()[permutation(0, 0, 100)[:16]]
     [(grid, options)] = images

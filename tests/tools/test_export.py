@@ -22,7 +22,7 @@ from hivit_jax.tree import split
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _minimal_output(tmp_path_factory):
+def _minimal_output():
     with mini_runs.minimal_output():
         yield
 

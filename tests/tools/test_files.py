@@ -58,9 +58,9 @@ def test_config_of_finds_the_task_of_other_families(name, task):
 
 @pytest.mark.slow
 def test_predictions_of_a_model_without_a_recipe_equal_its_logits(tmp_path, capsys):
-    """A model without a head is an error for `predict`, but not for `features`.
+    """`predict` rejects a model without a head, but `features` accepts it.
 
-    A masked autoencoder is an error before anything is compiled.
+    `predict` rejects a masked autoencoder before it compiles a program.
     """
     model = mini(depths=(1, 1, 1), num_classes=2)
     model.info = replace(model.info, class_names=("cat", "dog"))
@@ -73,9 +73,9 @@ def test_predictions_of_a_model_without_a_recipe_equal_its_logits(tmp_path, caps
     logits = np.asarray(model(hivit_jax.preprocess(model)(image)))[0]
     expected = ("cat", "dog")[logits.argmax()]
     probability = 1 / np.exp(logits - logits.max()).sum()
-    _, name, printed, *_ = out.read_text().splitlines()[1].split(",")
+    _, name, written, *_ = out.read_text().splitlines()[1].split(",")
     assert name == expected
-    assert float(printed) == pytest.approx(probability, abs=1e-5)
+    assert float(written) == pytest.approx(probability, abs=1e-5)
     bare = f"--checkpoint={tmp_path / 'bare'}"
     assert predict.main([bare, *flags]) == 2
     assert "has no head" in capsys.readouterr().err

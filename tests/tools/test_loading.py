@@ -25,24 +25,24 @@ ACCURACY = {10: 0.5, 20: 0.9, 30: float("nan"), 40: 0.9, 50: 1.0}  # step -> eva
 def test_checkpoint_rank_contains_the_newest_and_best_step(
     step, recipe, expected, tmp_path
 ):
-    """The first of equally good checkpoints is the best. Step 50 was deleted."""
-    for name in (10, 20, 30, 40):
-        (tmp_path / "checkpoints" / str(name) / "params").mkdir(parents=True)
+    """The first of equally good checkpoints is the best. Step 50 has no checkpoint."""
+    for saved_step in (10, 20, 30, 40):
+        (tmp_path / "checkpoints" / str(saved_step) / "params").mkdir(parents=True)
     lines = [
         {"step": k, "eval/count": 9, "eval/top1": value, "eval/loss": 1 / k}
         for k, value in ACCURACY.items()
     ]
     text = "\n".join(json.dumps(line) for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + "\n")
-    pretrained = checkpoint(tmp_path / "checkpoints" / str(step), recipe)
+    pretrained = read_stub(tmp_path / "checkpoints" / str(step), recipe)
     assert loading.checkpoint_rank(pretrained).startswith(expected)
     (tmp_path / "metrics.jsonl").unlink()
     rank = "the newest" if step == 40 else "the newest is step 40"
     assert loading.checkpoint_rank(pretrained).endswith(rank)
 
 
-def checkpoint(path, recipe):
-    """Return a pretrained model without arrays, read from a checkpoint."""
+def read_stub(path, recipe):
+    """Return a pretrained model without arrays, as if read from a checkpoint."""
     empty = dict(arguments={}, params={}, notes=[], unused=[], results={}, info={})
     return Pretrained(str(path), f"step {path.name}", recipe=recipe, **empty)
 
@@ -66,13 +66,13 @@ def checkpoint(path, recipe):
 )
 def test_assumed_preprocessing_is_noted(name, info, expected, tmp_path):
     arrays = {} if name.startswith("mae") else {"head/kernel": None}
-    pretrained = checkpoint(tmp_path, {})._replace(
+    pretrained = read_stub(tmp_path, {})._replace(
         arguments={"name": name}, info=info, params=arrays
     )
     assert loading.preprocessing_note(pretrained) == expected
 
 
-def test_file_has_no_rank(capsys):
+def test_line_about_a_weight_file_contains_no_rank(capsys):
     path = ROOT / "tests/parity/golden/official_mae.pth"
     loading.read_model(path)
     assert f"model: {path}\n" in capsys.readouterr().out

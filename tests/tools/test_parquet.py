@@ -51,13 +51,14 @@ def contents(source):
 def test_class_names_and_splits_are_converted(tmp_path, capsys):
     """Rows without an image or a label are skipped and reported."""
     data, out = tmp_path / "hub" / "data", tmp_path / "birds"
-    first = [
+    images = [
         *structs("a", "b"),
         None,
         {"bytes": None, "path": "c.jpg"},
         *structs("d"),
     ]
-    write(data / "train-00000-of-00002.parquet", first, [2, 0, 1, 1, None], CLASS_LABEL)
+    labels = [2, 0, 1, 1, None]
+    write(data / "train-00000-of-00002.parquet", images, labels, CLASS_LABEL)
     write(data / "train-00001-of-00002.parquet", structs("e"), [1], CLASS_LABEL)
     write(data / "validation-00000-of-00001.parquet", structs("f"), [0], CLASS_LABEL)
     write(data / "test-00000-of-00001.parquet", structs("g"), [-1], CLASS_LABEL)
@@ -68,9 +69,9 @@ def test_class_names_and_splits_are_converted(tmp_path, capsys):
     assert train.name(1) == "train[1] train-00000-of-00002.parquet[1] b.jpg"
     assert contents(validation) == [(b"f", 0)]
     lines = capsys.readouterr().out.splitlines()
-    start = "skipped train-00000-of-00002.parquet"
-    assert [f"{start}[{k}]: no image" for k in (2, 3)] == lines[1:3]
-    assert f"{start}[4]: no valid label" in lines
+    prefix = "skipped train-00000-of-00002.parquet"
+    assert [f"{prefix}[{k}]: no image" for k in (2, 3)] == lines[1:3]
+    assert f"{prefix}[4]: no valid label" in lines
     assert lines[0] == "split test is left out: none of 1 rows has a label"
     assert lines[-1] == (
         f"to train on it: --config.data.name=birds --config.data.dir={tmp_path}"
@@ -136,15 +137,15 @@ def test_lists_of_labels_are_converted(sequence, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "--config.data.multi_label=True" in text
     assert "train.parquet[2]: no valid label" in text
-    data = {"name": "several", "dir": str(tmp_path), "train_split": "", "subset": 0}
-    data |= {"eval_split": "none", "train_examples": 0}
+    config = {"name": "several", "dir": str(tmp_path), "train_split": "", "subset": 0}
+    config |= {"eval_split": "none", "train_examples": 0}
     registry._open.cache_clear()
-    source = registry.open_source(data | {"multi_label": True}, "train")
+    source = registry.open_source(config | {"multi_label": True}, "train")
     images, vectors = zip(*contents(source), strict=True)
     assert images == (b"a", b"b", b"d")
     np.testing.assert_array_equal(vectors, [[1, 0, 1], [0, 0, 0], [0, 1, 0]])
     with pytest.raises(DataError, match=r"several labels; set data\.multi_label=True"):
-        registry.open_source(data, "train")
+        registry.open_source(config, "train")
 
 
 def test_lists_of_names_without_metadata_are_converted(tmp_path):
@@ -167,13 +168,13 @@ def test_interrupted_conversion_resumes(tmp_path, monkeypatch, capsys):
     assert main([*flags, f"--out={uninterrupted}"]) == 0
     rows = parquet._rows
 
-    def deadly(*arguments):
+    def interrupted_rows(*arguments):
         for row_index, row in enumerate(rows(*arguments)):
             if row_index == 7:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield row
 
-    monkeypatch.setattr(parquet, "_rows", deadly)
+    monkeypatch.setattr(parquet, "_rows", interrupted_rows)
     assert main([*flags, f"--out={out}"]) == 75
     with pytest.raises(DataError, match="d is not prepared in"):
         open_split(out, "train")
@@ -199,17 +200,17 @@ def test_bad_flags_are_errors(tmp_path, capsys, monkeypatch):
     file = tmp_path / "train.parquet"
     write(file, structs("a"), [0], CLASS_LABEL, species=["x"])
 
-    def fails(fragment, *flags):
+    def check_fails(fragment, *flags):
         assert main([*flags]) == 2
         check_message(capsys.readouterr().err, [fragment])
 
     out = f"--out={tmp_path / 'd'}"
-    fails("both --from=FILES and --out=DIR", f"--from={file}")
-    fails("neither --manual_dir", f"--from={file}", out, f"--data_dir={tmp_path}")
-    fails("nor --name", f"--from={file}", out, "--name=mnist")
-    fails("expected parquet files, found none", f"--from={tmp_path}/*.x", out)
-    fails("becomes data.name", f"--from={file}", f"--out={tmp_path / '0-d'}")
-    fails("becomes data.name", f"--from={file}", f"--out={tmp_path / 'folder'}")
-    fails("image, label, species", f"--from={file}", out, "--label_column=kind")
+    check_fails("both --from=FILES and --out=DIR", f"--from={file}")
+    check_fails("neither --manual_dir", f"--from={file}", out, f"--data_dir={tmp_path}")
+    check_fails("nor --name", f"--from={file}", out, "--name=mnist")
+    check_fails("expected parquet files, found none", f"--from={tmp_path}/*.x", out)
+    check_fails("becomes data.name", f"--from={file}", f"--out={tmp_path / '0-d'}")
+    check_fails("becomes data.name", f"--from={file}", f"--out={tmp_path / 'folder'}")
+    check_fails("image, label, species", f"--from={file}", out, "--label_column=kind")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    fails("run pip install 'hivit-jax[parquet]'", f"--from={file}", out)
+    check_fails("run pip install 'hivit-jax[parquet]'", f"--from={file}", out)

@@ -71,9 +71,9 @@ def run(data, tmp_path_factory, minimal_output):
 
 
 @pytest.fixture(scope="module")
-def shared(run, tmp_path_factory):
+def saved_model(run, tmp_path_factory):
     """Convert the run to a saved model; return its directory."""
-    convert.convert(str(run), directory := tmp_path_factory.mktemp("shared"))
+    convert.convert(str(run), directory := tmp_path_factory.mktemp("saved"))
     return directory
 
 
@@ -113,23 +113,23 @@ def test_labeled_folder_is_predicted_and_scored(
     assert metrics == {
         "images": 15, "accuracy": accuracy, "balanced_accuracy": pytest.approx(accuracy)
     }  # fmt: skip
-    table = rows(tmp_path / "p" / "all_classes.csv")
-    assert [row["class"] for row in table] == [*COLORS]
-    assert sum(int(row["correct"]) for row in table) == sum(is_correct)
+    class_rows = rows(tmp_path / "p" / "all_classes.csv")
+    assert [row["class"] for row in class_rows] == [*COLORS]
+    assert sum(int(row["correct"]) for row in class_rows) == sum(is_correct)
     matrix = rows(tmp_path / "p" / "all_confusion.csv")
     assert [int(matrix[k][name]) for k, name in enumerate(COLORS)] == [
-        int(row["correct"]) for row in table
+        int(row["correct"]) for row in class_rows
     ]
     assert (tmp_path / "p" / "all_confusion.png").is_file()
-    out = capsys.readouterr().out
-    assert "predict  15/15 images  0:00 left" in out
-    assert "15 of 15 images predicted" in out
-    assert f"model: {run}/checkpoints/24 (step 24, the newest and best)\n" in out
+    printed = capsys.readouterr().out
+    assert "predict  15/15 images  0:00 left" in printed
+    assert "15 of 15 images predicted" in printed
+    assert f"model: {run}/checkpoints/24 (step 24, the newest and best)\n" in printed
 
 
 @pytest.mark.slow
 def test_run_and_saved_model_predict_equal_rows(
-    run, shared, data, tmp_path, monkeypatch
+    run, saved_model, data, tmp_path, monkeypatch
 ):
     """Some files are unlabeled, mislabeled, damaged, or contain floats."""
     monkeypatch.chdir(tmp_path)
@@ -140,19 +140,22 @@ def test_run_and_saved_model_predict_equal_rows(
     (images / "a.png").write_bytes(b"no image")
     (images / "notes.txt").write_text("")
     Image.fromarray(np.float32(noise_image(8, 8))).save(images / "float.tiff")
-    file_path = str(data / "val" / "green" / "1.png")
-    file = tmp_path / "model.safetensors"
-    convert.convert(str(run), file)
+    image_path = str(data / "val" / "green" / "1.png")
+    weight_file = tmp_path / "model.safetensors"
+    convert.convert(str(run), weight_file)
     for checkpoint, name in (
-        (run, "a.csv"), (shared, "b.csv"), (file, "f.csv"), (shared, "c.jsonl")
-    ):  # fmt: skip
+        (run, "a.csv"),
+        (saved_model, "b.csv"),
+        (weight_file, "f.csv"),
+        (saved_model, "c.jsonl"),
+    ):
         flags = ["--checkpoint", str(checkpoint), "--out", name, "--batch_size=2"]
-        assert predict.main([*flags, "tiles", file_path]) == 0
+        assert predict.main([*flags, "tiles", image_path]) == 0
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "f.csv").read_bytes()
     table = rows("a.csv")
     names = ["tiles/a.png", "tiles/b.png", "tiles/deep/blue/c.png", "tiles/float.tiff"]
-    assert [row["file"] for row in table] == [*names, file_path]
+    assert [row["file"] for row in table] == [*names, image_path]
     assert [row["label"] for row in table] == ["", "", "blue", "", "green"]
     assert [row["predicted"] for row in table] == ["", "red", "green", "", "green"]
     assert "unknown image format" in table[0]["error"]
@@ -170,7 +173,7 @@ def test_run_and_saved_model_predict_equal_rows(
 
 @pytest.mark.slow
 def test_command_without_paths_predicts_the_test_split(run, data, tmp_path):
-    """Probabilities are close to the model's after `preprocess`, without a canvas."""
+    """`load_pretrained` and `preprocess`, without a canvas, give similar results."""
     out = tmp_path / "split.csv"
     assert predict.main([f"--checkpoint={run}", f"--out={out}"]) == 0
     table = rows(out)
@@ -212,13 +215,13 @@ def test_unusable_paths_and_outputs_are_errors(
 
 @pytest.mark.slow
 def test_features_equal_the_pooled_features_of_the_model(
-    run, shared, data, tmp_path, capsys
+    saved_model, data, tmp_path, capsys
 ):
-    """Damaged files are left out. With --pyramid, the file contains feature maps."""
+    """Damaged files are left out. With --pyramid, the output contains feature maps."""
     (tmp_path / "x.png").write_bytes(b"x")
     images = [str(tmp_path / "x.png"), str(data / "val")]
     out = tmp_path / "f.npz"
-    flags = [f"--checkpoint={shared}", "--batch_size=4"]
+    flags = [f"--checkpoint={saved_model}", "--batch_size=4"]
     assert features.main([*flags, f"--out={out}", *images]) == 0
     arrays = np.load(out)
     paths = sorted(str(path) for path in (data / "val").rglob("*.png"))
@@ -226,7 +229,7 @@ def test_features_equal_the_pooled_features_of_the_model(
     assert arrays["labels"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert arrays["class_names"].tolist() == [*COLORS]
     assert arrays["features"].dtype == np.float32
-    model = hivit_jax.load_pretrained(shared)
+    model = hivit_jax.load_pretrained(saved_model)
     expected = model.pooled(hivit_jax.preprocess(model)(paths))
     np.testing.assert_allclose(arrays["features"], expected, atol=0.02)
     assert features.main([*flags, f"--out={out}", "--pyramid", paths[0]]) == 0
@@ -266,8 +269,8 @@ def test_arrays_of_16_bits_and_4_bands_are_predicted(tmp_path, minimal_output):
         batch_size=8,
         total_steps=1,
     )
-    convert.convert(str(run), shared := tmp_path / "shared")
-    for name, model in (("run", run), ("shared", shared)):
+    convert.convert(str(run), saved := tmp_path / "saved")
+    for name, model in (("run", run), ("saved", saved)):
         out = tmp_path / f"{name}.csv"
         flags = [f"--checkpoint={model}", f"--out={out}", str(tmp_path / "data/val")]
         assert predict.main(flags) == 0
@@ -277,7 +280,7 @@ def test_arrays_of_16_bits_and_4_bands_are_predicted(tmp_path, minimal_output):
     # After one step on random pixels, some predictions are wrong.
     assert any(row["predicted"] != row["label"] for row in table)
     assert (tmp_path / "run_worst.png").exists()
-    preprocess = hivit_jax.preprocess(hivit_jax.load_pretrained(shared))
+    preprocess = hivit_jax.preprocess(hivit_jax.load_pretrained(saved))
     images = preprocess(np.full((40, 48, 4), 7500, np.uint16))
     assert images.shape == (1, 32, 32, 4)
     np.testing.assert_allclose(images, (0.75 - 0.5) / 0.3, rtol=1e-5)

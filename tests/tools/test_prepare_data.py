@@ -115,7 +115,7 @@ def test_only_training_images_are_shrunk(complete, small):
 
 
 def test_images_of_more_than_8_bits_are_not_shrunk():
-    """Shrunk images are JPEGs, which have 8 bits. Smaller images are unchanged too."""
+    """Shrunk images are JPEGs, which have 8 bits. Small images are unchanged too."""
     gray = np.arange(40 * 30, dtype=np.uint16).reshape(40, 30) * 50
     color = np.repeat(gray[..., None], 3, -1)
     tiff = io.BytesIO()
@@ -362,7 +362,7 @@ def test_unreachable_server_is_an_immediate_error(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("status", [404, 200])
 def test_answers_of_a_server_are_handled_by_tfds(status, tmp_path, monkeypatch, capsys):
-    """After any answer to the first request, TFDS requests the file itself."""
+    """If the server answers the first request at all, TFDS requests the file itself."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

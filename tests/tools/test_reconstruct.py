@@ -107,7 +107,7 @@ def save_constant_model(directory, recipe, **overrides):
     hivit_jax.save_pretrained(model, directory, recipe)
 
 
-def close(panel, color):
+def is_close(panel, color):
     """Return True for each pixel that differs from a color by at most one level."""
     return (np.abs(panel.astype(int) - color) <= 1).all(-1)
 
@@ -129,21 +129,21 @@ def test_panels_use_mean_std_and_mask_ratio_of_the_recipe(tmp_path):
         (("--seed=1", "--mask_ratio=0.75"), 6 / 8),
     ):
         original, masked, predicted, pasted = draw_panels(tmp_path, *options)
-        assert close(original, color).all()
-        assert close(predicted, expected).all()
+        assert is_close(original, color).all()
+        assert is_close(predicted, expected).all()
         assert 1.8 < original.shape[1] / original.shape[0] < 2.2
         for panel, hidden in ((masked, (gray,) * 3), (pasted, expected)):
             # Edges of units are blurred.
-            assert close(panel, hidden).mean() == pytest.approx(ratio, abs=0.05)
-            assert close(panel, color).mean() == pytest.approx(1 - ratio, abs=0.05)
-        masks.append(close(masked, gray))
+            assert is_close(panel, hidden).mean() == pytest.approx(ratio, abs=0.05)
+            assert is_close(panel, color).mean() == pytest.approx(1 - ratio, abs=0.05)
+        masks.append(is_close(masked, gray))
     # Another seed masks other units, not only more of them.
     assert not masks[1][masks[0]].all()
 
 
 @pytest.mark.slow
 def test_visible_statistics_predict_the_mean_of_the_visible_units(tmp_path):
-    """Each unit of the image is flat, so that its normalized pixels are 0."""
+    """Each unit is flat: its standard deviation is 0, so its mean is the prediction."""
     save_constant_model(
         tmp_path, RECIPE | {"data": {"mean": (0.0,) * 3, "std": (1.0,) * 3}}
     )
@@ -155,7 +155,7 @@ def test_visible_statistics_predict_the_mean_of_the_visible_units(tmp_path):
     middles = masked[height // 2 :: height, width // 2 :: width][:2, :4, 0]
     visible = levels[np.abs(middles.astype(int) - levels) <= 1]
     assert len(visible) == 5  # of 8 units, with mask_ratio=0.375
-    assert close(predicted, (visible.mean(),) * 3).all()
+    assert is_close(predicted, (visible.mean(),) * 3).all()
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_predictions_are_scaled_by_statistics_of_units():
     ],
 )
 def test_titles_name_the_source_of_brightness(normalized, note, monkeypatch):
-    """The figures of a run have the note of the command's figures."""
+    """The figures of a run and of the command have the same note."""
     titles = []
     monkeypatch.setattr(
         figures, "reconstructions", lambda _, title: titles.append(title)
@@ -257,13 +257,13 @@ def test_example_draws_the_feature_maps(saved, tmp_path):
 
 
 def test_first_principal_component_is_the_direction_of_variation():
-    """The features are a plane along one direction, with little noise."""
-    plane = np.linspace(0, 1, 48).reshape(6, 8)
+    """The features are a linear ramp along one direction, plus little noise."""
+    ramp = np.linspace(0, 1, 48).reshape(6, 8)
     direction = reference.normal("direction", (5,))
     noise = 1e-3 * reference.normal("noise", (6, 8, 5))
-    colors = example.principal_components(plane[..., None] * direction + noise)
+    colors = example.principal_components(ramp[..., None] * direction + noise)
     assert colors.shape == (6, 8, 3)
-    assert abs(np.corrcoef(colors[..., 0].ravel(), plane.ravel())[0, 1]) > 0.99
+    assert abs(np.corrcoef(colors[..., 0].ravel(), ramp.ravel())[0, 1]) > 0.99
 
 
 def test_example_photograph_has_512x512_pixels():

@@ -87,7 +87,7 @@ def test_metrics_are_embedded(tmp_path):
 
 
 def test_charts_begin_with_losses_and_evaluations(tmp_path):
-    """`eval/unreadable`, a metric of zeros, has no chart."""
+    """A metric that is always 0, here `eval/unreadable`, has no chart."""
     lines = [{"step": 1, "learning_rate": 1e-3, "top1": 0.5, "eval/top1": 0.25}]
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", lines)
@@ -174,7 +174,7 @@ def test_unfinished_run_is_reported_without_checkpoint_or_config(tmp_path):
 
 
 def test_figures_of_many_steps_are_an_evenly_spaced_selection(tmp_path, monkeypatch):
-    """The selection includes the first and the last step. The others are counted."""
+    """The selection includes the first and last step. The omitted steps are counted."""
     monkeypatch.setattr(report, "MAX_STEPS", 3)
     run = write_run(tmp_path / "a")
     for step in range(10, 60, 10):
@@ -220,7 +220,7 @@ def test_page_is_self_contained(tmp_path):
 
 
 def test_run_names_are_unique(tmp_path):
-    """Names include as many directories as make them unique.
+    """All names have the same number of parts, the smallest that makes them unique.
 
     A run that is given twice appears once.
     """
