@@ -185,6 +185,29 @@ def arguments_of(model: Model) -> dict[str, Any]:
     return {"name": model.name, **asdict(model.config), **asdict(model.run_options)}
 
 
+def merge_arguments(
+    arguments: dict[str, Any], overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Merge the arguments of a saved model with overrides.
+
+    A model of another name inherits only arguments that it accepts: the run options,
+    and the sizes that differ from the defaults of the saved model's config class. The
+    model inherits embed_dim, depths (for a ViT, depth) and num_heads only if both
+    variants agree in all three.
+    """
+    if overrides.get("name", arguments["name"]) == arguments["name"]:
+        return arguments | overrides
+    _, config, _ = configure(**arguments)
+    old, new = (variant(args["name"])[1] for args in (arguments, overrides))
+    accepted, excluded = override_types(type(new)), {"name"}
+    sizes = ("embed_dim", "depths", "num_heads")
+    if any(getattr(old, key) != getattr(new, key) for key in sizes):
+        excluded |= {*sizes, "depth"}
+    excluded |= {f.name for f in fields(config) if getattr(config, f.name) == f.default}
+    kept = {k: v for k, v in arguments.items() if k in accepted and k not in excluded}
+    return kept | overrides
+
+
 def image_shape(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return (height, width, channels) of the images of `create_model(**arguments)`."""
     size = arguments["image_size"]

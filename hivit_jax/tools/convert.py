@@ -13,7 +13,7 @@ from typing import Any
 
 from hivit_jax import platforms
 from hivit_jax.errors import ConfigError, Parser, run_command
-from hivit_jax.models import arguments_of, configure, variant
+from hivit_jax.models import arguments_of, configure, merge_arguments, variant
 from hivit_jax.progress import listed
 from hivit_jax.reporting.console import log
 from hivit_jax.tools.loading import read_model
@@ -21,7 +21,7 @@ from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights import files, load
 from hivit_jax.weights.adapt import match_arrays
-from hivit_jax.weights.load import abstract_model, build, merge_arguments
+from hivit_jax.weights.load import abstract_model, build
 from hivit_jax.weights.names.official import LAYOUTS, to_state_dict
 from hivit_jax.weights.save import save_pretrained, shareable
 

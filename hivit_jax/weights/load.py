@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from hivit_jax.checkpoints import read as checkpoints
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.models import (
     Model,
-    configure,
     create_arguments,
     create_model,
     list_models,
+    merge_arguments,
     override_types,
     variant,
 )
@@ -277,26 +276,3 @@ def build(pretrained: Pretrained, **overrides: Any) -> Model:
         lambda key_path, _: jnp.asarray(arrays[leaf_name(key_path)]), abstract
     )
     return nnx.merge(graphdef, params)
-
-
-def merge_arguments(
-    arguments: dict[str, Any], overrides: dict[str, Any]
-) -> dict[str, Any]:
-    """Merge the arguments of a saved model with overrides.
-
-    A model of another name inherits only arguments that it accepts: the run options,
-    and the sizes that differ from the defaults of the saved model's config class. The
-    model inherits embed_dim, depths (for a ViT, depth) and num_heads only if both
-    variants agree in all three.
-    """
-    if overrides.get("name", arguments["name"]) == arguments["name"]:
-        return arguments | overrides
-    _, config, _ = configure(**arguments)
-    old, new = (variant(args["name"])[1] for args in (arguments, overrides))
-    accepted, excluded = override_types(type(new)), {"name"}
-    sizes = ("embed_dim", "depths", "num_heads")
-    if any(getattr(old, key) != getattr(new, key) for key in sizes):
-        excluded |= {*sizes, "depth"}
-    excluded |= {f.name for f in fields(config) if getattr(config, f.name) == f.default}
-    kept = {k: v for k, v in arguments.items() if k in accepted and k not in excluded}
-    return kept | overrides

@@ -1,5 +1,6 @@
 """Runs that save every state, and their comparison with `oracle.py`."""
 
+import hashlib
 import json
 from functools import cache, partial
 
@@ -165,6 +166,7 @@ class RecordedRun:
 
     def __init__(self, name, root, workdir, **more):
         self.name, self.root, self.workdir = name, root, workdir
+        self._batches = {}
         self.tolerance = RECORDED_RUNS[name][2]
         self.config = run_config(name, data__dir=root, **more)
         with pytest.raises(Interrupted):
@@ -200,7 +202,17 @@ class RecordedRun:
         return next(x for x in self.lines if x["step"] == step and key in x)
 
     def batch(self, step, config):
-        """Return (images, weight, labels, keys) of a training step after the flip."""
+        """Return (images, weight, labels, keys) of a training step after the flip.
+
+        The batch is cached, because most configs differ in other keys.
+        """
+        image_size = config.model.image_size
+        key = step, config.seed, config.batch_size, image_size, config.data.to_json()
+        if key not in self._batches:
+            self._batches[key] = self._read_batch(step, config)
+        return self._batches[key]
+
+    def _read_batch(self, step, config):
         files, images, labels = list_files(self.root, "train"), [], []
         size, seed = config.batch_size, config.seed
         for index, epoch in oracle.samples_of_step(seed, step, size, len(files)):
@@ -243,15 +255,21 @@ def l2_norm(x):
 class LossAndGrad:
     """Weighted mean loss of a network, with gradients.
 
-    A call returns ((mean loss, (losses [B], outputs)), gradients).
+    A call returns ((mean loss, (losses [B], outputs)), gradients). Results are cached,
+    because the keys of an optimizer do not change them.
     """
 
     def __init__(self, losses_of):
-        self._run = oracle.weighted_value_and_grad(losses_of)
+        self._run, self._results = oracle.weighted_value_and_grad(losses_of), {}
 
     def __call__(self, config, params, weight, *inputs):
         eps = np.float64(config.model.layer_norm_eps or 1e-6)
-        return self._run(params, eps, weight, *inputs)
+        arguments = params, eps, weight, *inputs
+        leaves = jax.tree.leaves(arguments)
+        key = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in leaves)).digest()
+        if key not in self._results:
+            self._results[key] = self._run(*arguments)
+        return self._results[key]
 
 
 @cache

@@ -16,11 +16,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 import hivit_jax
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.evaluate import evaluate_checkpoint
-from hivit_jax.models import arguments_of, configure
+from hivit_jax.models import arguments_of, configure, merge_arguments
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.tools import convert
 from hivit_jax.train import train
-from hivit_jax.weights.load import merge_arguments, read
+from hivit_jax.weights.load import read
 
 CONTENTS_BY_FORMAT = state_files.contents_by_format()
 
