@@ -110,7 +110,6 @@ def attention(
     rows = block_rows(total, unit, 1024, (target.vmem - fixed) // per_row)
     if rows is None:
         return None
-    # Operations per row: of a product with [C, C] weights, and of one with the scores.
     projection_flops, score_flops = 2 * width**2, 2 * tokens * width * LANES // head
     forward = 4 * projection_flops + 2 * score_flops
     backward = 11 * projection_flops + 6 * score_flops

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from hivit_jax.kernels.numerics import F32, Plan
 
 TILE = 4096  # elements that a thread block processes at a time
-BLOCK = 16384  # elements that a thread block processes in all in the backward pass
+BLOCK = 16384  # elements that a thread block processes in the backward pass, in tiles
 MAX_PARTS = 4  # largest number of parts of a row; see `row_parts`
 
 

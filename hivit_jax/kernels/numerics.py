@@ -86,7 +86,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """LayerNorm of x [T, C].
+    """LayerNorm of x [T, C]; scale and bias are [1, C].
 
     Returns:
       x_hat: normalized rows before scale and bias, [T, C] float32.
@@ -97,8 +97,6 @@ def layer_norm(
     centered = x32 - x32.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
     x_hat = centered * inverse
-    # GPU kernels have vectors [C], TPU kernels rows [1, C].
-    scale, bias = (w if w.ndim == 2 else jnp.expand_dims(w, 0) for w in (scale, bias))
     return x_hat, inverse, (x_hat * scale + bias).astype(x.dtype)
 
 
