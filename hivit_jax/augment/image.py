@@ -12,7 +12,7 @@ def normalize(
     std: Sequence[float],
     scale: float = 255.0,
 ) -> jax.Array:
-    """Normalize pixels [B, H, W, C] to float32 ``(x / scale - mean) / std``."""
+    """Normalize pixels x [B, H, W, C] to float32 ``(x / scale - mean) / std``."""
     mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
     return (images.astype(jnp.float32) - scale * mean) / (scale * std)
 
@@ -49,9 +49,9 @@ def random_erasing(images: jax.Array, keys: jax.Array, probability: float) -> ja
         margin = jnp.stack([height - h, width - w])
         top, left = jnp.floor(jax.random.uniform(corner_key, (2,)) * (margin + 1))
         rectangle = rectangle_mask((top, left), (top + h, left + w), (height, width))
-        erased = fits.any() & jax.random.bernoulli(erase_key, probability)
+        is_erased = fits.any() & jax.random.bernoulli(erase_key, probability)
         noise = jax.random.normal(noise_key, (height, width, channels), images.dtype)
-        return jnp.where(rectangle & erased, noise, image)
+        return jnp.where(rectangle & is_erased, noise, image)
 
     return jax.vmap(erase)(images, keys)
 

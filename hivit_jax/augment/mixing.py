@@ -27,8 +27,8 @@ def mix(
     """Apply Mixup or CutMix to a batch, with one ratio for all images.
 
     The ratio is the factor of an image's own pixels in its mixture. Follows timm's
-    Mixup in batch mode with prob=1 and switch_prob=0.5. For CutMix, the ratio of the
-    targets is the kept fraction of the area, because the border may clip the rectangle.
+    Mixup in batch mode with prob=1 and switch_prob=0.5. For CutMix, the border may clip
+    the rectangle; the ratio of the targets is the fraction of the area that is kept.
     timm mixes image i with image B-1-i of the same device. This function mixes
     neighbors (0 with 1, 2 with 3, ...) instead, because neighbors are on the same
     device for any number of devices.
@@ -47,9 +47,9 @@ def mix(
     cutmix_key, ratio_key, area_key, center_key = jax.random.split(key, 4)
     use_cutmix = jax.random.bernoulli(cutmix_key) if mixup and cutmix else cutmix > 0
     mixup_ratio = jax.random.beta(ratio_key, mixup or 1.0, mixup or 1.0)
-    side = jnp.sqrt(1 - jax.random.beta(area_key, cutmix or 1.0, cutmix or 1.0))
+    side_ratio = jnp.sqrt(1 - jax.random.beta(area_key, cutmix or 1.0, cutmix or 1.0))
     size = jnp.array(images.shape[1:3], jnp.float32)
-    half = jnp.floor(size * side) // 2
+    half = jnp.floor(size * side_ratio) // 2
     center = jnp.floor(jax.random.uniform(center_key, (2,)) * size)
     low, high = jnp.maximum(center - half, 0), jnp.minimum(center + half, size)
     cut_out = rectangle_mask(low, high, images.shape[1:3])[None]  # [1, H, W, 1]

@@ -23,15 +23,15 @@ def resample(
     """Resize a box of every image as PIL does: the width first, then the height.
 
     Computes two batched matrix products, 0.5 GFLOP per RGB image for 512x512 to
-    224x224. uint8 needs twice as many operations, because each product is the sum of
-    two bfloat16 products. uint8 is rounded after each product. uint16 and float32 are
-    not rounded; the errors of float32 arithmetic are below 1/65535 of the value range.
+    224x224. For uint8, each product is the sum of two bfloat16 products, which doubles
+    the operations, and is rounded to integers. uint16 and float32 are not rounded; the
+    errors of float32 arithmetic are below 1/65535 of the value range.
 
     Args:
       images: uint8, uint16 or float32 [B, S, S', C].
-      boxes: float32 [B, 2, 3]; for rows and for columns the start and length of the
-        box, and the number of real pixels. Pixels after the real pixels are padding and
-        are ignored. For uint16 and float32: [B, 2, 5], see `precise_span`.
+      boxes: float32 [B, 2, 3]; for rows, then for columns: start and length of the box,
+        and number of real pixels. Pixels after the real pixels are padding and are
+        ignored. For uint16 and float32: [B, 2, 5], see `precise_span`.
       size: (H, W) of the result.
       interpolation: "bicubic" or "bilinear".
       antialias: widen the filter when downscaling, so that every pixel contributes.
@@ -74,9 +74,11 @@ def crop_resize_matrix(
 ) -> Any:
     """Return the matrix [size, extent] that crops and resizes one axis of an image.
 
+    The matrix is a NumPy or JAX array, like the box.
+
     Args:
       box: floats [3], start and length of the box and number of real pixels; or [5],
-        see `precise_span`. The result is a NumPy or JAX array, like the box.
+        see `precise_span`.
       size: pixels of the resized box.
       extent: pixels of the source, padding included.
     """
@@ -102,7 +104,7 @@ def crop_resize_matrix(
         weights = xp.where(x < 1, near, xp.where(x < 2, far, 0))
     weights = xp.where(source_index < num_real, weights, 0)
     total = weights.sum(-1, keepdims=True)
-    # Without this, the empty box of an unreadable example would give NaN.
+    # Without `where`, the empty box of an unreadable example would give NaN.
     return weights / xp.where(total == 0, 1, total)
 
 

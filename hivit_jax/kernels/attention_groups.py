@@ -1,15 +1,15 @@
 """Groups of images that the TPU attention kernel computes together, and the masks and
 biases of the scores.
 
-A group's rows start anywhere in a tile, but a kernel loads whole tiles. The *window* of
-a group is a range of whole tiles that contains the group. All windows have W rows,
-enough for a group at any offset. The *offset* of a group is the number of rows between
-the start of the window and the start of the group.
+A group may start at any row of a tile, but a kernel loads whole tiles. The *window* of
+a group is a range of whole tiles that contains the group. The *offset* of a group is
+the number of rows between the start of the window and the start of the group. All
+windows have W rows, enough for a group at any offset.
 
 A bias [heads, N, N] is copied to windows before the kernel runs, once for each offset.
-Otherwise the kernel would have to shift the bias for each image.
+Otherwise the kernel would have to shift the bias for each group.
 
-In this module, `heads` is a number of heads and `head` is the width of a head.
+In the kernels, `heads` is a number of heads and `head` is the width of a head.
 """
 
 import math
@@ -26,18 +26,18 @@ MASKED = -1e30  # added to the scores of keys that must not be attended to
 class Groups:
     """Groups of the images in a block of `rows` rows, with `tokens` rows per image.
 
-    count: images of a group.
-    size: rows of a group.
-    window: rows of a window, W.
+    images: number of images of a group.
+    size: number of rows of a group.
+    window: number of rows of a window, W.
     offsets: all offsets, ascending.
     """
 
     def __init__(self, rows: int, tokens: int):
         self.rows, self.tokens = rows, tokens
-        self.count = max(1, LANES // tokens)
-        while rows // tokens % self.count:
-            self.count -= 1
-        self.size = self.count * tokens
+        self.images = max(1, LANES // tokens)
+        while rows // tokens % self.images:
+            self.images -= 1
+        self.size = self.images * tokens
         self.window = min(rows, _window_rows(self.size))
         starts = range(0, rows, self.size)
         last = rows - self.window
@@ -50,13 +50,14 @@ class Groups:
         - window: slice of the rows of the window.
         - inside: bool [W, 1], True for rows of the group.
         - score_mask(axis, heads=1): returns the float32 mask to add to scores [W, W]
-          with keys along `axis`: 0 if key and query are of the same image or both
-          outside the group, else MASKED. With `heads` > 1 the scores of that many heads
-          lie side by side. For a group of one image the mask is the same for all
-          queries and has length 1 along the query axis.
+          with keys along `axis`. In groups of several images, it is 0 if key and query
+          are of the same image or both outside the group, else MASKED. In groups of one
+          image, it is 0 for keys of the image, else MASKED, with length 1 along the
+          query axis. With `heads` > 1, the queries of that many heads lie side by side.
         - slot(): returns the index of the group's offset in `offsets`.
         """
-        tokens, window, size, count = self.tokens, self.window, self.size, self.count
+        tokens, window = self.tokens, self.window
+        size, images = self.size, self.images
 
         def body(i, _):
             start = jnp.minimum(i * size // TILE * TILE, self.rows - window)
@@ -69,15 +70,17 @@ class Groups:
                 row = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
                 row = (row % window if heads > 1 else row) + start - i * size
                 index = jnp.full(shape, -1)
-                for j in range(count):
+                for j in range(images):
                     in_image = (row >= j * tokens) & (row < (j + 1) * tokens)
                     index = jnp.where(in_image, j, index)
                 return index
 
             def score_mask(axis, heads=1):
                 keys = image_index(axis)
-                same = keys >= 0 if count == 1 else keys == image_index(1 - axis, heads)
-                return jnp.where(same, 0.0, MASKED)
+                if images == 1:
+                    return jnp.where(keys >= 0, 0.0, MASKED)
+                queries = image_index(1 - axis, heads)
+                return jnp.where(keys == queries, 0.0, MASKED)
 
             def slot():
                 return sum(
@@ -89,32 +92,32 @@ class Groups:
 
         jax.lax.fori_loop(0, self.rows // size, body, None)
 
-    def query_rows(self, bias: jax.Array) -> jax.Array:
+    def bias_by_query(self, bias: jax.Array) -> jax.Array:
         """Copy a bias to windows, [heads, N, N] -> [offsets * heads, W, W].
 
-        Queries are rows. The bias of keys that a query must not attend to is MASKED.
+        Rows are queries. The bias of keys that a query must not attend to is MASKED.
         """
         windows = [self._at_offset(bias, offset) for offset in self.offsets]
         return jnp.concatenate(windows)
 
-    def key_rows(self, bias: jax.Array, heads: int) -> jax.Array:
+    def bias_by_key(self, bias: jax.Array, heads: int) -> jax.Array:
         """Copy a bias to windows, [H, N, N] -> [offsets * H/heads, W, heads * W].
 
-        Like `query_rows`, but keys are rows, and `heads` heads lie side by side.
+        Like `bias_by_query`, but rows are keys, and `heads` heads lie side by side.
         """
-        bias = self.query_rows(bias).swapaxes(1, 2)
+        bias = self.bias_by_query(bias).swapaxes(1, 2)
         bias = bias.reshape(-1, heads, self.window, self.window).swapaxes(1, 2)
         return bias.reshape(-1, self.window, heads * self.window)
 
     def _at_offset(self, bias, offset):
         """Copy a bias to windows of one offset, [heads, N, N] -> [heads, W, W]."""
         image = (np.arange(self.window) - offset) // self.tokens
-        image = np.where((image >= 0) & (image < self.count), image, -1)
+        image = np.where((image >= 0) & (image < self.images), image, -1)
         same = (image == image[:, None]) & (image >= 0)
         out = jnp.asarray(np.where(same, 0, MASKED)[None], bias.dtype)
         for start in range(offset, offset + self.size, self.tokens):
-            rows = start, self.window - self.tokens - start
-            out = out + jnp.pad(bias, ((0, 0), rows, rows))
+            padding = start, self.window - self.tokens - start
+            out = out + jnp.pad(bias, ((0, 0), padding, padding))
         return out
 
 
@@ -132,7 +135,7 @@ def bias_bytes(tokens: int, heads: int, head: int) -> int:
     """
     size = max(1, LANES // tokens) * tokens
     window, offsets = _window_rows(size), TILE // math.gcd(size, TILE)
-    offsets += offsets > 1  # the last window of a block may start earlier
+    offsets += offsets > 1  # because the last window of a block may start earlier
     side_by_side = LANES // head
     columns = -(-side_by_side * window // LANES) * LANES
     arrays, itemsize = 5, 4
@@ -140,7 +143,7 @@ def bias_bytes(tokens: int, heads: int, head: int) -> int:
 
 
 def head_lanes(head: int) -> list[jax.Array]:
-    """Return masks [1, 128] of the lanes of a tile, one for each head."""
+    """Return one mask [1, 128] for each head of a tile: True for the head's lanes."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     return [(lane // head) == i for i in range(LANES // head)]
 
@@ -157,7 +160,7 @@ def stack_heads(x: jax.Array, head: int, inside: jax.Array, dtype) -> jax.Array:
 def merge_heads(x: jax.Array, head: int) -> jax.Array:
     """Undo `stack_heads`, [heads * W, 128] -> [W, 128].
 
-    From the rows of each head, only the lanes of this head are used.
+    Of the rows of each head, only this head's lanes are used.
     """
     window = len(x) * head // LANES
     merged = x[:window]

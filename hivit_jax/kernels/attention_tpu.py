@@ -1,28 +1,27 @@
 """Attention branch ``x + proj(attention(LayerNorm(x)))`` as one TPU kernel, forward and
 backward.
 
-Shapes: x is [B*N, C], with N tokens per image. Tokens attend to the tokens of their
+Shapes: x is [B*N, C], with N tokens per image. Tokens attend to tokens of the same
 image. C is a multiple of 128, and heads are 32, 64 or 128 wide. The forward pass
 saves x, and with `Plan.keep` also q, k and v, which are otherwise recomputed. The
-backward pass always recomputes the outputs of the heads, because the probabilities are
-there anyway.
+backward pass always recomputes the outputs of the heads, because it computes the
+probabilities anyway.
 
 An optional bias [heads, N, N] is added to the scores of every image. The bias and the
 sum of its gradient stay in VMEM while a core processes its images.
 
 A tile has 128 lanes. To select one of several narrower heads in a tile, the lanes of
 the other heads are set to 0, which costs the matrix unit no more than padding would.
-Images of few tokens share a softmax, with a mask between images: two images of 49
+Images of few tokens share a score matrix, with a mask between images: two images of 49
 tokens fill 98 of 128 lanes, whereas one image would fill 49.
 
 The rows of the scores are queries in the forward pass. In the backward pass, the rows
 are keys, and the scores of a tile's heads lie side by side. The products are therefore
 fewer and larger, and keep four matrix units busy while the vector units compute the
-softmax. Also, only one of the three products after the softmax needs a transposed
-operand.
+softmax.
 
-Roofline per row in bfloat16; the weights are read once, and the operations are those of
-the linear layers:
+Roofline per row in bfloat16; the weights are read once, and only the operations of the
+linear layers count:
 
 | pass               | bytes | operations |
 |--------------------|-------|------------|
@@ -32,8 +31,8 @@ the linear layers:
 | backward with keep | 12 C  | 16 C C     |
 
 A decoder block of mae_hivit_base moves 1 MB per image, or 2.2 MB with `keep`, and is
-compute-bound in both cases. Without the
-kernel, the scores of the block's 16 heads would move 55 MB.
+compute-bound in both cases. Without the kernel, the scores of the block's 16 heads
+would move 55 MB.
 """
 
 from dataclasses import replace
@@ -75,8 +74,8 @@ def attention_block(
 
     Args:
       bias: added to the scores of every image, [heads, N, N] float32; or None.
-      branch_scale: [B] float32, factor of each image's branch; None: 1. The gradient
-        with respect to the factors is None.
+      branch_scale: [B] float32, factor of each image's branch; None: 1. The factors
+        have no gradient.
       plan: `rows` must be a multiple of N, so that blocks hold whole images.
     """
     return _run(x, weights, bias, branch_scale, replace(plan, keep=False))[0]
@@ -85,16 +84,16 @@ def attention_block(
 def _run(x, weights, bias, branch_scale, plan):
     """Return (output [B*N, C], saved).
 
-    `saved` is (q, k and v [B*N, 3C],) with `plan.keep`, otherwise ().
+    With `plan.keep`, `saved` is one array, q, k and v [B*N, 3C]; otherwise ().
     """
     tokens, rows = plan.tokens, plan.rows
     width, dtype = x.shape[1], x.dtype
     head = width // plan.heads
     factor = np.float32(head**-0.5)
     groups = Groups(rows, tokens)
-    biases = [] if bias is None else [groups.query_rows(bias)]
+    biases = [] if bias is None else [groups.bias_by_query(bias)]
 
-    def kernel(row_refs, weights, out_refs, _, scratch, scaled):
+    def kernel(row_refs, weights, out_refs, _, scratch, scale_branch):
         qkv, heads_out = scratch
         weights, biases = weights[:6], weights[6:]
         x = row_refs[0][...]
@@ -103,28 +102,28 @@ def _run(x, weights, bias, branch_scale, plan):
         def attend(window, inside, score_mask, slot):
             # The mask is [W or 1, W]: queries are rows, keys are columns.
             mask = None if biases else score_mask(1)
-            first = slot() * plan.heads if biases else 0
+            first_bias = slot() * plan.heads if biases else 0
             for tile in range(width // LANES):
                 columns = pl.ds(tile * LANES, LANES)
                 q, k, v = _load_tile(qkv, window, tile, width)
                 k, v = k.astype(dtype), v.astype(dtype)
-                o, total = heads_out[window, columns], jnp.ones(q.shape, F32)
+                o, row_sums = heads_out[window, columns], jnp.ones(q.shape, F32)
                 for index, lanes in enumerate(head_lanes(head)):
                     if biases:
-                        mask = biases[0][first + tile * (LANES // head) + index]
+                        mask = biases[0][first_bias + tile * (LANES // head) + index]
                     qh = jnp.where(lanes, q, 0.0).astype(dtype)
                     p = dot(qh, k, (1, 1)) * factor + mask  # [W, W]
                     p = jnp.exp(p - p.max(-1, keepdims=True))
-                    # The merged heads are divided by the sums below, because this is
-                    # one division for a tile instead of one for each head.
+                    # The scores are normalized below, after the heads are merged,
+                    # because a tile then needs one division instead of one per head.
                     lanes = lanes & inside
                     o = jnp.where(lanes, dot(p.astype(dtype), v), o)
-                    total = jnp.where(lanes, p.sum(-1, keepdims=True), total)
-                heads_out[window, columns] = o / total
+                    row_sums = jnp.where(lanes, p.sum(-1, keepdims=True), row_sums)
+                heads_out[window, columns] = o / row_sums
 
         groups.for_each(attend)
         y = dot(heads_out[...].astype(dtype), weights[4][...]) + weights[5][...]
-        out_refs[0][...] = (x.astype(F32) + scaled(y)).astype(dtype)
+        out_refs[0][...] = (x.astype(F32) + scale_branch(y)).astype(dtype)
         if plan.keep:
             out_refs[1][...] = qkv[...].astype(dtype)
 
@@ -155,25 +154,26 @@ def _backward(plan, residuals, gradient):
     head, groups = width // plan.heads, Groups(rows, tokens)
     side_by_side, biases = LANES // head, []
     if bias is not None:
-        copied, pull = jax.vjp(partial(groups.key_rows, heads=side_by_side), bias)
-        biases = [copied]
+        copy_bias = partial(groups.bias_by_key, heads=side_by_side)
+        bias_copies, bias_vjp = jax.vjp(copy_bias, bias)
+        biases = [bias_copies]
 
-    def kernel(row_refs, weights, out_refs, sums, scratch, scaled):
+    def kernel(row_refs, weights, out_refs, sums, scratch, scale_branch):
         qkv, heads_out, dheads_out = scratch  # qkv is overwritten by its gradient
         weights, biases = weights[:6], weights[6:]
         scale, _, qkv_w, _, proj_w, _ = weights
         x, dout = row_refs[0][...], row_refs[1][...]
-        dy = scaled(dout).astype(dtype)
+        dy = scale_branch(dout).astype(dtype)
         x_hat, inverse, n = _restore(x, row_refs[2:], weights, plan.eps, qkv)
         dheads_out[...] = dot(dy, proj_w[...], (1, 1))
 
         def attend(window, inside, score_mask, slot):
             # The mask is [W, heads * W or 1]: keys are rows.
             mask = None if biases else score_mask(0, side_by_side)
-            first = slot() * (width // LANES) if biases else 0
+            first_bias = slot() * (width // LANES) if biases else 0
             for tile in range(width // LANES):
                 if biases:
-                    mask = biases[0][first + tile]
+                    mask = biases[0][first_bias + tile]
                 columns = pl.ds(tile * LANES, LANES)
                 q, k, v = _load_tile(qkv, window, tile, width)
                 do = dheads_out[window, columns]
@@ -181,7 +181,7 @@ def _backward(plan, residuals, gradient):
                 k, v = k.astype(dtype), v.astype(dtype)
                 p, ds, *gradients = _tile_gradients(q, k, v, do, mask, head)
                 if biases:
-                    sums[6][first + tile] += ds
+                    sums[6][first_bias + tile] += ds
                 o = merge_heads(dot(p, v, (0, 0)), head)
                 o = jnp.where(inside, o, heads_out[window, columns])
                 heads_out[window, columns] = o
@@ -195,7 +195,7 @@ def _backward(plan, residuals, gradient):
         dx = normalize_vjp(dn * scale[...], x_hat, inverse)
         out_refs[0][...] = (dx + dout.astype(F32)).astype(dtype)
 
-    (out,), sums = over_rows(
+    (dx,), sums = over_rows(
         kernel,
         plan,
         [x, gradient, *saved],
@@ -203,22 +203,22 @@ def _backward(plan, residuals, gradient):
         [*weights, *biases],
         [pltpu.VMEM((rows, n * width), F32) for n in (3, 1, 1)],
         branch_scale=branch_scale,
-        flops=x.size * ((16 if keep else 22) * width + 14 * tokens),
+        flops=x.size * ((16 if keep else 22) * width + 12 * tokens),
         name="attention_block_gradient",
     )
-    return out, Weights(*sums[:6]), pull(sums[6])[0] if biases else None, None
+    return dx, Weights(*sums[:6]), bias_vjp(sums[6])[0] if biases else None, None
 
 
 def _tile_gradients(q, k, v, do, mask, head):
     """Return probabilities and gradients of a tile of heads.
 
-    Keys are rows and the heads of a tile lie side by side, because sums over keys then
-    add whole tiles and stay within lanes.
+    Rows are keys, so that sums over keys add whole tiles and stay within lanes. The
+    heads of a tile lie side by side.
 
     Args:
       q, do: queries and gradients of the outputs, from `stack_heads`.
       k, v: keys and values of the tile, [W, 128].
-      mask: added to the scores.
+      mask: added to the scores; contains the bias, if there is one.
 
     Returns:
       Probabilities, [W, heads * W] in the dtype of q; float32 gradients of the scores,
@@ -258,7 +258,7 @@ def _project(x, weights, eps, qkv):
 
 
 def _restore(x, saved, weights, eps, qkv):
-    """Write q, k, v to `qkv`, from `saved` if it is not empty; else as `_project`."""
+    """Write q, k, v to `qkv` from `saved`; call `_project` if nothing is saved."""
     if not saved:
         return _project(x, weights, eps, qkv)
     qkv[...] = saved[0][...].astype(F32)

@@ -1,4 +1,4 @@
-"""Attention by XLA, cuDNN or JAX's library function, where no fused kernel runs."""
+"""Attention where no fused kernel runs the whole branch."""
 
 import math
 
@@ -17,12 +17,12 @@ def dot_product_attention(
     mask: jax.Array | None,
     choice: str,
 ) -> jax.Array:
-    """Return the attention output, [B, N, heads, head]; q, k and v have this shape too.
+    """Return the attention output, [B, N, heads, head], the shape of q, k and v.
 
     The kernel of `dispatch.long_attention` is used if it supports the arguments.
     Otherwise CPUs use `unnormalized_softmax`. GPUs use `cudnn_attention`, which saves
     no scores for the backward pass, if q is bfloat16, the head width is a multiple of 8
-    up to 128, there is no mask, and all images share the bias. All other cases use
+    up to 128, all images share the bias, and there is no mask. All other cases use
     `jax.nn.dot_product_attention`.
 
     Args:
@@ -36,8 +36,8 @@ def dot_product_attention(
         weights, sums = unnormalized_softmax(q, k, bias, mask)
         # Normalizes the product instead of the weights, so that the backward pass sums
         # over rows of the output instead of rows of scores.
-        product = "bhqk,bhkd->bhqd", weights.astype(v.dtype), jnp.swapaxes(v, 1, 2)
-        out = jnp.einsum(*product, preferred_element_type=jnp.float32) / sums
+        operands = "bhqk,bhkd->bhqd", weights.astype(v.dtype), jnp.swapaxes(v, 1, 2)
+        out = jnp.einsum(*operands, preferred_element_type=jnp.float32) / sums
         return jnp.swapaxes(out, 1, 2).astype(v.dtype)
     head = q.shape[-1]
     is_supported = (
@@ -61,8 +61,8 @@ def cudnn_attention(
     only for even numbers.
 
     The bias, [1, heads, N, N], is rounded to bfloat16, like q and k. cuDNN sums the
-    gradient of the bias over the images of a GPU and returns the sum in bfloat16. GPUs
-    exchange the sums in bfloat16 too, as they do weight gradients.
+    gradient of the bias over the images of a GPU and returns the sum in bfloat16. The
+    all-reduce of these sums is in bfloat16 too, like that of weight gradients.
     """
     batch, tokens = q.shape[:2]
     options = {} if bias is None else {"bias": bias.astype(q.dtype)}
@@ -89,8 +89,8 @@ def unnormalized_softmax(
         or None. A query without any such key attends to all keys equally.
 
     Returns:
-      exp(scores - largest score of the row), [B, heads, N, N] float32, with axes
-      (batch, head, query, key); and its sums over keys, [B, heads, N, 1].
+      ``exp(scores - largest score of the query)``, float32 [B, heads, queries, keys],
+      and its sums over keys, [B, heads, queries, 1].
     """
     # Without these transposes, XLA:CPU takes 1.5 times as long.
     q, k = jnp.swapaxes(q, 1, 2), jnp.swapaxes(k, 1, 2)

@@ -1,9 +1,9 @@
 """Selection of the fused kernels that run residual branches.
 
-`mlp` and `attention` return a residual branch as one kernel, mainly on TPUs.
-`long_attention` runs only the softmax and its products as a kernel, on TPUs, and
-`layer_norm` only the LayerNorm, on GPUs. All four return None if no kernel supports the
-arguments. The layers then leave the work to XLA.
+On TPUs, `mlp` and `attention` run a residual branch as one kernel. `long_attention`
+runs only the attention itself (q k^T, softmax, product with v) as a kernel. On GPUs,
+`layer_norm` runs the LayerNorm as a kernel. All four return None if no kernel supports
+the arguments. The layers then use plain operations or cuDNN.
 """
 
 import math
@@ -23,19 +23,25 @@ from hivit_jax.kernels.numerics import ROWS, Plan, Weights
 from hivit_jax.kernels.target import block_rows, find_target
 
 CHOICES = ("auto", "fused", "plain")
-MIN_TOKENS = 256  # for `long_attention`, because it pads tokens to multiples of 128
-# Function from factors of the images, [B] float32 or None, to x + factor * branch.
-Branch = Callable[[jax.Array | None], jax.Array]
+# `long_attention` pads tokens to multiples of 128. With fewer tokens, too much of its
+# work would be padding.
+MIN_TOKENS = 256
+# Function that takes one factor per image ([B] float32; None: 1) and returns
+# x + factor * branch.
+ResidualFn = Callable[[jax.Array | None], jax.Array]
 
 
-def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
-    """Return ``x + fc2(gelu(fc1(norm(x))))`` as one kernel, or None.
+def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> ResidualFn | None:
+    """Return a function that runs the branch as one kernel, or None.
+
+    The function returns ``x + factor * fc2(gelu(fc1(norm(x))))``. GPUs have no such
+    kernel.
 
     Args:
       x: [..., C].
       norm, mlp: modules with the parameters.
-      choice: where to use kernels, if shapes allow. "auto": on TPUs and GPUs, in
-        bfloat16. "fused": also on CPUs, in any dtype, but slowly. "plain": nowhere.
+      choice: backends whose kernels may run. "auto": TPUs and GPUs, in bfloat16.
+        "fused": also CPUs, in any dtype, but slowly. "plain": none.
     """
     target = find_target(choice, x)
     width, hidden = mlp.fc1.kernel.shape
@@ -46,19 +52,19 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
     total = x.size // width // target.shards
     plan = Plan(norm.epsilon, interpret=target.interpret)
     weights = _weights(x.dtype, norm, mlp.fc1, mlp.fc2)
-    # Larger blocks take longer to compile, and smaller blocks make more steps.
+    # Larger blocks take longer to compile, and smaller blocks need more steps.
     preferred = min(max(2**28 // (width * hidden), 128), 1024)
     # Bytes of VMEM in the backward pass. `fixed`: weights and weight gradients, in
     # float32 and in x's dtype. `per_row`: x and hidden activations.
     fixed, per_row = 24 * width * hidden, 24 * hidden + 40 * width
     max_rows = (target.vmem - fixed) // per_row
     rows = block_rows(total, ROWS, preferred, max_rows)
-    # A block with fewer rows than a tile of the matrix unit adds too little to the
-    # weight gradients at a time, so the kernel would be slower than plain operations.
+    # With blocks of fewer rows than a tile of the matrix unit, the products for the
+    # weight gradients leave most of the unit idle, and plain operations are faster.
     if rows is None or max_rows < LANES:
         return None
-    product = 2 * width * hidden
-    keep = target.should_keep(2 * product, 5 * product, product, width, 2 * hidden)
+    flops = 2 * width * hidden  # of a matrix product, per row
+    keep = target.should_keep(2 * flops, 5 * flops, flops, width, 2 * hidden)
     plan = replace(plan, rows=rows, keep=keep)
     return lambda branch_scale: target.run(
         mlp_block, x, (weights,), plan, (branch_scale,)
@@ -72,12 +78,12 @@ def attention(
     relative_index: jax.Array | None,
     key_mask: jax.Array | None,
     choice: str,
-) -> Branch | None:
-    """Return ``x + attention(norm(x))`` as one kernel, or None.
+) -> ResidualFn | None:
+    """Return a function that runs the branch as one kernel, or None.
 
-    For the arguments see `mlp` and `Attention.__call__`. Also returns None on GPUs,
-    where cuDNN computes attention; with a key mask; with padded or shifted windows; and
-    with a bias that differs between images.
+    The function returns ``x + factor * attention(norm(x))``. No kernel supports GPUs,
+    where cuDNN computes attention; key masks; padded or shifted windows; or a bias that
+    differs between images. For the arguments see `mlp` and `Attention.__call__`.
     """
     target = find_target(choice, x)
     qkv, proj, windows = attention.qkv, attention.proj, attention.windows
@@ -95,17 +101,19 @@ def attention(
         return None
     x = x if windows is None else windows.partition(x)
     tokens = x.shape[1]
-    # Bytes of VMEM in the backward pass. `fixed`: weights, four arrays of the scores of
-    # a tile's heads, and the bias. `per_row`: activations.
+    # Bytes of VMEM in the backward pass. `fixed`: weights and their gradients, four
+    # float32 score arrays [tokens, tokens] for each of the LANES // head heads that
+    # share a tile, and the bias. `per_row`: activations.
     fixed, per_row = 48 * width**2 + 16 * tokens**2 * LANES // head, 76 * width
     fixed += 0 if bias is None else bias_bytes(tokens, heads, head)
     total, unit = x.shape[0] * tokens // target.shards, math.lcm(tokens, ROWS)
     rows = block_rows(total, unit, 1024, (target.vmem - fixed) // per_row)
     if rows is None:
         return None
-    square, scores = 2 * width**2, 2 * tokens * width * LANES // head
-    forward, backward = 4 * square + 2 * scores, 11 * square + 6 * scores
-    keep = target.should_keep(forward, backward, 3 * square, width, 6 * width)
+    projection_flops, score_flops = 2 * width**2, 2 * tokens * width * LANES // head
+    forward = 4 * projection_flops + 2 * score_flops
+    backward = 11 * projection_flops + 6 * score_flops
+    keep = target.should_keep(forward, backward, 3 * projection_flops, width, 6 * width)
     weights = _weights(x.dtype, norm, qkv, proj)
     plan = Plan(
         norm.epsilon,
@@ -136,8 +144,8 @@ def long_attention(
     """Return the attention output for `MIN_TOKENS` or more tokens with a bias, or None.
 
     This kernel, for TPUs, needs less VMEM than `attention` and so supports more tokens.
-    For the arguments see `attention_xla.dot_product_attention`. Also returns None
-    without a bias, with a bias that differs between images, and with a mask.
+    It supports neither masks nor a bias that differs between images. For the arguments
+    see `attention_xla.dot_product_attention`.
     """
     target, (_, tokens, heads, head) = find_target(choice, q), q.shape
     width = heads * head
@@ -158,7 +166,7 @@ def long_attention(
 
 
 def layer_norm(x: jax.Array, norm: Any, choice: str) -> tuple | None:
-    """Return x and ``norm(x)``, computed by a GPU kernel, or None.
+    """Return x and ``norm(x)``, both from a GPU kernel, or None.
 
     The skip connection must use the returned x, because the backward kernel adds the
     gradients that reach x by the skip connection and by the norm. For the arguments see
@@ -174,7 +182,7 @@ def layer_norm(x: jax.Array, norm: Any, choice: str) -> tuple | None:
 
 
 def _weights(dtype, norm, *linear_layers):
-    """Collect the parameters of a branch, with the head axes of qkv flattened."""
+    """Return the parameters of a branch, with the head axes of qkv flattened."""
     params = []
     for layer in linear_layers:
         kernel, bias = layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype)

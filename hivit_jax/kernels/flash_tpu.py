@@ -8,8 +8,8 @@ VMEM while a core processes all images. So HBM traffic for the bias does not dep
 the number of images.
 
 VMEM holds the scores of a block of queries and all keys of one head. Therefore the
-softmax needs no running maximum, and the backward pass recomputes the scores from q, k,
-v and the bias, and needs no other saved array.
+softmax needs no running maximum, and the backward pass can recompute the softmax
+without saved maxima or sums. Only q, k, v and the bias are saved.
 
 Queries, keys and values are tiles [N, 128] of arrays [B, N, C], so that no array is
 transposed. As in `attention_tpu`, the lanes of other heads are set to 0.
@@ -65,18 +65,18 @@ def vmem_bytes(tokens: int, rows: int, head: int, itemsize: int) -> int:
       itemsize: bytes of an element of q.
     """
     padded = padded_tokens(tokens)
-    # The bias and its gradient, with two buffers each.
+    # Two buffers each: the bias and its gradient; q, k, v and four gradients.
     biases = 2 * 2 * 4 * LANES // head * padded**2
-    tiles = 2 * 7 * itemsize * padded * LANES  # q, k, v and four gradients
+    tiles = 2 * 7 * itemsize * padded * LANES
     sums = 2 * 4 * padded * LANES  # gradients of k and v in float32
-    scores = 6 * 4 * rows * padded
+    scores = 6 * 4 * rows * padded  # six float32 arrays like a block's scores
     return biases + tiles + sums + scores
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, bias, plan):
     """Run the forward pass: [B, N, C] -> [B, N, C], where N is a multiple of 128."""
-    head, dtype = _head(q, plan), q.dtype
+    head, dtype = _head_width(q, plan), q.dtype
 
     def kernel(q_ref, k_ref, v_ref, bias_ref, out_ref):
         k, v = k_ref[0], v_ref[0]
@@ -84,15 +84,15 @@ def _attend(q, k, v, bias, plan):
         @partial(_for_each_block, q_ref, plan.rows)
         def _(rows):
             q = q_ref[0, rows, :]
-            out = total = jnp.ones(q.shape, F32)
+            out = row_sums = jnp.ones(q.shape, F32)
             for index, lanes in enumerate(head_lanes(head)):
                 qh = jnp.where(lanes, q, 0)
                 p = _exponentials(qh, k, bias_ref[index, rows, :], head)
-                # The merged heads are divided by the sums below, because this takes
-                # fewer divisions than normalizing the scores.
+                # The scores are normalized below, after the heads are merged, because
+                # a tile then needs one division instead of one per head.
                 out = jnp.where(lanes, dot(p.astype(dtype), v), out)
-                total = jnp.where(lanes, p.sum(-1, keepdims=True), total)
-            out_ref[0, rows, :] = (out / total).astype(dtype)
+                row_sums = jnp.where(lanes, p.sum(-1, keepdims=True), row_sums)
+            out_ref[0, rows, :] = (out / row_sums).astype(dtype)
 
     return _call(kernel, plan, [q, k, v], bias, outputs=1, products=2)[0]
 
@@ -103,7 +103,7 @@ def _forward(q, k, v, bias, plan):
 
 def _backward(plan, saved, gradient):
     q, k, v, bias = saved
-    head, dtype = _head(q, plan), q.dtype
+    head, dtype = _head_width(q, plan), q.dtype
     factor = np.float32(head**-0.5)
 
     def kernel(q_ref, k_ref, v_ref, dout_ref, bias_ref, *refs):
@@ -144,7 +144,7 @@ def _backward(plan, saved, gradient):
 _attend.defvjp(_forward, _backward)
 
 
-def _head(q, plan):
+def _head_width(q, plan):
     """Return the width of a head."""
     return q.shape[2] // plan.heads
 
@@ -176,16 +176,15 @@ def _call(
     """Run a kernel for each tile of heads and, within a tile, for each image.
 
     Args:
-      kernel: called with the refs of the arrays, of the bias, of the outputs, and of
-        scratch.
+      kernel: called with the refs of the arrays, the bias, the outputs and scratch.
       arrays: [B, N, C] each; a call receives [1, N, 128] of each.
       bias: [heads, N, N]; a call receives the bias of the tile's heads.
-      outputs: number of outputs [B, N, C] in the arrays' dtype. If there are several,
-        another output follows, the gradient of the bias.
+      outputs: number of outputs [B, N, C] in the arrays' dtype. If this is more than
+        one, the gradient of the bias is a further output.
       products: matrix products per head with an [N, N] operand or result.
     """
     images, tokens, width = arrays[0].shape
-    heads_per_tile = LANES // _head(arrays[0], plan)
+    heads_per_tile = LANES // _head_width(arrays[0], plan)
     array_spec = pl.BlockSpec((1, tokens, LANES), lambda tile, image: (image, 0, tile))
     bias_spec = pl.BlockSpec(
         (heads_per_tile, tokens, tokens), lambda tile, image: (tile, 0, 0)

@@ -35,10 +35,10 @@ def over_rows(
 
     Args:
       kernel: (row refs, weight refs, output refs, refs of the sums in float32, scratch
-        refs, scaled) -> None; called for each block. scaled(y) returns y times
-        `branch_scale`.
+        refs, scale_branch) -> None; called for each block. scale_branch(y) multiplies
+        y by `branch_scale`.
       rows: arrays [T, C]; a block gets `plan.rows` rows of each.
-      weights: every block gets each array whole; vectors become [1, n].
+      weights: arrays that every block gets whole; vectors become [1, n].
       sums_like: one array per sum over all rows; only shape and dtype are used.
       scratch: scratch buffers of the kernel.
       extra_widths: widths of the outputs [T, width] after the first.
@@ -58,11 +58,11 @@ def over_rows(
     pairs = zip(shapes, sums_like, strict=True)
     core_sums = [jax.ShapeDtypeStruct((cores, *x), s.dtype) for x, s in pairs]
     scalars = [] if branch_scale is None else [branch_scale]
-    groups = rows, weights, scalars, outputs, core_sums, core_sums, scratch
+    ref_groups = rows, weights, scalars, outputs, core_sums, core_sums, scratch
     in_specs = [*_blocks(plan.rows, steps, rows), *map(_whole, weights)]
     in_specs += [pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars)
     results = pl.pallas_call(
-        _body(kernel, groups, steps, total),
+        _body(kernel, ref_groups, steps, total),
         grid_spec=pl.GridSpec(
             grid=(cores, steps),
             in_specs=in_specs,
@@ -90,12 +90,12 @@ def _blocks(block_rows, steps, arrays):
 
 
 def _whole(x):
-    """Spec of an array that every block reads whole."""
+    """Return the spec of an array that every block reads whole."""
     return pl.BlockSpec(x.shape, lambda core, step: (0,) * x.ndim)
 
 
 def _per_core(x):
-    """Spec of an array [cores, ...] of which each core writes its part."""
+    """Return the spec of an array [cores, ...]; each core writes one entry."""
     rest = (0,) * (x.ndim - 1)
     return pl.BlockSpec((1, *x.shape[1:]), lambda core, step: (core, *rest))
 
@@ -103,7 +103,7 @@ def _per_core(x):
 def compiler_params(interpret: bool) -> pltpu.CompilerParams:
     """Return options of the TPU compiler: a VMEM limit and the order of the grid.
 
-    The first axis is split over cores, and the second axis runs in order.
+    The first axis of the grid is split over cores, and the second axis runs in order.
     """
     capacity = 0 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
     vmem = int(VMEM_SHARE * capacity) or None
@@ -120,7 +120,7 @@ def _cost(flops, rows, whole, cores):
 
 
 def _body(
-    kernel: Callable, groups: Sequence[Sequence], steps: int, total: int
+    kernel: Callable, ref_groups: Sequence[Sequence], steps: int, total: int
 ) -> Callable:
     """Return the function that runs the kernel of `over_rows` on one block.
 
@@ -128,25 +128,26 @@ def _body(
     the last block.
 
     Args:
-      groups: one sequence per group of refs; only its length is used. The sums occur
-        twice, as outputs and as buffers in which a core adds them up.
+      ref_groups: one sequence per group of refs; only its length is used. The sums
+        occur twice, as outputs and as buffers in which a core adds them up.
       steps: blocks of a core.
       total: rows of all blocks.
     """
 
     def body(*refs):
         refs = list(refs)
-        parts = [[refs.pop(0) for _ in group] for group in groups]
+        parts = [[refs.pop(0) for _ in group] for group in ref_groups]
         row_refs, weight_refs, scalars, out_refs, out_sums, sum_refs, scratch = parts
         step = pl.program_id(1)
-        scaled = partial(_scaled, scalars, pl.program_id(0) * steps + step, total)
+        block = pl.program_id(0) * steps + step
+        scale_branch = partial(_scale_branch, scalars, block, total)
 
         @pl.when(step == 0)
         def _():
             for ref in sum_refs:
                 ref[...] = jnp.zeros_like(ref)
 
-        kernel(row_refs, weight_refs, out_refs, sum_refs, scratch, scaled)
+        kernel(row_refs, weight_refs, out_refs, sum_refs, scratch, scale_branch)
 
         @pl.when(step == steps - 1)
         def _():
@@ -156,13 +157,13 @@ def _body(
     return body
 
 
-def _scaled(
+def _scale_branch(
     scalars: Sequence[Any], block: jax.Array, total: int, y: jax.Array
 ) -> jax.Array:
     """Multiply each row of a block by the factor of the row's image, [R, C] float32.
 
     Args:
-      scalars: one ref of the factors [B] in SMEM, or none.
+      scalars: [ref of the factors, [B] in SMEM], or [] for factors of 1.
       block: index of the block.
       total: rows of all blocks.
     """
@@ -183,7 +184,7 @@ def _scaled(
 
 
 def _cores(blocks: int) -> int:
-    """Return the number of cores of a device that share the blocks.
+    """Return the number of cores of a device that share the blocks, 1 or 2.
 
     Two cores get half of the blocks each. An odd number of blocks runs on one core.
     """

@@ -47,7 +47,7 @@ def mlp_block(
 
     Args:
       branch_scale: [B] float32, factor of each image's branch; None: 1. An image is
-        T / B consecutive rows. The gradient with respect to the factors is None.
+        T / B consecutive rows. The factors have no gradient.
     """
     return _run(x, weights, branch_scale, replace(plan, keep=False))[0]
 
@@ -55,7 +55,7 @@ def mlp_block(
 def _run(x, weights, branch_scale, plan):
     """Return (output [T, C], saved).
 
-    `saved` is (output of fc1 [T, H],) with `plan.keep`, otherwise ().
+    With `plan.keep`, `saved` is one array, the output of fc1 [T, H]; otherwise ().
     """
     hidden_width = weights.w1.shape[1]
 
@@ -117,7 +117,7 @@ def _backward(plan, residuals, gradient):
         dx = normalize_vjp(dn * scale[...], x_hat, inverse_std)
         out_refs[0][...] = (dx + dout.astype(F32)).astype(dtype)
 
-    (out,), sums = over_rows(
+    (dx,), sums = over_rows(
         kernel,
         plan,
         [x, gradient, *saved],
@@ -127,7 +127,7 @@ def _backward(plan, residuals, gradient):
         flops=(8 if plan.keep else 10) * x.size * weights.w1.shape[1],
         name="mlp_block_gradient",
     )
-    return out, Weights(*sums), None
+    return dx, Weights(*sums), None
 
 
 mlp_block.defvjp(_forward, _backward)

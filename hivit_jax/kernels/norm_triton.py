@@ -8,7 +8,7 @@ backward kernel also adds the gradient that reaches x by the skip connection, be
 separate addition would move the gradient of x again.
 
 Blocks of rows run concurrently and cannot share sums. Therefore each block writes its
-part of the gradients of scale and bias, and XLA adds the parts up.
+share of the gradients of scale and bias, and XLA adds the shares up.
 """
 
 import math
@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from hivit_jax.kernels.numerics import F32, Plan
 
 TILE = 4096  # elements that a thread block processes at a time
-BLOCK = 16384  # elements that a thread block processes in the backward pass
+BLOCK = 16384  # elements that a thread block processes in the backward pass, in tiles
 MAX_PARTS = 4  # largest number of parts of a row; see `row_parts`
 
 
@@ -72,13 +72,13 @@ def _forward(x, scale, bias, plan):
             y[:, part] = normalized.astype(y.dtype)
         mean[...], inverse[...] = row_mean, inverse_std
 
-    block = _rows_of_block(total, width, TILE)
+    block = _block_rows(total, width, TILE)
     statistics = jax.ShapeDtypeStruct((total, 1), F32)
     y, mean, inverse = pl.pallas_call(
         kernel,
         grid=(total // block,),
-        in_specs=[_rows(block, width), _whole(scale), _whole(bias)],
-        out_specs=[_rows(block, width), _rows(block, 1), _rows(block, 1)],
+        in_specs=[_row_spec(block, width), _whole_spec(scale), _whole_spec(bias)],
+        out_specs=[_row_spec(block, width), _row_spec(block, 1), _row_spec(block, 1)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), statistics, statistics],
         compiler_params=_compiler_params(),
         interpret=plan.interpret,
@@ -90,8 +90,8 @@ def _forward(x, scale, bias, plan):
 def _backward(plan, saved, gradients):
     x, scale, mean, inverse = saved
     total, width = x.shape
-    parts, block = row_parts(width), _rows_of_block(total, width, BLOCK)
-    tile = _rows_of_block(block, width, TILE)
+    parts, block = row_parts(width), _block_rows(total, width, BLOCK)
+    tile = _block_rows(block, width, TILE)
 
     def kernel(x, dskip, dy, scale, mean, inverse, dx, dscale, dbias):
         def add_tile(i, sums):
@@ -103,9 +103,9 @@ def _backward(plan, saved, gradients):
             dys = [dy[rows, part].astype(F32) for part in parts]
             dx_hat = [d * _row(scale, part) for d, part in zip(dys, parts, strict=True)]
             products = [a * b for a, b in zip(dx_hat, x_hat, strict=True)]
-            shift, slope = _mean(dx_hat, width), _mean(products, width)
+            average, projection = _mean(dx_hat, width), _mean(products, width)
             for part, d, normalized in zip(parts, dx_hat, x_hat, strict=True):
-                branch = inverse_std * (d - shift - normalized * slope)
+                branch = inverse_std * (d - average - normalized * projection)
                 dx[rows, part] = (dskip[rows, part].astype(F32) + branch).astype(
                     dx.dtype
                 )
@@ -119,13 +119,14 @@ def _backward(plan, saved, gradients):
         for part, (scale_sum, bias_sum) in zip(parts, sums, strict=True):
             dscale[0, part], dbias[0, part] = scale_sum.sum(0), bias_sum.sum(0)
 
-    rows, column, sums = _rows(block, width), _rows(block, 1), _rows(1, width)
+    row_spec, column_spec = _row_spec(block, width), _row_spec(block, 1)
+    sum_spec = _row_spec(1, width)
     block_sums = jax.ShapeDtypeStruct((total // block, width), F32)
     dx, dscale, dbias = pl.pallas_call(
         kernel,
         grid=(total // block,),
-        in_specs=[rows, rows, rows, _whole(scale), column, column],
-        out_specs=[rows, sums, sums],
+        in_specs=[*[row_spec] * 3, _whole_spec(scale), *[column_spec] * 2],
+        out_specs=[row_spec, sum_spec, sum_spec],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), block_sums, block_sums],
         compiler_params=_compiler_params(),
         interpret=plan.interpret,
@@ -147,19 +148,21 @@ def _row(ref, columns):
     return jnp.expand_dims(ref[columns], 0)
 
 
-def _rows_of_block(total, width, elements):
-    """Return the rows of a block: a power of two that divides `total`.
+def _block_rows(total, width, elements):
+    """Return the number of rows of a block: a power of two that divides `total`.
 
     The block has at most `elements` elements, or one row.
     """
     return math.gcd(total, 2 ** int(math.log2(max(elements // width, 1))))
 
 
-def _rows(count, width):
+def _row_spec(count, width):
+    """Return the spec of an array with `count` rows per block."""
     return pl.BlockSpec((count, width), lambda i: (i, 0))
 
 
-def _whole(x):
+def _whole_spec(x):
+    """Return the spec of an array that every block reads whole."""
     return pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
 
 

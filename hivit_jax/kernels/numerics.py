@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 F32 = jnp.float32
 ROWS = 8  # rows of a float32 tile; a TPU block has a multiple of this number of rows
-# x times this polynomial in x^2 approximates artanh(2 cdf(x) - 1). The fit minimizes
-# the largest error of x cdf(x).
+# Coefficients of a polynomial in x^2. Its product with x approximates
+# artanh(2 cdf(x) - 1). The fit minimizes the largest error of x cdf(x).
 TANH_FIT = (
     7.97827577e-01,
     3.64699309e-02,
@@ -60,20 +60,20 @@ class Weights(NamedTuple):
 
 
 def scale_branches(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Multiply the rows of each image by its factor.
+    """Multiply the rows of each image by the image's factor.
 
     Args:
       x: [B*T, C] or [B, T, C].
       scale: [B].
     """
     rows = math.prod(x.shape[:-1]) // max(len(scale), 1)
-    # Multiplies a matrix, because XLA:TPU pads the tokens of [B, T, C] to whole tiles.
+    # x becomes a matrix, because XLA:TPU pads the tokens of [B, T, C] to whole tiles.
     matrix = x.reshape(-1, x.shape[-1]) * jnp.repeat(scale, rows)[:, None]
     return matrix.reshape(x.shape)
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """Matrix product over axis contract[0] of a and axis contract[1] of b, float32.
+    """Contract axis contract[0] of a with axis contract[1] of b; return float32.
 
     For float32 inputs, the precision is the highest, whatever JAX's default is. For
     bfloat16 inputs there is only one precision.
@@ -86,7 +86,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """LayerNorm of x [T, C].
+    """LayerNorm of x [T, C]; scale and bias are [1, C].
 
     Returns:
       x_hat: normalized rows before scale and bias, [T, C] float32.
@@ -97,8 +97,6 @@ def layer_norm(
     centered = x32 - x32.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
     x_hat = centered * inverse
-    # GPU kernels have vectors [C], TPU kernels rows [1, C].
-    scale, bias = (w if w.ndim == 2 else jnp.expand_dims(w, 0) for w in (scale, bias))
     return x_hat, inverse, (x_hat * scale + bias).astype(x.dtype)
 
 
@@ -130,10 +128,10 @@ def normal_cdf(x: jax.Array, dtype: Any = F32) -> jax.Array:
     GELU(x) is x times this function, as in PyTorch.
 
     Args:
-      dtype: dtype that GELU is rounded to. float32 uses erf, which is exact. bfloat16
-        uses a fitted tanh, with which GELU is off by at most 3e-6. TPUs have a unit for
-        tanh, whereas the many operations of erf would take longer than the matrix
-        products of a narrow block.
+      dtype: dtype that GELU is rounded to. For float32, the function uses erf, which is
+        exact; for bfloat16 a fitted tanh, with which GELU is off by at most 3e-6. TPUs
+        have a unit for tanh, whereas the many operations of erf would take longer than
+        the matrix products of a narrow block.
     """
     if dtype == F32:
         return 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
@@ -145,7 +143,7 @@ def normal_cdf_by_exp(x: jax.Array) -> jax.Array:
 
     The fitted tanh is computed by an exponential and a reciprocal square root. GPUs
     have units for these two, whereas XLA:GPU computes erf, tanh and divisions by many
-    operations. GELU outside of kernels uses this function.
+    operations. `models.layers.gelu` uses this function.
     """
     return jnp.square(jax.lax.rsqrt(1.0 + jnp.exp(-2.0 * _artanh(x))))
 

@@ -56,9 +56,10 @@ class Target:
         def time(operations, moved):
             return max(operations, self.balance * moved)
 
-        without = time(forward, 4 * width) + time(backward, 6 * width)
-        forward = time(forward, 4 * width + kept)
-        return forward + time(backward - recompute, 6 * width + kept) < without
+        if_recomputed = time(forward, 4 * width) + time(backward, 6 * width)
+        if_saved = time(forward, 4 * width + kept)
+        if_saved += time(backward - recompute, 6 * width + kept)
+        return if_saved < if_recomputed
 
     def run(
         self,
@@ -74,7 +75,7 @@ class Target:
 
         Args:
           x: [..., C].
-          per_image: arrays [B], which are split over devices like x; or None.
+          per_image: arrays [B, ...], which are split over devices like x; or None.
 
         Raises:
           ConfigError: forward-mode differentiation outside `jax.jit`. Inside `jax.jit`,
@@ -106,10 +107,10 @@ class Target:
 
 
 def find_target(choice: str, x: jax.Array) -> Target | None:
-    """Return the devices that the traced program will run on.
+    """Return the devices that the traced program will run on, if kernels may run.
 
-    Returns None if kernels do not support the devices, the dtype of x or the sharding
-    of heads, or if the sharding of arrays is unknown.
+    Returns None if `choice` excludes the platform, if kernels do not support the dtype
+    of x or the sharding, or if the sharding of arrays is unknown.
     """
     device, bfloat16 = platform(), x.dtype == jnp.bfloat16
     supported = choice == "fused" if device == "cpu" else bfloat16
@@ -158,8 +159,8 @@ def block_rows(total: int, unit: int, preferred: int, most: int) -> int | None:
 
     The number is the largest multiple of `unit` that divides `total` and is at most
     `most` (the rows that fit into VMEM) and `preferred`. The number is also at most
-    half of the total, so that one block can be fetched while another is computed. A
-    block of one unit may exceed `preferred` and half of the total.
+    half of `total`, so that one block can be fetched while another is computed. A block
+    of one unit may exceed `preferred` and half of `total`.
     """
     limit = min(max(min(preferred, total // 2), unit), most)
     return max(

@@ -106,9 +106,9 @@ def variant(name: str) -> Variant:
 
 
 def family(name: str) -> list[type[EncoderConfig]]:
-    """Return the config classes of all models with the encoder of model `name`.
+    """Return the config classes of all models with the encoder class of model `name`.
 
-    For an unknown name, these are the classes of the HiViT models.
+    For an unknown name, return the config classes of the HiViT models.
     """
     encoder_class = VARIANTS.get(name, VARIANTS["hivit_base"])[0].encoder_class
     variants = VARIANTS.values()
@@ -120,7 +120,7 @@ def override_types(*config_classes: type[EncoderConfig]) -> dict[str, Any]:
     """Return {name: type} of the overrides that `create_model` accepts.
 
     Args:
-      config_classes: config classes of the models; default: the classes of all models.
+      config_classes: config classes of the models; none: those of all models.
     """
     classes = config_classes or dict.fromkeys(type(c) for _, c in VARIANTS.values())
     return {f.name: f.type for cls in (*classes, RunOptions) for f in fields(cls)}
@@ -175,7 +175,7 @@ def create_model(name: str, seed: int | jax.Array = 0, **overrides: Any) -> Mode
 def create_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `create_model` that a config's section `model` sets.
 
-    Drops keys without a value and `freeze`, which only training uses.
+    Drops keys whose value is None, and `freeze`, which only training uses.
     """
     return {k: v for k, v in section.items() if v is not None and k != "freeze"}
 

@@ -25,9 +25,9 @@ def make_key(seed: Any) -> jax.Array:
         is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
         if seed.ndim == (0 if is_key else 1) and (is_key or dtype == jnp.uint32):
             return seed
-    is_array_integer = dtype is not None and np.ndim(seed) == 0 and dtype.kind in "iu"
+    is_integer_array = dtype is not None and np.ndim(seed) == 0 and dtype.kind in "iu"
     try:
-        return jax.random.key(seed if is_array_integer else _to_int(seed))
+        return jax.random.key(seed if is_integer_array else _to_int(seed))
     except (TypeError, OverflowError):
         raise ConfigError(
             f"seed={seed!r}; expected an integer of at most 64 bits or one PRNG key"
@@ -66,7 +66,7 @@ def check_shape(name: str, array: Any, axes: str, *expected: int | None) -> None
 
 
 def check_ids(name: str, ids: jax.Array, batch: int, units: int | None = None) -> None:
-    """Raise ConfigError unless `ids` is an integer array [B, units].
+    """Raise ConfigError unless `ids` is an integer array [batch, units].
 
     Args:
       name: name of the argument in the message.

@@ -1,4 +1,4 @@
-"""Multi-head self-attention. The softmax is float32 for any compute dtype."""
+"""Multi-head self-attention, with a float32 softmax for any compute dtype."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from hivit_jax.models.windows import Windows
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention over units, with optional relative position bias.
+    """Multi-head self-attention over tokens, with optional relative position bias.
 
     Args:
-      grid: grid of units of the image, or of a window if there are windows; None: no
-        relative position bias.
+      grid: tokens along height and width of the image, or of a window if `windows` is
+        not None; None: no relative position bias.
       windows: windows that attention is limited to; None: global attention.
     """
 
@@ -61,8 +61,9 @@ class Attention(nnx.Module):
         Args:
           relative_index: int [K, K] or [B, K, K], rows of the relative position table;
             None: x holds all units in row-major order. Ignored with windows.
-          key_mask: [B, K], nonzero for keys that may be attended to. The softmax of a
-            sample or window without such keys is uniform, not NaN.
+          key_mask: [B, K], nonzero for keys that may be attended to; None: all keys. A
+            sample or window without such keys has a uniform softmax, not NaN. Windows
+            with `attend_padding` do not support masks.
           kernels: see `RunOptions`.
         """
         q, k, v, bias, mask = self._softmax_inputs(x, relative_index, key_mask)
@@ -94,7 +95,7 @@ class Attention(nnx.Module):
         return weights
 
     def position_bias(self, relative_index: jax.Array | None) -> jax.Array | None:
-        """Return the relative position bias, float32, or None.
+        """Return the relative position bias, float32; None if `grid` is None.
 
         The shape is [heads, K, K], or [B, heads, K, K] for an index [B, K, K]. For the
         argument see `__call__`.
@@ -111,16 +112,16 @@ class Attention(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         if target.heads_are_sharded():
             rows = self.qkv(rows)
-        else:  # as one matrix product, for the reasons given in `RowLinear`
+        else:  # as one matrix product, for the reasons stated in `RowLinear`
             kernel = self.qkv.kernel[...].reshape(x.shape[-1], -1).astype(x.dtype)
             rows = rows @ kernel + self.qkv.bias[...].reshape(1, -1).astype(x.dtype)
         return rows.reshape(*x.shape[:2], *self.qkv.bias.shape)
 
     def _softmax_inputs(self, x, relative_index, key_mask):
-        """Return q, k, v, [B, K, heads, C/heads] each, and bias and mask.
+        """Return q, k, v, each [B, K, heads, C/heads], then bias and mask.
 
         Bias and mask broadcast over [B, heads, K, K], or are None. With windows, B*W
-        takes the place of B, and S takes the place of K (see `Windows`).
+        replaces B, and S replaces K (see `Windows`).
         """
         windows = self.windows
         if windows is not None and windows.attend_padding:
@@ -132,7 +133,7 @@ class Attention(nnx.Module):
                 if key_mask is None and windows.is_padded:
                     key_mask = jnp.ones(x.shape[:2], bool)
                 if key_mask is not None:
-                    # Pads the mask with zeros, so that padding is not attended to.
+                    # Pads the mask with zeros, so that no query attends to padding.
                     key_mask = windows.partition(key_mask)
         q, k, v = (qkv[:, :, i] for i in range(3))
         bias = self.position_bias(relative_index)

@@ -29,8 +29,8 @@ class ModelInfo:
     channels: number of image channels.
     interpolation: resize filter, "bicubic" or "bilinear".
     antialias: widen the filter when downscaling.
-    value_range: values of black and white in images with more than 8 bits; (): the
-      whole range of unsigned integers of up to 16 bits.
+    value_range: values of images with more than 8 bits that become 0 and 255; ():
+      0 and the largest value, which is defined for unsigned integers of up to 16 bits.
     dtype: dtype of the pixels before normalization, "uint8", "uint16" or "float32".
     multi_label: an image may have any number of classes. The sigmoid of a logit is the
       probability of the class.
@@ -69,7 +69,7 @@ def make_info(
 
     The config determines image size and channels. If mean and std are for another
     number of channels, each is replaced by its average. Class names are dropped if
-    there are not `num_classes` names. Other keyword arguments are ignored.
+    their number is not `num_classes`. Other keyword arguments are ignored.
     """
     if len(mean) != config.in_channels:
         mean, std = ([float(np.mean(x))] * config.in_channels for x in (mean, std))
@@ -111,7 +111,7 @@ class Model(nnx.Module):
 
     @property
     def config(self) -> EncoderConfig:
-        """Architecture of the model."""
+        """Config of the model: its sizes."""
         return self.encoder.config
 
     @property
@@ -140,11 +140,12 @@ class Model(nnx.Module):
         return self.encoder.features(images, ids_keep, stride_32)
 
     def layers(self, images: jax.Array, attention: bool = False) -> list[BlockOutput]:
-        """Return the `BlockOutput` of each block that has attention.
+        """Return one `BlockOutput` for each block with attention, in order.
 
         Args:
           images: [B, H, W, C], float32, normalized.
-          attention: also return attention weights, [B, heads, N, N] without windows.
+          attention: also return the attention weights; their shape is [B, heads, N, N]
+            in a block that does not use windows.
         """
         return self.encoder.layers(images, attention)
 
@@ -156,14 +157,15 @@ class Model(nnx.Module):
         return flops.parameter_count(self)
 
     def layer_ids(self) -> dict[str, int]:
-        """Return {parameter name: layer}, as in the official ``lr_decay.py``.
+        """Return {parameter name: layer number}, as in the official ``lr_decay.py``.
 
         The patch embedding, the class and mask tokens and the absolute positions have
-        layer 0. Residual blocks count from 1. A merge has the layer of the preceding
-        block. All parameters outside the encoder have the layer after the last block.
+        layer 0, the residual blocks layers 1, 2, ... A merge has the layer of the
+        preceding block. Parameters outside the encoder have the layer after the last
+        block's.
 
         Raises:
-          ValueError: an encoder parameter belongs to none of the parts above.
+          ValueError: an encoder parameter belongs to none of these parts.
         """
         layer_of = dict.fromkeys(LAYER_ZERO, 0)
         last = 0

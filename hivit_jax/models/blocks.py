@@ -55,8 +55,8 @@ class MlpBlock(nnx.Module):
 
         Args:
           drop_path_keys, drop_path_rate: see `drop_path`.
-          block_index: index of the block in the model, which is folded into the keys,
-            so that blocks drop samples independently of each other.
+          block_index: index of the block in the model. It is folded into the keys, so
+            that blocks drop samples independently of each other.
           kernels: see `RunOptions`.
         """
         with jax.named_scope("mlp"):
@@ -117,16 +117,16 @@ class AttentionBlock(MlpBlock):
     ) -> jax.Array:
         """Return ``x + drop_path(attn(norm1(x)))``, [B, K, C] -> [B, K, C].
 
-        `relative_index` and `key_mask` are as in `Attention`, the other arguments as in
-        `add_mlp`.
+        `relative_index` and `key_mask` are as in `Attention.__call__`, the other
+        arguments as in `add_mlp`.
         """
         with jax.named_scope("attention"):
             drop = drop_path_rate, drop_path_keys, 2 * block_index + 1
-            options = relative_index, key_mask, kernels
-            fused = dispatch.attention(x, self.norm1, self.attn, *options)
+            arguments = relative_index, key_mask, kernels
+            fused = dispatch.attention(x, self.norm1, self.attn, *arguments)
 
             def attend(normalized):
-                return self.attn(normalized, *options)
+                return self.attn(normalized, *arguments)
 
             return _add_branch(x, self.norm1, attend, kernels, fused, drop)
 
@@ -135,14 +135,14 @@ def _add_branch(x, norm, branch, kernels, fused, drop):
     """Return ``x + drop_path(branch(norm(x)))``.
 
     Args:
-      fused: fused kernel of norm and branch from `dispatch`, or None.
+      fused: result of `dispatch.mlp` or `dispatch.attention`; None: no kernel.
       drop: arguments of `drop_path` after the first.
     """
     if fused is None:
         x, normalized = dispatch.layer_norm(x, norm, kernels) or (x, norm(x))
         return x + drop_path(branch(normalized), *drop)
-    scale = drop_path_scale(*drop, x.dtype)
-    return fused(None if scale is None else scale.astype(jnp.float32))
+    branch_scale = drop_path_scale(*drop, x.dtype)
+    return fused(None if branch_scale is None else branch_scale.astype(jnp.float32))
 
 
 def run_blocks(
@@ -162,7 +162,7 @@ def run_blocks(
         block's ``__call__``.
       first_index: `block_index` of the first block.
       drop_path_rates: one per block; None: no drop path.
-      inputs: further array arguments of every block.
+      inputs: further arguments, which every block receives.
     """
     apply = apply or type(blocks[0]).__call__
     indices = range(first_index, first_index + len(blocks))
@@ -170,7 +170,7 @@ def run_blocks(
         return _scan_blocks(
             blocks, x, run_options, apply, indices, drop_path_rates, inputs
         )
-    run = _call_block if _compile_separately(x) else _run_block
+    run = _call_block if _should_call_blocks(x) else _run_block
     rates = drop_path_rates or [None] * len(blocks)
     for block, index, rate in zip(blocks, indices, rates, strict=True):
         graphdef, params = nnx.split(block)
@@ -208,18 +208,18 @@ _jitted_block = jax.jit(_run_block, static_argnums=(0, 1, 2))
 
 
 def _call_block(*arguments):
-    """Apply a block as a call that XLA does not inline."""
+    """Apply a block as a call that XLA does not inline; all blocks share its code."""
     with set_xla_metadata(inlineable="false"):
         return _jitted_block(*arguments)
 
 
-def _compile_separately(x: jax.Array) -> bool:
-    """Return True if blocks should run as calls of one function, compiled once.
+def _should_call_blocks(x: jax.Array) -> bool:
+    """Return True if blocks should run by `_call_block`.
 
     Without these calls, every kernel of XLA:CPU that reads a block's input recomputes
     the sum of all earlier residual branches, at a cost that grows with depth. bfloat16
-    is excluded because a call rounds more often than a single program does. Meshes with
-    manual axes are excluded because XLA cannot partition a call over the other axes.
+    is excluded, because each call rounds its output to bfloat16. Meshes with manual
+    axes are excluded, because XLA cannot partition a call over the other axes.
     """
     manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     return target.platform() == "cpu" and x.dtype == jnp.float32 and not manual

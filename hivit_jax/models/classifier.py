@@ -91,7 +91,7 @@ class Classifier(Model):
     def mean_token(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Return the mean of the encoder's output, [B, H, W, C] -> [B, E] float32."""
+        """Return the mean of the output tokens, [B, H, W, C] -> [B, E] float32."""
         tokens = self.encoder(images, drop_path_keys=drop_path_keys)[-1]  # [B, N, E]
         return tokens.astype(jnp.float32).mean(1)
 
@@ -109,8 +109,8 @@ class Classifier(Model):
 
         Args:
           image_size: side or (height, width) in pixels; None: the model's.
-          layer_norm_cost: cost per LayerNorm output element. 5 is fvcore's rule, which
-            the published numbers use; with 0, only multiply-adds count.
+          layer_norm_cost: cost per LayerNorm output element. The published numbers
+            use 5, fvcore's rule. 0: LayerNorms do not count.
         """
         grid = self._grid(image_size)
         cost = encoder_cost(self.encoder, grid, layer_norm_cost=layer_norm_cost)

@@ -42,7 +42,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Sizes that every encoder has. Subclasses add `depths`, blocks per stage.
+    """Sizes that every encoder has. Subclasses add `depths`, the blocks per stage.
 
     image_size: side or (height, width) in pixels, multiples of `patch_size`; stored as
       a pair.
@@ -56,7 +56,7 @@ class EncoderConfig:
     layer_norm_eps: epsilon of every LayerNorm.
 
     Class attributes:
-      class_tokens: number of tokens before the units' tokens, 0 or 1.
+      class_tokens: number of class tokens, 0 or 1; they precede the units' tokens.
 
     Raises:
       ConfigError: inconsistent sizes.
@@ -79,10 +79,10 @@ class EncoderConfig:
         object.__setattr__(self, "image_size", size)
 
     def check_widths(self, **widths: int) -> None:
-        """Raise ConfigError for invalid heads, widths, or MLPs without hidden units.
+        """Raise ConfigError for an invalid `embed_dim`, `num_heads` or MLP ratio.
 
         Args:
-          widths: {field of an MLP ratio: input width of the MLPs with this ratio}.
+          widths: {name of an MLP ratio: input width of the MLPs with this ratio}.
         """
         dim, multiple = self.embed_dim, max(4, 2 ** (len(self.block_counts) - 1))
         check_heads("embed_dim", dim, "num_heads", self.num_heads)
@@ -127,7 +127,7 @@ class EncoderConfig:
         return tuple(map(float, rates))
 
     def windows(self, grid: Grid) -> list[Windows | None]:
-        """Return each attention block's windows, or None for global attention."""
+        """Return the windows of each attention block; None: global attention."""
         return [None] * self.block_counts[-1]
 
     def table_grid(self, stage: int, block: int) -> Grid:
@@ -199,7 +199,7 @@ class HiViTConfig(EncoderConfig):
         return (*(2 * depth for depth in self.depths[:-1]), self.depths[-1])
 
     def windows(self, grid: Grid) -> list[Windows | None]:
-        """Return each main-stage block's windows, or None for global attention."""
+        """Return the windows of each main-stage block; None: global attention."""
         windows = make_windows(grid, self.window_size)
         return [
             None if index in self.global_blocks else windows

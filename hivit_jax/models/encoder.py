@@ -19,8 +19,8 @@ from hivit_jax.models.positions import Grid
 class BlockOutput(NamedTuple):
     """Output of a block with attention.
 
-    tokens: [B, N, E] in compute dtype, units in row-major order. N includes a class
-      token, which comes first.
+    tokens: [B, N, E] in compute dtype. A class token, if there is one, comes first; the
+      units follow in row-major order.
     attention: None, or attention weights, float32 [B, heads, N, N], query axis before
       key axis. With windows, [B, W, heads, S, S], see `windows.Windows`.
     """
@@ -36,11 +36,11 @@ class Encoder(nnx.Module):
     `features` and `layers` instead.
 
     Attributes:
-      config, run_options: architecture, and options that change how the encoder runs.
+      config, run_options: sizes, and options that change how the encoder runs.
       patch_embed: embedding of the pixels.
       stages: residual blocks per stage. Only the blocks of the last stage have
         attention; in Swin, all blocks do.
-      merges: merges after all stages except the last.
+      merges: one merge after each stage except the last.
       absolute_pos_embed: position table with one row per class token and unit. Swin
         has no such table.
     """
@@ -58,13 +58,13 @@ class Encoder(nnx.Module):
         return self.config.grid
 
     def _run_stage(self, stage: int, x: jax.Array, **inputs: jax.Array | None):
-        first, blocks = sum(map(len, self.stages[:stage])), self.stages[stage]
-        rates = self.config.drop_path_rates[first : first + len(blocks)]
+        first_index, blocks = sum(map(len, self.stages[:stage])), self.stages[stage]
+        rates = self.config.drop_path_rates[first_index : first_index + len(blocks)]
         return run_blocks(
             blocks,
             x,
             self.run_options,
-            first_index=first,
+            first_index=first_index,
             drop_path_rates=rates if self.config.drop_path_rate else None,
             **inputs,
         )
@@ -84,8 +84,8 @@ class Encoder(nnx.Module):
           images: [B, H, W, C] float, normalized.
           ids_keep: int [B, K], indices of the units to keep, in the order of the
             output; None: all N units, K = N.
-          key_mask: [B, K], nonzero for tokens that may be attended to; [B, 1+K] with a
-            class token.
+          key_mask: [B, K], or [B, 1+K] with a class token; nonzero for tokens that may
+            be attended to. None: all tokens.
           drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
 
         Returns:
@@ -120,8 +120,8 @@ class Encoder(nnx.Module):
         """
         raise NotImplementedError
 
-    def _check_images(self, images, ids_keep, drop_path_keys):
-        """Raise ConfigError unless the arguments of `__call__` fit the model."""
+    def _check_arguments(self, images, ids_keep, drop_path_keys):
+        """Raise ConfigError unless these arguments of `__call__` fit the model."""
         config = self.config
         expected = config.image_shape
         if images.ndim != 4:
@@ -163,8 +163,8 @@ class Encoder(nnx.Module):
         if ids_keep is not None:
             units = positions.gather_tokens(units, ids_keep)  # [B, K, P*P*C]
             # A matrix product, because the gradient of a gather is a scatter-add.
-            # Scatter-adds are slow on TPUs and have no fixed order on GPUs. With a
-            # sharded table, XLA may also exchange the gradients of all samples,
+            # Scatter-adds are slow on TPUs and have no fixed order on GPUs. In a gather
+            # from a sharded table, XLA may also exchange the gradients of all samples,
             # [B, K, E], instead of their sum, [N, E].
             one_hot = jax.nn.one_hot(ids_keep, len(position), dtype=dtype)
             position = jnp.matmul(
@@ -227,16 +227,17 @@ class Encoder(nnx.Module):
 
     @accepts_explicit_axes
     def layers(self, images: jax.Array, attention: bool = False) -> list[BlockOutput]:
-        """Return the output of each block with attention, for images [B, H, W, C].
+        """Return one `BlockOutput` for each block of the last stage, in order.
 
         Args:
-          attention: also return attention weights.
+          images: [B, H, W, C] float, normalized.
+          attention: also return the attention weights.
         """
         *_, x = self._stem(images)
         return self._block_outputs(self.stages[-1], x, attention)
 
     def _block_outputs(self, blocks, x, attention):
-        """Apply blocks with attention, and return the `BlockOutput` of each block."""
+        """Apply blocks that have attention, and return one `BlockOutput` for each."""
         outputs = []
         for block in blocks:
             weights = None

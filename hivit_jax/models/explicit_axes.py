@@ -16,8 +16,8 @@ def accepts_explicit_axes(method: Callable) -> Callable:
     reshapes that split or merge a sharded axis. Models need such reshapes for patches
     and cells. The decorated method therefore runs with Auto axes, where XLA propagates
     shardings. The first axis of each result is sharded like the first axis of the first
-    non-scalar array argument with Explicit axes. The other axes are replicated. Without
-    Explicit axes the method runs unchanged.
+    non-scalar array argument with Explicit axes. The other axes of each result are
+    replicated. Without Explicit axes the method runs unchanged.
 
     The method must not change variables of the module.
     """

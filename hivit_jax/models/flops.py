@@ -35,19 +35,23 @@ def row_cost(module: nnx.Module | None, rows: int, layer_norm_cost: int) -> int:
 def attention_cost(
     block: AttentionBlock, tokens: int, pairs: int, layer_norm_cost: int
 ) -> int:
-    """Return the cost of an attention block with `pairs` query-key pairs."""
-    products = 2 * pairs * block.attn.proj.in_features
-    return row_cost(block, tokens, layer_norm_cost) + products
+    """Return the cost of an attention block on `tokens` tokens.
+
+    Args:
+      pairs: number of query-key pairs.
+    """
+    products_cost = 2 * pairs * block.attn.proj.in_features
+    return row_cost(block, tokens, layer_norm_cost) + products_cost
 
 
 def encoder_cost(
     encoder: Encoder, grid: Grid, kept: int | None = None, *, layer_norm_cost: int = 5
 ) -> int:
-    """Return the cost of encoding `kept` units of one image, or all units if None.
+    """Return the cost of encoding `kept` units of one image; None: all units.
 
-    The patch convolution counts for all units, as in the published tables, although it
-    runs on the kept units only. Attention products with the padding of windows count,
-    because they are computed.
+    As in the published tables, the patch convolution counts for all units, although it
+    runs on the kept units only. Attention products with padding count, because they are
+    computed.
     """
     config, units = encoder.config, grid[0] * grid[1]
     kept = units if kept is None else kept

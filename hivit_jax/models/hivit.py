@@ -46,12 +46,12 @@ class HiViT(Encoder):
         self.config, self.run_options = config, run_options
         dtype = jnp.dtype(run_options.dtype)
         common = dict(eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
-        *stems, _ = config.block_counts
-        width = config.embed_dim // 2 ** len(stems)
+        *stem_counts, _ = config.block_counts
+        width = config.embed_dim // 2 ** len(stem_counts)
         fan_in = config.cell_size**2 * config.in_channels
         self.patch_embed = PatchEmbed(fan_in, width, **common)
         stages, merges = [], []
-        for count in stems:
+        for count in stem_counts:
             stages.append(
                 nnx.List(
                     MlpBlock(width, config.stem_mlp_ratio, **common)
@@ -85,7 +85,7 @@ class HiViT(Encoder):
     @jax.named_scope("embedding")
     def _stem(self, images, ids_keep=None, drop_path_keys=None):
         """Return the stem stages' outputs and the main stage's input [B, K, E]."""
-        self._check_images(images, ids_keep, drop_path_keys)
+        self._check_arguments(images, ids_keep, drop_path_keys)
         config, dtype = self.config, jnp.dtype(self.run_options.dtype)
         units, position = self._select_units(images, ids_keep)
         cells = positions.units_to_cells(

@@ -82,8 +82,8 @@ def drop_path(
       drop_path_rate: probability of dropping a sample; kept samples are divided by
         ``1 - rate``. None: return x.
       drop_path_keys: [B] PRNG keys, one per sample. None: return x.
-      branch_index: index of the branch in the model, which is folded into the keys,
-        so that branches drop samples independently of each other.
+      branch_index: index of the branch in the model. It is folded into the keys, so
+        that branches drop samples independently of each other.
     """
     scale = drop_path_scale(drop_path_rate, drop_path_keys, branch_index, x.dtype)
     return x if scale is None else scale_branches(x, scale)
@@ -95,7 +95,10 @@ def drop_path_scale(
     branch_index: int | jax.Array,
     dtype: Any,
 ) -> jax.Array | None:
-    """Return the factors of `drop_path`, [B]: 0 or 1 / (1 - rate); or None for 1."""
+    """Return each sample's factor in `drop_path`, [B], or None if all are 1.
+
+    The factor is 0 for a dropped sample and 1 / (1 - rate) for a kept sample.
+    """
     if drop_path_rate is None or drop_path_keys is None:
         return None
     keep_prob = 1 - jnp.float32(drop_path_rate)
@@ -153,7 +156,7 @@ class PatchEmbed(nnx.Module):
 
     Args:
       eps: epsilon of the LayerNorm; None: no LayerNorm.
-      kernel_init: initializer of the weight; None: as for the bias.
+      kernel_init: initializer of the kernel; None: as for the bias.
     """
 
     def __init__(

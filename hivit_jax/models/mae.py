@@ -59,8 +59,8 @@ class MaskedAutoencoder(MaskedModel):
             for _ in range(config.decoder_depth)
         )
         self.decoder_norm = LayerNorm(dim, **norm_options)
-        pixels = config.patch_size**2 * config.in_channels
-        self.decoder_pred = Linear(dim, pixels, **options)
+        unit_values = config.patch_size**2 * config.in_channels
+        self.decoder_pred = Linear(dim, unit_values, **options)
 
     @accepts_explicit_axes
     def __call__(
@@ -146,7 +146,7 @@ class MaskedAutoencoder(MaskedModel):
     def decode(
         self, latent: jax.Array, ids: jax.Array, *, masked_only: bool = False
     ) -> jax.Array:
-        """Return the prediction of all units, in order of `ids`: `[B, N, P*P*C]`.
+        """Return the prediction of all units, in the order of `ids`: `[B, N, P*P*C]`.
 
         Args:
           latent: output of `encode` for the K visible units.
@@ -166,14 +166,14 @@ class MaskedAutoencoder(MaskedModel):
             (batch, class_tokens + units - encoded, dim),
         )
         # The tokens stay in the order of `ids`, so that the masked tokens are a slice.
-        # The order does not matter to the decoder, because positions come from the
-        # table only.
+        # Any order gives the same prediction of a unit, because positions come only
+        # from the table.
         table = jax.lax.stop_gradient(self.decoder_pos_embed[...]).astype(x.dtype)
         # Row 0 of the table belongs to the class token, if there is one.
-        rows = ids
+        table_rows = ids
         if class_tokens:
-            rows = jnp.pad(ids + class_tokens, ((0, 0), (class_tokens, 0)))
-        x = jnp.concatenate([x, mask_tokens], axis=1) + table[rows]  # [B, N, D]
+            table_rows = jnp.pad(ids + class_tokens, ((0, 0), (class_tokens, 0)))
+        x = jnp.concatenate([x, mask_tokens], axis=1) + table[table_rows]  # [B, N, D]
         start = encoded if masked_only else class_tokens  # first token to predict
 
         def run_last(block, x, **options):
@@ -203,8 +203,8 @@ class MaskedAutoencoder(MaskedModel):
         Args:
           image_size: side or (height, width) in pixels; None: the model's.
           mask_ratio: fraction of units to mask.
-          layer_norm_cost: cost per LayerNorm output element. 5 is fvcore's rule, which
-            the published numbers use; with 0, only multiply-adds count.
+          layer_norm_cost: cost per LayerNorm output element. The published numbers
+            use 5, fvcore's rule. 0: LayerNorms do not count.
         """
         grid = self._grid(image_size)
         units = grid[0] * grid[1]

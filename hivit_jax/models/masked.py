@@ -20,8 +20,8 @@ class MAEOutput(NamedTuple):
       empty batch.
     pred: [B, N, P*P*C] float32, predictions of the (possibly normalized) targets.
     mask: [B, N] float32, 0 visible, 1 masked.
-    latent: [B, K, 7E] (multi-scale), [B, K, E] or, with a class token, [B, 1+K, E];
-      input of the decoder embedding. SimMIM: all tokens of the last stage.
+    latent: input of the decoder: [B, K, 7E] (multi-scale), [B, K, E] or, with a class
+      token, [B, 1+K, E]. SimMIM: all tokens of the last stage.
     unit_loss: [B, N] float32, mean error of each unit, visible or masked.
     """
 
@@ -104,7 +104,7 @@ class MaskedModel(Model):
     def output(
         self, images: jax.Array, pred: jax.Array, mask: jax.Array, latent: jax.Array
     ) -> MAEOutput:
-        """Return the output with the loss; for the arguments see `MAEOutput`."""
+        """Compute the losses and return all outputs; see `MAEOutput`."""
         unit_loss = self.unit_loss(images, pred)
         loss = (unit_loss * mask).sum() / mask.sum()
         return MAEOutput(loss, pred, mask, latent, unit_loss)
@@ -115,7 +115,7 @@ class MaskedModel(Model):
     ) -> tuple[jax.Array, jax.Array]:
         """Return the prediction [B, H, W, C] and the mask [B, H, W, 1] as images.
 
-        The prediction is in the pixel range of the input. The mask is 1 for masked
+        The prediction is normalized like the input images. The mask is 1 for masked
         pixels and 0 for visible pixels.
 
         Args:

@@ -17,24 +17,24 @@ def count_visible_units(units: int, mask_ratio: float) -> int:
     Raises:
       ConfigError: the mask ratio is outside (0, 1) or leaves no visible unit.
     """
-    return _check_visible(units, mask_ratio, lambda ratio: int(units * (1 - ratio)))
+    return _count_visible(units, mask_ratio, lambda ratio: int(units * (1 - ratio)))
 
 
-def count_visible_cells(cells: int, mask_ratio: float) -> int:
-    """Return SimMIM's number of visible cells, ``cells - ceil(cells * mask_ratio)``.
+def simmim_visible_units(units: int, mask_ratio: float) -> int:
+    """Return SimMIM's number of visible units, ``units - ceil(units * mask_ratio)``.
 
-    `count_visible_units` may return another number, because of floating-point errors.
+    Differs from `count_visible_units` only because of floating-point errors.
 
     Raises:
-      ConfigError: the mask ratio is outside (0, 1) or leaves no visible cell.
+      ConfigError: the mask ratio is outside (0, 1) or leaves no visible unit.
     """
-    return _check_visible(
-        cells, mask_ratio, lambda ratio: cells - math.ceil(cells * ratio)
+    return _count_visible(
+        units, mask_ratio, lambda ratio: units - math.ceil(units * ratio)
     )
 
 
-def _check_visible(units: int, mask_ratio: float, count: Callable[[float], int]) -> int:
-    """Return ``count(mask_ratio)``, the number of visible units, if the ratio is valid.
+def _count_visible(units: int, mask_ratio: float, count: Callable[[float], int]) -> int:
+    """Return ``count(mask_ratio)``, the number of visible units.
 
     Raises:
       ConfigError: the mask ratio is outside (0, 1) or leaves no visible unit.
@@ -52,7 +52,7 @@ def _check_visible(units: int, mask_ratio: float, count: Callable[[float], int])
 
 
 def _largest_mask_ratio(units: int, count: Callable[[float], int]) -> float:
-    """Return the largest valid ratio with few decimals; 0 if no ratio is valid."""
+    """Return the largest valid ratio, to a few decimals; 0 if no ratio is valid."""
     digits = max(2, len(str(units)))
     step = 10**-digits
     ratio = round(1 - 1 / units, digits)
@@ -65,14 +65,15 @@ def _largest_mask_ratio(units: int, count: Callable[[float], int]) -> float:
 def random_masking(
     noise: jax.Array, kept: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keep the `kept` units with the lowest noise; break ties by the lower index.
+    """Mask all units except the `kept` units with the lowest noise.
 
     Args:
-      noise: [B, N].
+      noise: [B, N]. Of units with equal noise, the unit with the lower index comes
+        first.
 
     Returns:
       ids_shuffle: int [B, N], units in order of noise; visible units come first.
-      ids_restore: int [B, N], rank of each unit in that order.
+      ids_restore: int [B, N], rank of each unit in the order of noise.
       mask: float32 [B, N], 0 visible, 1 masked.
     """
     ids_shuffle = _argsort(noise)
@@ -82,7 +83,7 @@ def random_masking(
 
 
 def _argsort(x: jax.Array) -> jax.Array:
-    """Return the stable order of each row of x [B, N], as int32 [B, N]."""
+    """Return the indices that stably sort each row of x [B, N], int32 [B, N]."""
     order = jnp.argsort(x, axis=1, stable=True)
     # Without this, JAX 0.10 assumes that the order is equal on all devices of a
     # `jax.shard_map`, and gradients use the masks of the first device for all devices.

@@ -48,7 +48,7 @@ def _layer_norm(x, scale, bias, eps, dtype):
 def _layer_norm_jvp(eps, dtype, primals, tangents):
     y, mean, inverse = _layer_norm(*primals, eps, dtype)
 
-    # The backward pass transposes this function. Because of `jax.checkpoint`, it
+    # The backward pass transposes `tangent`. Because of `jax.checkpoint`, the transpose
     # recomputes the normalized rows from the arguments instead of saving them.
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(saved, dx, dscale, dbias):
@@ -106,8 +106,8 @@ class BatchNorm(nnx.Module):
         """
         x32 = x.astype(jnp.float32)
         if weight is None:
-            # Without this, a user who differentiates with respect to all variables
-            # would train the running statistics.
+            # Without stop_gradient, a user who differentiates with respect to all
+            # variables would train the running statistics.
             running = self.mean[...], self.var[...]
             mean, var = jax.lax.stop_gradient(running)
         else:
@@ -142,15 +142,15 @@ def batch_statistics(
     axis_types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     manual = tuple(name for name, type_ in axis_types if type_ == AxisType.Manual)
 
-    def total(values):
+    def global_sum(values):
         # Inside `shard_map` a device sees only its own examples.
         return jax.lax.psum(values, manual) if manual else values
 
     check_shape("weight", weight, "[B]", len(x))
     axes = tuple(range(x.ndim - 1))
     weight = weight.reshape(-1, *[1] * (x.ndim - 1))
-    count = total(weight.sum()) * math.prod(x.shape[1:-1])
+    count = global_sum(weight.sum()) * math.prod(x.shape[1:-1])
     divisor = jnp.maximum(count, 1.0)
-    mean = total((weight * x).sum(axes)) / divisor
-    var = total((weight * jnp.square(x - _like_rows(mean, x))).sum(axes)) / divisor
+    mean = global_sum((weight * x).sum(axes)) / divisor
+    var = global_sum((weight * jnp.square(x - _like_rows(mean, x))).sum(axes)) / divisor
     return mean, var, count

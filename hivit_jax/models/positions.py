@@ -16,10 +16,10 @@ import numpy as np
 from hivit_jax.errors import ConfigError
 from hivit_jax.kernels.target import platform
 
-# Largest number of values of a unit for a product with a permutation matrix. On a TPU,
-# the product of larger units takes longer than their transposition.
+# Values per unit up to which a permutation matrix reorders units. On a TPU, transposing
+# larger units is faster.
 MAX_PERMUTED = 2048
-Grid = tuple[int, int]  # units along height, units along width
+Grid = tuple[int, int]  # units along height and along width
 
 
 def check_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
@@ -39,7 +39,7 @@ def check_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
 
 
 def gather_tokens(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """Return the tokens x [B, N, D] at ids, int [B, M]: [B, M, D]."""
+    """Return the tokens of x [B, N, D] at the indices ids, int [B, M]: [B, M, D]."""
     return jnp.take_along_axis(x, ids[:, :, None], axis=1)
 
 
@@ -67,7 +67,7 @@ def unpatchify(units: jax.Array, grid: Grid, patch_size: int) -> jax.Array:
 
 
 def _merge_axes(levels: int) -> list[int]:
-    """Return the permutation of (row bits, column bits) that gives merge order.
+    """Return the permutation of a cell's (row bits, column bits) for merge order.
 
     At every level the row bit varies faster than the column bit, because ``PatchMerge``
     of the official ``hivit.py`` concatenates top-left, bottom-left, top-right,
@@ -83,7 +83,7 @@ def units_to_cells(units: jax.Array, patch_size: int, inner_patches: int) -> jax
     """
     size = units.shape[-1]
     if platform() == "tpu" and size <= MAX_PERMUTED:
-        # A product with a permutation matrix is exact and moves half of the bytes of a
+        # A product with a permutation matrix is exact and moves half as many bytes as a
         # transposition, in which XLA:TPU pads the pixels of a row to a tile of 128.
         order = _split_units(np.arange(size), patch_size, inner_patches).reshape(-1)
         permutation = jax.nn.one_hot(order, size, axis=0, dtype=units.dtype)
@@ -129,7 +129,7 @@ def merge_order(inner: int) -> np.ndarray:
 
 
 def merge_neighbors(x: jax.Array, grid: Grid) -> jax.Array:
-    """Return row-major tokens [B, H*W, C] in merge order, padded to even sides.
+    """Reorder row-major tokens [B, H*W, C] to merge order, padded to even sides.
 
     Args:
       grid: (H, W). An odd H gets a row of zeros, an odd W a column of zeros.
@@ -188,7 +188,7 @@ def relative_position_bias(table: jax.Array, grid: Grid) -> jax.Array:
       table: [(2*Gh-1)*(2*Gw-1), heads].
     """
     (height, width), heads = grid, table.shape[1]
-    # The table is reversed, so that the entries of each query are in the order of keys.
+    # The table is reversed, so that each query's entries are in the order of the keys.
     x = table.T.reshape(heads, 2 * height - 1, 2 * width - 1)[:, ::-1, ::-1]
     starts = range(width - 1, -1, -1)
     x = jnp.stack([x[:, :, i : i + width] for i in starts], 1)

@@ -29,7 +29,8 @@ def resize_relative_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.n
     """Resize a relative position bias table to another grid.
 
     The table is [(2*Gh-1)*(2*Gw-1), heads]. Applies `resize_grid_table` to the table as
-    a map with one row per row difference and one column per column difference.
+    a map, which has a row for each row difference and a column for each column
+    difference.
     """
     shapes = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new_grid)]
     return resize_grid_table(table, *shapes)
@@ -99,7 +100,7 @@ def resize_matrix(old: int, new: int) -> np.ndarray:
 
 
 def channel_matrix(old: int, new: int) -> np.ndarray:
-    """Return the matrix that maps `old` input channels to `new`, float64 [new, old].
+    """Return the matrix from weights of `old` channels to `new`, float64 [new, old].
 
     For new > old, new channel i gets the weights of old channel ``i % old``, divided by
     the number of new channels that share this old channel. For new < old, new channel i

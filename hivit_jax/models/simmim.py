@@ -22,7 +22,7 @@ from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import row_cost
 from hivit_jax.models.layers import PatchEmbed
 from hivit_jax.models.masked import MAEOutput, MaskedModel
-from hivit_jax.models.masking import count_visible_cells, random_masking
+from hivit_jax.models.masking import random_masking, simmim_visible_units
 from hivit_jax.models.norms import LayerNorm
 from hivit_jax.models.swin import Swin, SwinConfig
 from hivit_jax.models.swin_classifier import swin_cost
@@ -73,7 +73,7 @@ class SimMIM(MaskedModel):
     architecture = "SimMIM (Xie et al., CVPR 2022) on Swin"
     encoder_class = Swin
     error = staticmethod(jnp.abs)
-    count_visible = staticmethod(count_visible_cells)
+    count_visible = staticmethod(simmim_visible_units)
 
     def __init__(
         self,
@@ -85,10 +85,10 @@ class SimMIM(MaskedModel):
         self.encoder = Swin(config, run_options, has_mask_token=True, rngs=rngs)
         self.info = make_info(config)
         common = dict(dtype=jnp.dtype(run_options.dtype), rngs=rngs)
-        width, pixels = config.widths[-1], config.stride**2 * config.in_channels
+        width, token_values = config.widths[-1], config.stride**2 * config.in_channels
         self.norm = LayerNorm(width, epsilon=config.layer_norm_eps, **common)
-        # `PatchEmbed` has the initialization of the official 1x1 convolution.
-        self.decoder = PatchEmbed(width, pixels, eps=None, **common)
+        # A `PatchEmbed`, because it is initialized like the official 1x1 convolution.
+        self.decoder = PatchEmbed(width, token_values, eps=None, **common)
 
     @accepts_explicit_axes
     def __call__(
@@ -137,6 +137,7 @@ class SimMIM(MaskedModel):
     def mask(self, images: jax.Array, noise: jax.Array, mask_ratio: float) -> jax.Array:
         """Return the mask of the units, [B, N] float32: 0 visible, 1 masked."""
         visible = self.check_noise(images, noise, mask_ratio)
+        # `random_masking` keeps the units with the lowest noise; SimMIM masks them.
         return 1 - random_masking(noise, noise.shape[1] - visible)[2]
 
     @accepts_explicit_axes

@@ -96,8 +96,8 @@ class SwinConfig(EncoderConfig):
           grid: tokens along height and width of this stage.
         """
         side = self.window_side(grid)
-        spans_grid = self.shrink_windows and min(grid) <= self.window_size
-        shifts = 0, 0 if spans_grid else side // 2
+        spans_shorter_side = self.shrink_windows and min(grid) <= self.window_size
+        shifts = 0, 0 if spans_shorter_side else side // 2
         windows = [
             None
             if grid == (side, side) and not shift
@@ -137,8 +137,8 @@ class Swin(Encoder):
         self.config, self.run_options = config, run_options
         dtype = jnp.dtype(run_options.dtype)
         common = dict(eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
-        pixels = config.patch_size**2 * config.in_channels
-        self.patch_embed = PatchEmbed(pixels, config.embed_dim, **common)
+        fan_in = config.patch_size**2 * config.in_channels
+        self.patch_embed = PatchEmbed(fan_in, config.embed_dim, **common)
         if has_mask_token:
             token = INIT(rngs.params(), (config.embed_dim,), jnp.float32)
             self.mask_token = nnx.Param(token)
@@ -173,18 +173,19 @@ class Swin(Encoder):
         mask: jax.Array | None = None,
         drop_path_keys: jax.Array | None = None,
     ) -> list[jax.Array]:
-        """Return the output of each stage before its merge, row-major [B, H*W, C].
+        """Return each stage's output before the merge, row-major [B, tokens, width].
 
         Args:
           images: [B, H, W, C] float, normalized.
-          mask: [B, N], 1 for first-stage tokens that `mask_token` replaces.
+          mask: [B, N], nonzero for first-stage tokens that `mask_token` replaces; None:
+            none.
           drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
 
         Raises:
           ConfigError: image size, channels or dtype do not fit the model; another
             argument does not have the shape above.
         """
-        self._check_images(images, None, drop_path_keys)
+        self._check_arguments(images, None, drop_path_keys)
         x, outputs = self._embed(images, mask), []
         for stage in range(len(self.stages)):
             with jax.named_scope(f"stage{stage + 1}"):
@@ -221,8 +222,8 @@ class Swin(Encoder):
         """Return the outputs of all stages as feature maps, in compute dtype.
 
         Returns:
-          For patch_size=4: [B, H/4, W/4, E], [B, H/8, W/8, 2E] and so on. A merge
-          rounds half of an odd side up.
+          For patch_size=4: [B, H/4, W/4, E], [B, H/8, W/8, 2E] and so on. If a side of
+          a map is odd, half of the side is rounded up.
 
         Raises:
           ConfigError: as in `__call__`; `ids_keep`, because windows need all tokens; or
@@ -243,15 +244,16 @@ class Swin(Encoder):
 
     @accepts_explicit_axes
     def layers(self, images: jax.Array, attention: bool = False) -> list[BlockOutput]:
-        """Return the output of each block of all stages, for images [B, H, W, C].
+        """Return one `BlockOutput` for each block of all stages, in order.
 
         Args:
-          attention: also return attention weights.
+          images: [B, H, W, C] float, normalized.
+          attention: also return the attention weights.
         """
-        self._check_images(images, None, None)
-        x, layers = self._embed(images), []
+        self._check_arguments(images, None, None)
+        x, outputs = self._embed(images), []
         for stage, blocks in enumerate(self.stages):
             x = self._merge(stage, x) if stage else x
-            layers += self._block_outputs(blocks, x, attention)
-            x = layers[-1].tokens
-        return layers
+            outputs += self._block_outputs(blocks, x, attention)
+            x = outputs[-1].tokens
+        return outputs

@@ -48,7 +48,7 @@ class SwinClassifier(Classifier):
         dim, eps = config.widths[-1], config.layer_norm_eps
         # `norm` is float32 for any compute dtype.
         self.norm = LayerNorm(dim, epsilon=eps, rngs=rngs)
-        self._add_head(config, dim, False, rngs)
+        self._add_head(config, dim, fc_norm=False, rngs=rngs)
 
     @accepts_explicit_axes
     def mean_token(
@@ -74,10 +74,10 @@ class SwinClassifier(Classifier):
 
 
 def swin_cost(model: nnx.Module, grid: Grid, layer_norm_cost: int) -> int:
-    """Return the cost of `encoder` and `norm` of a model for one image.
+    """Return the cost of `model.encoder` and `model.norm` for one image.
 
     Args:
-      grid: grid of tokens of the first stage.
+      grid: tokens of the first stage along height and width.
     """
     encoder, config = model.encoder, model.encoder.config
     cost = row_cost(encoder.patch_embed, grid[0] * grid[1], layer_norm_cost)

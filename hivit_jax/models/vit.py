@@ -84,10 +84,10 @@ class ViT(Encoder):
     """ViT without a head.
 
     Args:
-      sincos_position: `absolute_pos_embed` is the sine-cosine table, which is not
-        trained, and kernels are initialized by `XAVIER`, as in a masked autoencoder.
-        False: the table is trained. Table and kernels are initialized by normal(0.02),
-        and `patch_embed` as in PyTorch.
+      sincos_position: use the sine-cosine table, which is not trained, as
+        `absolute_pos_embed`, and initialize kernels by `XAVIER`, as in a masked
+        autoencoder. False: train the table. Initialize table and kernels by
+        normal(0.02), and `patch_embed` as in PyTorch.
     """
 
     def __init__(
@@ -136,8 +136,8 @@ class ViT(Encoder):
 
     @jax.named_scope("embedding")
     def _stem(self, images, ids_keep=None, drop_path_keys=None):
-        """Return the tokens [B, 1+K, E], the class token first, in a tuple."""
-        self._check_images(images, ids_keep, drop_path_keys)
+        """Return a tuple of one array: tokens [B, 1+K, E], the class token first."""
+        self._check_arguments(images, ids_keep, drop_path_keys)
         dtype = jnp.dtype(self.run_options.dtype)
         units, position = self._select_units(images, ids_keep)
         rows = self.patch_embed(units.astype(dtype).reshape(-1, units.shape[-1]))
@@ -165,7 +165,7 @@ class ViTClassifier(Classifier):
         pools_mean = config.pooling == "mean"
         # `norm` is float32 for any compute dtype.
         self.norm = None if pools_mean else LayerNorm(dim, epsilon=eps, rngs=rngs)
-        self._add_head(config, dim, pools_mean, rngs)
+        self._add_head(config, dim, fc_norm=pools_mean, rngs=rngs)
 
     @accepts_explicit_axes
     def head_token(

@@ -70,15 +70,16 @@ class Windows:
     def shift_mask(self) -> np.ndarray:
         """Return the mask to add to the scores of shifted windows, float32 [W, S, S].
 
-        As in the official code, pairs of tokens that share a window only because the
-        windows continue at the opposite side get -100. All other pairs get 0.
+        As in the official code, the mask is -100 for tokens that share a window only
+        because windows continue at the opposite side, and 0 for all other pairs.
         """
-        axes = []  # regions 0 to 2 along the height and along the width
+        numbers = []  # region numbers, 0 to 2, along the height and the width
         for count, side in zip(self.counts, self.size, strict=True):
             position = np.arange(count * side)
             in_last = position >= (count - 1) * side
-            axes.append(in_last.astype(int) + (position >= count * side - self.shift))
-        regions = 3 * axes[0][:, None] + axes[1]
+            is_wrapped = position >= count * side - self.shift
+            numbers.append(in_last.astype(int) + is_wrapped)
+        regions = 3 * numbers[0][:, None] + numbers[1]
         (rows, columns), (height, width) = self.counts, self.size
         regions = regions.reshape(rows, height, columns, width).swapaxes(1, 2)
         regions = regions.reshape(rows * columns, height * width)

@@ -1,1 +1,1 @@
-"""The train step, its optimizer and its learning rate schedule."""
+"""The train step, its optimizer and learning rate schedule, and early stopping."""

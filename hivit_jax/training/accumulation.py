@@ -11,7 +11,7 @@ from hivit_jax.rng import Keys
 
 
 def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
-    """Return a function like `gradient` that computes one microbatch at a time.
+    """Return a function like `gradient` that processes one microbatch at a time.
 
     Each device along the mesh axes of `_summed_axes` sums over its own examples. The
     sums are all-reduced over these axes once per step, not once per microbatch.
@@ -46,11 +46,11 @@ def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
             """Split [B, ...] into [num_microbatches, B / num_microbatches, ...].
 
             Microbatches are interleaved, so that every example stays on its device,
-            even along the fsdp axis. In microbatches of even size, neighbors stay
-            together in pairs, because Mixup and CutMix mix neighbors.
+            even along the fsdp axis. In microbatches of even size, pairs of neighbors
+            stay together, because Mixup and CutMix mix neighbors.
             """
-            pair = 2 if len(x) // num_microbatches % 2 == 0 else 1
-            parts = x.reshape(-1, num_microbatches, pair, *x.shape[1:])
+            group_size = 2 if len(x) // num_microbatches % 2 == 0 else 1
+            parts = x.reshape(-1, num_microbatches, group_size, *x.shape[1:])
             return jnp.moveaxis(parts, 1, 0).reshape(num_microbatches, -1, *x.shape[1:])
 
         axes = _summed_axes(len(keys.samples) // num_microbatches)
@@ -73,10 +73,10 @@ def _summed_axes(microbatch_size: int) -> tuple[str, ...]:
     """Return the mesh axes along which each device sums over its own examples.
 
     These axes are replica and data, without axes of size 1. Returns () if splitting a
-    microbatch over the axes would separate pairs of neighbors.
+    microbatch over these axes would separate neighbors that Mixup and CutMix mix.
     """
     mesh = jax.sharding.get_abstract_mesh()
     # Axes of size 1 are left out, because XLA:CPU refuses to sum over such an axis.
     axes = tuple(a for a in ("replica", "data") if mesh.shape.get(a, 1) > 1)
-    groups = math.prod(mesh.shape[axis] for axis in axes)
-    return axes if microbatch_size // groups % 2 == 0 else ()
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    return axes if microbatch_size // parts % 2 == 0 else ()

@@ -1,4 +1,4 @@
-"""Early stopping: find new best evaluations, and end a run after several others."""
+"""Early stopping: end a run after several evaluations without a new best."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ def check_progress(
       criterion: (name of a metric, "max" or "min").
 
     Returns:
-      stalled: the run ends early at this step.
-      improved: the newest evaluation up to this step is the best, or none exists yet.
+      stalled: the run must end early, at this step.
+      improved: the newest evaluation up to this step is the best, or there is none yet.
     """
     count = 0
     if jax.process_index() == 0:

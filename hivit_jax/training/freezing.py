@@ -46,13 +46,14 @@ def frozen_parameters(freeze: str, names: Iterable[str]) -> frozenset[str]:
 
 
 def _stage_prefixes(item: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return the prefixes that ``stages:N`` stands for; () for any other text or N."""
+    """Return the prefixes that ``stages:N`` stands for; () if `item` is not valid."""
     count = item.removeprefix(STAGES)
     if count == item or not (count.isascii() and count.isdigit()):
         return ()
     if not 1 <= int(count) <= _number_of_stages(names):
         return ()
-    parts = [f"encoder/{kind}/{k}" for k in range(int(count)) for kind in _STAGE_PARTS]
+    stages = range(int(count))
+    parts = [f"encoder/{part}/{stage}" for stage in stages for part in _STAGE_PARTS]
     return ("encoder/patch_embed", "encoder/absolute_pos_embed", *parts)
 
 
@@ -79,7 +80,7 @@ def freeze_updates(
 ) -> optax.GradientTransformation:
     """Return an optimizer that has no updates and no state for frozen parameters.
 
-    In the optimizer state, freezing does not change the names of other arrays.
+    Freezing does not change the names of the other arrays of the optimizer state.
     """
 
     def without_frozen(tree):
@@ -88,13 +89,13 @@ def freeze_updates(
         )
 
     def update(updates, state, params=None):
-        trained, state = optimizer.update(
+        new_updates, state = optimizer.update(
             without_frozen(updates), state, params and without_frozen(params)
         )
         # Adding -0.0 leaves every x unchanged. Adding 0.0 would change -0.0 to 0.0.
         updates = jax.tree.map(
             lambda new, old: jnp.full_like(old, -0.0) if _is_masked(new) else new,
-            trained,
+            new_updates,
             updates,
             is_leaf=_is_masked,
         )
@@ -111,7 +112,7 @@ def _is_masked(x: Any) -> bool:
 
 
 def stop_gradients(params: Any, frozen: Collection[str]) -> Any:
-    """Return the parameters, with `stop_gradient` applied to the frozen ones."""
+    """Return the parameters, with `stop_gradient` on the frozen parameters."""
     return select_frozen(frozen, jax.tree.map(jax.lax.stop_gradient, params), params)
 
 

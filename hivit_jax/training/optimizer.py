@@ -13,12 +13,12 @@ from hivit_jax.tree import leaf_name
 def learning_rate_scales(
     params: Any, layer_ids: Mapping[str, int], layer_decay: float
 ) -> Any:
-    """Return the learning rate factor of each parameter.
+    """Return the factor of each parameter's learning rate.
 
     The factor is ``layer_decay ** (last - layer)``.
 
     Args:
-      layer_ids: {parameter name: layer}, from 0 to the last layer.
+      layer_ids: {parameter name: layer number}, from 0 to the last layer.
     """
     last = max(layer_ids.values())
     return jax.tree_util.tree_map_with_path(
@@ -43,10 +43,10 @@ def make_optimizer(
       schedule: function from step to learning rate.
       is_decayed: function that returns True if weight decay applies to the parameter
         with the given name.
-      layer_ids: {parameter name: layer}; used only if `options.layer_decay` is not 1.
+      layer_ids: see `learning_rate_scales`; unused if `options.layer_decay` is 1.
     """
 
-    def mask(params):
+    def decay_mask(params):
         return jax.tree_util.tree_map_with_path(
             lambda path, _: is_decayed(leaf_name(path)), params
         )
@@ -58,14 +58,15 @@ def make_optimizer(
     adam = optax.scale_by_adam(
         *options.betas, eps=1e-8, mu_dtype=options.first_moment_dtype
     )
-    learning_rate = optax.scale_by_learning_rate(schedule)
+    scale_by_rate = optax.scale_by_learning_rate(schedule)
     if options.clip_norm:
-        adam = _chain_with_stateless(optax.clip_by_global_norm(options.clip_norm), adam)
+        clip = optax.clip_by_global_norm(options.clip_norm)
+        adam = _chain_with_stateless(clip, adam)
     if options.layer_decay != 1.0:
-        layer_decay = optax.stateless(scale_by_layer)
-        learning_rate = _chain_with_stateless(layer_decay, learning_rate)
-    weight_decay = optax.add_decayed_weights(options.weight_decay, mask)
-    return optax.chain(adam, weight_decay, learning_rate)
+        scale_layers = optax.stateless(scale_by_layer)
+        scale_by_rate = _chain_with_stateless(scale_layers, scale_by_rate)
+    decay_weights = optax.add_decayed_weights(options.weight_decay, decay_mask)
+    return optax.chain(adam, decay_weights, scale_by_rate)
 
 
 def _chain_with_stateless(

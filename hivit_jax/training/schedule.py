@@ -28,7 +28,7 @@ def warmup_steps(options: Any, steps_per_epoch: float, total_steps: int) -> int:
 def make_schedule(
     options: Any, batch_size: int, steps_per_epoch: float, total_steps: int
 ) -> optax.Schedule:
-    """Return a function (step) -> learning rate: linear warmup, then the schedule.
+    """Return a function (step) -> learning rate: linear warmup, then a curve.
 
     - cosine: a cosine from the peak at the end of the warmup down to the minimum.
     - cosine_from_start: as in the official ``supervised/lr_scheduler.py`` (timm). The
@@ -42,8 +42,8 @@ def make_schedule(
     - constant: the peak.
 
     With `first_epoch=1`, epochs count from 1, as in the official
-    ``self_supervised/util/lr_sched.py``. The schedule then skips its first epoch, and a
-    cosine ends past its lowest point.
+    ``self_supervised/util/lr_sched.py``. The learning rate is then that of one epoch
+    later, and a cosine ends past its lowest point.
     """
     peak, minimum = peak_learning_rate(options, batch_size), options.min_learning_rate
     epochs, first_epoch = total_steps / steps_per_epoch, options.first_epoch
@@ -88,18 +88,18 @@ def make_schedule(
 
 
 def skip_steps(state: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Advance the schedule and the step count of a train state without training.
+    """Return a train state whose schedule and step count are `steps` steps further.
 
     The skipped steps do not count in Adam's bias correction.
     """
 
-    def has_schedule(x):
+    def is_schedule_state(x):
         return isinstance(x, optax.ScaleByScheduleState)
 
-    add = jax.jit(lambda count: count + steps)
+    advance = jax.jit(lambda count: count + steps)
     opt_state = jax.tree.map(
-        lambda x: x._replace(count=add(x.count)) if has_schedule(x) else x,
+        lambda x: x._replace(count=advance(x.count)) if is_schedule_state(x) else x,
         state["opt_state"],
-        is_leaf=has_schedule,
+        is_leaf=is_schedule_state,
     )
-    return state | {"opt_state": opt_state, "step": add(state["step"])}
+    return state | {"opt_state": opt_state, "step": advance(state["step"])}

@@ -1,6 +1,6 @@
 """The train step: state, computation, and shapes of the arguments.
 
-This module reads no images and no checkpoints.
+This module reads neither images nor checkpoints.
 """
 
 import functools
@@ -78,8 +78,8 @@ def prepare(
     """
     model = nnx.eval_shape(task.build_model)
     graphdef = split_params(model)[0]
-    frozen = task.frozen_parameters(model)
-    optimizer = freeze_updates(task.optimizer(model, schedule), frozen)
+    frozen_names = task.frozen_parameters(model)
+    optimizer = freeze_updates(task.optimizer(model, schedule), frozen_names)
     init = make_init(task, optimizer, ema_decay)
     step = make_train_step(
         task,
@@ -89,10 +89,10 @@ def prepare(
         seed=seed,
         accumulate_steps=accumulate_steps,
         ema_decay=ema_decay,
-        frozen_names=frozen,
+        frozen_names=frozen_names,
     )
 
-    def shard(abstract):
+    def add_shardings(abstract):
         return with_shardings(abstract, state_shardings(mesh, abstract, zero))
 
     batch_sharding = NamedSharding(mesh, BATCH)
@@ -100,8 +100,8 @@ def prepare(
         graphdef,
         init,
         step,
-        shard(jax.eval_shape(init)),
-        shard(jax.eval_shape(task.frozen)),
+        add_shardings(jax.eval_shape(init)),
+        add_shardings(jax.eval_shape(task.frozen)),
         tuple(
             with_shardings(abstract, dict.fromkeys(abstract, batch_sharding))
             for abstract in batch_shapes(task.transform(train=True))
@@ -144,8 +144,9 @@ def make_train_step(
 
     All sums are over the global batch. If the loss, the gradient or any array of the
     new state is not finite, this step and all later steps leave the state unchanged.
-    Later steps detect this, because ``state["step"]`` is smaller than `steps_done`.
-    `frozen_names` are the names of the parameters that `optimizer` never changes.
+    Later steps detect this, because ``state["step"]`` is smaller than `steps_done`, the
+    number of earlier steps. `frozen` contains arrays of the task, `frozen_names` the
+    names of the parameters that `optimizer` never changes.
     """
     gradient = make_gradient(task, graphdef, frozen_names)
     if accumulate_steps > 1:
@@ -153,10 +154,10 @@ def make_train_step(
 
     def train_step(state, frozen, batch, steps_done):
         params, batch_size = state["params"], len(batch["weight"])
-        first = state["step"].astype(jnp.uint32) * batch_size
-        keys = rng.step_keys(seed, "train", first, batch_size)
+        first_example = state["step"].astype(jnp.uint32) * batch_size
+        keys = rng.step_keys(seed, "train", first_example, batch_size)
         total_weight = jnp.maximum(batch["weight"].sum(), 1.0)
-        (grads, values), model_state = gradient(
+        (grads, metrics), model_state = gradient(
             params, state["model_state"], batch, keys, frozen, total_weight
         )
 
@@ -173,27 +174,27 @@ def make_train_step(
                 new_state["ema"] = update_average(
                     state["ema"], new_state["params"], ema_decay, frozen_names
                 )
-            finite = jnp.isfinite(values["loss"] + norm) & all_finite(new_state)
+            finite = jnp.isfinite(metrics["loss"] + norm) & all_finite(new_state)
             accepted = finite & (state["step"] == steps_done)
             state = jax.tree.map(
                 lambda new, old: jnp.where(accepted, new, old), new_state, state
             )
-        values |= {
+        metrics |= {
             "gradient_norm": norm,
             "finite": finite,
             "learning_rate": schedule(steps_done),
             "unreadable": batch["unreadable"].sum(),
         }
-        return state, values
+        return state, metrics
 
     return train_step
 
 
 def all_finite(state: State) -> jax.Array:
-    """Return a scalar: True if all arrays of a train state are finite.
+    """Return a bool scalar, True if all arrays of a train state are finite.
 
     A parameter, its moments and its average share one reduction over their elements.
-    One reduction each would compile to three times as many small kernels.
+    With a reduction for each, the program would have three times as many small kernels.
     """
     structure = jax.tree.structure(state["params"])
 
