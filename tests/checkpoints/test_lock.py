@@ -57,7 +57,7 @@ def test_lock_admits_one_run_at_a_time(tmp_path):
         assert lock_files(tmp_path / "new") == ["run-1.lock"]
         owner = json.loads((tmp_path / "new" / "run-1.lock").read_text())
         check_refused(
-            tmp_path / "new", f"process {os.getpid()} on {owner['host']}", "since 20"
+            tmp_path / "new", f"process {os.getpid()} on {owner['host']}", "started 20"
         )
         with lock.hold(tmp_path / "other"):
             pass

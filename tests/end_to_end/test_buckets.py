@@ -36,7 +36,7 @@ def run_training(tmp_path_factory):
         }
         options = OPTIONS | dict(data__dir=directory, data__reader=reader)
         flags = mini_runs.arguments("photographs", **options)
-        command = ["-m", "hivit_jax.main", *flags, f"--workdir={workdir}"]
+        command = [mini_runs.MINIMAL_MAIN, *flags, f"--workdir={workdir}"]
         return mini_runs.run_process(*command, **environment)
 
     return run

@@ -49,7 +49,7 @@ class Pod:
         pod_flags = [f"--coordinator_address={address}", f"--num_processes={count}"]
         self.processes = [
             mini_runs.start_process(
-                *("-u", "-m", "hivit_jax.main", f"--workdir={workdir}", *flags[index]),
+                *("-u", mini_runs.MINIMAL_MAIN, f"--workdir={workdir}", *flags[index]),
                 *([*pod_flags, f"--process_id={index}"] if count > 1 else []),
                 log=self.logs[index],
                 **environment,
@@ -205,8 +205,14 @@ sys.exit(main.main())
             (3, 3),
             ("error: diverged", "error: diverged"),
         ),
-        (("unreadable", "unreadable"), (4, 4), ("error: no image",) * 2),
-        (("damaged", "damaged"), (5, 5), ("error: no checkpoint",) * 2),
+        pytest.param(
+            *(("unreadable", "unreadable"), (4, 4), ("error: no image",) * 2),
+            marks=pytest.mark.extras,
+        ),
+        pytest.param(
+            *(("damaged", "damaged"), (5, 5), ("error: no checkpoint",) * 2),
+            marks=pytest.mark.extras,
+        ),
         (("wait", "hang"), (75, 75), ("in all_processes", "in hang")),
         (("wait", "fail"), (-signal.SIGABRT, 1), ("task died", "Error: a bug")),
         (("fail", "wait"), (1, -signal.SIGABRT), ("Error: a bug", "task died")),

@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-STEPS, CHECKPOINT_EVERY = 60, 25
+STEPS, CHECKPOINT_EVERY = 44, 15
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from hivit_jax.training.step import Training, prepare
 from hivit_jax.tree import named_leaves
 
 ROOT = Path(__file__).parents[2]
+MINIMAL_MAIN = Path(__file__).with_name("minimal_main.py")
 
 # With every source, an image has 16 units, a step 16 images, and the warmup two steps.
 MINI = {

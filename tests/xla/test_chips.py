@@ -127,7 +127,7 @@ def test_h200_is_faster_than_an_h100_in_proportion_to_bandwidth():
     h100, h200 = (chips.CHIPS[name] for name in ("h100", "h200"))
     speedup = h200.utilization.peak * h200.flops / (h100.utilization.peak * h100.flops)
     assert speedup == pytest.approx(h200.bandwidth / h100.bandwidth)
-    row = f"| `h200` | {h200.utilization.peak:.0%} | {h200.utilization.bound:.0%} |"
+    row = f"| `h200` | {h200.utilization.peak:.1%} | {h200.utilization.bound:.0%} |"
     assert row.replace("%", " %") in (ROOT / "docs" / "cost.md").read_text()
 
 

@@ -1,0 +1,11 @@
+"""The main command without figures and TensorBoard events, which take seconds."""
+
+import sys
+
+import mini_runs
+
+from hivit_jax.main import main
+
+if __name__ == "__main__":
+    with mini_runs.minimal_output():
+        sys.exit(main())
