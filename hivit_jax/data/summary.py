@@ -124,5 +124,6 @@ def shared_groups(pattern: str, splits: Sequence[Iterable[str]]) -> list[str]:
     found = []
     for names in splits:
         matches = (re.search(pattern, name) for name in names)
-        found.append({match[1] for match in matches if match})
+        # match[1] is None if the group is optional in the pattern and did not match.
+        found.append({match[1] for match in matches if match and match[1]})
     return sorted(found[0] & found[1])

@@ -141,14 +141,15 @@ def convert(
     start = time.perf_counter()
     pretrained = read_model(source, averaged=averaged, **overrides)
     model = build(pretrained, **overrides)
+    # Overrides may contradict the training config.
+    recipe = {} if overrides else pretrained.recipe
     if target.suffix in files.SUFFIXES:
         state = to_state_dict(split(model)[1], model, layout)
         metadata = {"arguments": arguments_of(model), "info": asdict(model.info)}
-        if not overrides:  # overrides may contradict the training config
-            metadata["recipe"] = shareable(pretrained.recipe)
+        metadata |= {"recipe": shareable(recipe)} if recipe else {}
         files.write(target, state, json.dumps(metadata))
     else:
-        save_pretrained(model, target, pretrained.recipe, pretrained.results)
+        save_pretrained(model, target, recipe, pretrained.results)
     log(f"written: {target} ({time.perf_counter() - start:.1f} s)")
 
 

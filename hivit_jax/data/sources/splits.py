@@ -145,8 +145,9 @@ def select(
     Args:
       held_out: with `eval_fraction`, return the held-out examples; False: return the
         training examples.
-      percent: slice of each class to return. The images of a class are ordered by a
-        hash of their paths, so that adjacent slices are random, disjoint parts.
+      percent: slice of each class to return; with `eval_fraction`, slice of the
+        training examples. The images of a class are ordered by a hash of their paths,
+        so that adjacent slices are random, disjoint parts.
 
     Raises:
       ConfigError: `selection.exclude` cannot be read.
@@ -163,13 +164,13 @@ def select(
         names = set().union(*listed.values())
         chosen = np.array([i for i in chosen if paths[i] not in names], np.int64)
         excluded = len(source) - len(chosen)
-    paths, labels = [paths[i] for i in chosen], source.labels[chosen]
     if selection.eval_fraction:
-        groups = _groups(paths, selection.eval_group)
-        mask = hold_out(groups, labels, selection.eval_fraction)
+        groups = _groups([paths[i] for i in chosen], selection.eval_group)
+        mask = hold_out(groups, source.labels[chosen], selection.eval_fraction)
         chosen = chosen[mask == held_out]
-    elif percent != (0, 100):
-        chosen = chosen[_slice_mask(paths, labels, percent)]
+    if percent != (0, 100) and not (selection.eval_fraction and held_out):
+        chosen_paths = [paths[i] for i in chosen]
+        chosen = chosen[_slice_mask(chosen_paths, source.labels[chosen], percent)]
     return Subset(source, chosen, excluded, unmatched)
 
 

@@ -125,6 +125,16 @@ def test_slices_of_each_class_are_disjoint(root):
     assert evaluated == pieces[2]
 
 
+def test_slice_of_the_training_images_does_not_change_the_held_out_images(root):
+    whole, sliced = dict(eval_fraction=0.25), {}
+    for split in ("train", "test"):
+        sliced[split] = paths(root, split, train_split="[:50%]", **whole)
+    assert sliced["test"] == paths(root, "test", **whole)
+    train = paths(root, "train", **whole)
+    assert set(sliced["train"]) < set(train)
+    assert len(sliced["train"]) == pytest.approx(len(train) / 2, abs=1)
+
+
 def test_slices_may_refer_to_a_directory(root):
     (root / "photos").mkdir()
     for name in ("brick", "cat", "lone"):

@@ -71,7 +71,7 @@ def _to_archive(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 
 if __name__ == "__main__":
-    assert not Path(hivit_jax.__file__).is_relative_to(HERE.parents[2]), "PYTHONPATH"
+    assert not Path(hivit_jax.__file__).is_relative_to(HERE.parents[3]), "PYTHONPATH"
     with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
         for task in TASKS:
             write(task)
