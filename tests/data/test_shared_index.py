@@ -110,6 +110,7 @@ def test_each_file_is_indexed_once(bucket, tmp_path):
     assert not any(cache.exists() for cache in caches)
 
 
+@pytest.mark.extras
 def test_both_processes_build_an_index_that_only_one_has(bucket, tmp_path, monkeypatch):
     """The bucket is read-only, so each process saves the index locally."""
     bucket.read_only = True

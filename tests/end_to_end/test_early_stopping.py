@@ -94,6 +94,7 @@ def test_run_ends_at_the_same_step_after_interruptions(
     assert mini_runs.logged(uninterrupted, "eval/loss")[6] == 0.1
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_new_best_is_saved_between_checkpoints(
     evaluated_steps, tmp_path, capsys, monkeypatch

@@ -141,12 +141,13 @@ def test_trains_on_one_device_without_optional_packages(name, tmp_path, trained)
     assert not list(workdir.glob("events.*"))
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
         ("mae", FSDP),
-        pytest.param("mae", TENSOR, marks=pytest.mark.extras),
-        pytest.param("classifier", FSDP | dict(mesh__zero=1), marks=pytest.mark.extras),
+        ("mae", TENSOR),
+        ("classifier", FSDP | dict(mesh__zero=1)),
     ],
     ids=["mae-fsdp", "mae-tensor", "classifier-zero1"],
 )

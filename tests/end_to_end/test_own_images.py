@@ -43,6 +43,7 @@ def tiles(tmp_path):
 OVERRIDES = dict(data__name="folder", model__image_size=32, batch_size=8, total_steps=2)
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_pretraining_needs_no_labels_and_no_evaluation(tiles, tmp_path, capsys):
     """Without evaluation images, figures show training images.

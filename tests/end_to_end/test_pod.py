@@ -126,10 +126,8 @@ def test_a_signal_stops_all_processes_and_one_resumes(
             assert difference.max() < 1e-4, name
 
 
-@pytest.mark.parametrize(
-    ("lost", "signal_name"),
-    [pytest.param(1, "SIGSTOP", marks=pytest.mark.extras), (0, "SIGKILL")],
-)
+@pytest.mark.extras
+@pytest.mark.parametrize(("lost", "signal_name"), [(1, "SIGSTOP"), (0, "SIGKILL")])
 def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path):
     """JAX aborts the other process; the last checkpoint is complete."""
     flags = mini_runs.arguments(**RUN | dict(total_steps=100_000, checkpoint_every=5))

@@ -119,6 +119,7 @@ def test_classifier_reproduces_official_logits_and_stages(size):
     check_stages(stages, arrays)
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_classifier_reproduces_the_logits_of_mmpretrain():
     state = reference.state_dict("mmpretrain_tiny")

@@ -196,6 +196,7 @@ def test_arrays_updated_in_place_need_no_new_memory():
     assert memory["total"] == 4096 + 2048 + 2048 + pointer_bytes + other
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_flops_of_a_step_are_three_times_the_forward_pass():
     """The ratio holds for mae_tiny with two mask ratios."""
