@@ -41,7 +41,9 @@ RESULT = ROOT / "benchmarks" / "results" / "compiled.json"
 # Topology -> images per step: 64 per chip on v5e, 256 on all others.
 BATCH_OF_TOPOLOGY = {"v5e:2x4": 512, "h100:8": 2048, "v5p:2x2x2": 2048, "v6e:2x4": 2048}
 REGIONS = (
-    *("input", "embedding", "stem1", "stem2", "merge", "main attention", "main mlp"),
+    *("input", "embedding", "stem1", "stem2"),
+    *(f"stage{i}{part}" for i in range(1, 5) for part in (" attention", " mlp", "")),
+    *("merge", "main attention", "main mlp"),
     *("main", "latent", "decoder attention", "decoder mlp", "decoder", "loss"),
     *("optimizer", "exchange", "other"),
 )

@@ -22,7 +22,10 @@ COLLECTIVES = (
     "all-to-all",
 )
 # Named scopes of the train step.
-SCOPES = re.compile(r"input|embedding|stem\d+|merge|main|latent|decoder|loss|optimizer")
+SCOPES = re.compile(
+    r"input|embedding|stem\d+|stage\d+|merge|main|latent|decoder|loss|optimizer"
+)
+BLOCKS = re.compile(r"stage\d+|main|decoder")  # regions with two branches per block
 OTHER = "other"
 # Instructions that move no bytes.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
@@ -39,8 +42,8 @@ OP_NAME = re.compile(r'op_name="([^"]*)"')
 def region_of(name: str) -> str:
     """Return the region of the train step that an operation belongs to.
 
-    The region is the innermost of `SCOPES` in the name. In the main stage and the
-    decoder, the branch of the block (attention or mlp) is appended.
+    The region is the innermost of `SCOPES` in the name. In the main stage, the decoder
+    and the stages of a Swin, the branch of the block (attention or mlp) is appended.
 
     Args:
       name: such as "jit(train_step)/transpose(jvp(main))/mlp/dot_general".
@@ -52,7 +55,7 @@ def region_of(name: str) -> str:
     for scope in re.split(r"[/();]+", name):
         if SCOPES.fullmatch(scope):
             region = scope
-        elif scope in ("attention", "mlp") and region in ("main", "decoder"):
+        elif scope in ("attention", "mlp") and BLOCKS.match(region):
             region += " " + scope
     return region
 

@@ -150,6 +150,21 @@ def test_bytes_of_regions_include_padding_and_copies():
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "region"),
+    [
+        ("jit(train_step)/transpose(jvp(main))/mlp/dot_general", "main mlp"),
+        ("jit(train_step)/jvp(stage3)/attention/add", "stage3 attention"),
+        ("jit(train_step)/jvp(stage3)/merge/dot_general", "merge"),
+        ("jit(train_step)/jvp(embedding)/stem1/mlp/add", "stem1"),
+        ("jit(train_step)/optimizer/mul", "optimizer"),
+        ("jit(train_step)/add", ""),
+    ],
+)
+def test_region_is_the_innermost_scope_and_the_branch_of_its_block(name, region):
+    assert cost.region_of(name) == region
+
+
 def test_counts_of_regions_include_both_passes():
     """The test compiles a program for XLA:CPU, which does not pad arrays."""
 
