@@ -87,30 +87,32 @@ def attention(
     """
     target = find_target(choice, x)
     qkv, proj, windows = attention.qkv, attention.proj, attention.windows
-    width, _, heads, head = qkv.kernel.shape
+    width, _, heads, head_width = qkv.kernel.shape
     if target is None or target.platform == "gpu" or x.size == 0:
         return None
     if key_mask is not None:
         return None
     if windows is not None and (windows.is_padded or windows.shift):
         return None
-    if width % LANES or LANES % head:
+    if width % LANES or LANES % head_width:
         return None
     bias = attention.position_bias(relative_index)
     if bias is not None and bias.ndim == 4:
         return None
     x = x if windows is None else windows.partition(x)
     tokens = x.shape[1]
+    heads_per_tile = LANES // head_width
     # Bytes of VMEM in the backward pass. `fixed`: weights and their gradients, four
-    # float32 score arrays [tokens, tokens] for each of the LANES // head heads that
-    # share a tile, and the bias. `per_row`: activations.
-    fixed, per_row = 48 * width**2 + 16 * tokens**2 * LANES // head, 76 * width
-    fixed += 0 if bias is None else bias_bytes(tokens, heads, head)
+    # float32 score arrays [tokens, tokens] for each head of a tile, and the bias.
+    # `per_row`: activations.
+    fixed, per_row = 48 * width**2 + 16 * tokens**2 * heads_per_tile, 76 * width
+    fixed += 0 if bias is None else bias_bytes(tokens, heads, head_width)
     total, unit = x.shape[0] * tokens // target.shards, math.lcm(tokens, ROWS)
     rows = block_rows(total, unit, 1024, (target.vmem - fixed) // per_row)
     if rows is None:
         return None
-    projection_flops, score_flops = 2 * width**2, 2 * tokens * width * LANES // head
+    # Operations per row of a product: with weights [C, C]; with scores.
+    projection_flops, score_flops = 2 * width**2, 2 * tokens * width * heads_per_tile
     forward = 4 * projection_flops + 2 * score_flops
     backward = 11 * projection_flops + 6 * score_flops
     keep = target.should_keep(forward, backward, 3 * projection_flops, width, 6 * width)
@@ -147,22 +149,22 @@ def long_attention(
     It supports neither masks nor a bias that differs between images. For the arguments
     see `attention_xla.dot_product_attention`.
     """
-    target, (_, tokens, heads, head) = find_target(choice, q), q.shape
-    width = heads * head
+    target, (_, tokens, heads, head_width) = find_target(choice, q), q.shape
+    width = heads * head_width
     if target is None or target.platform == "gpu" or q.size == 0:
         return None
-    if tokens < MIN_TOKENS or width % LANES or LANES % head:
+    if tokens < MIN_TOKENS or width % LANES or LANES % head_width:
         return None
     if mask is not None or bias is None or len(bias) > 1:
         return None
     padded = padded_tokens(tokens)
     rows = block_rows(padded, LANES, 2 * LANES, padded)
-    if vmem_bytes(tokens, rows, head, q.dtype.itemsize) > target.vmem:
+    if vmem_bytes(tokens, rows, head_width, q.dtype.itemsize) > target.vmem:
         return None
     plan = Plan(0.0, rows=rows, interpret=target.interpret, heads=heads, tokens=tokens)
     q, k, v = (x.reshape(*x.shape[:2], width) for x in (q, k, v))  # [B, N, C]
     out = target.run(flash_attention, q, (bias[0],), plan, (k, v))
-    return out.reshape(*out.shape[:2], heads, head)
+    return out.reshape(*out.shape[:2], heads, head_width)
 
 
 def layer_norm(x: jax.Array, norm: Any, choice: str) -> tuple | None:

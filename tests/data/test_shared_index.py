@@ -40,7 +40,7 @@ from hivit_jax.distributed import processes
 from hivit_jax.errors import run_command
 
 address, count, index, *directories = sys.argv[1:]
-processes.start(address, int(count), int(index), 60.0)
+processes.connect(address, int(count), int(index), 60.0)
 
 def open_all():
     for directory in directories:
@@ -48,7 +48,7 @@ def open_all():
         images = [source.sample(i)["image"] for i in range(len(source))]
         print(json.dumps([zlib.crc32(image) for image in images]))
 
-processes.exit_now(run_command(open_all))
+processes.exit_together(run_command(open_all))
 """
 
 
