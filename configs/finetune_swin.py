@@ -3,10 +3,10 @@
     hivit_jax --config finetune_swin:base --workdir runs/ft_swin
 
 Variants: tiny, small, base (default), large. `init_from` may also be a weight file of
-the official SimMIM code. Values: that code's finetuning values for models pretrained for
-800 epochs; tiny and small use base's. Expected: top-1 base 84.0, large 85.4 % (published,
-not reproduced here). Hardware: any mesh. Cost: 128 million images. A train step (counted
-as 3 forward passes) takes, in GFLOP/image: tiny 26.9, small 52.4, base 92.6, large 215.
+the official SimMIM code. Values: that code's, for finetuning models pretrained for 800
+epochs; tiny and small use base's. Expected: top-1 base 84.0, large 85.4 % (published,
+not reproduced here). Hardware: any mesh. Cost: 128 million images. A train step (three
+forward passes) takes, in GFLOP per image: tiny 26.9, small 52.4, base 92.6, large 215.
 """
 
 

@@ -55,7 +55,7 @@ def encoder_cost(
     """
     config, units = encoder.config, grid[0] * grid[1]
     kept = units if kept is None else kept
-    cells = config.inner_patches**2
+    cells = config.inner_patches**2  # per unit
     cost = row_cost(encoder.patch_embed, units * cells, layer_norm_cost)
     for blocks, merge in zip(encoder.stages, encoder.merges, strict=False):
         cost += row_cost(blocks, kept * cells, layer_norm_cost)
