@@ -98,14 +98,16 @@ class Groups:
         windows = [self._at_offset(bias, offset) for offset in self.offsets]
         return jnp.concatenate(windows)
 
-    def bias_by_key(self, bias: jax.Array, heads: int) -> jax.Array:
-        """Copy a bias to windows, [H, N, N] -> [offsets * H/heads, W, heads * W].
+    def bias_by_key(self, bias: jax.Array, heads_per_tile: int) -> jax.Array:
+        """Copy a bias to windows, [heads, N, N] -> [offsets * heads/P, W, P * W].
 
-        Like `bias_by_query`, but rows are keys, and `heads` heads lie side by side.
+        Like `bias_by_query`, but rows are keys, and P = `heads_per_tile` heads lie side
+        by side.
         """
         bias = self.bias_by_query(bias).swapaxes(1, 2)
-        bias = bias.reshape(-1, heads, self.window, self.window).swapaxes(1, 2)
-        return bias.reshape(-1, self.window, heads * self.window)
+        shape = -1, heads_per_tile, self.window, self.window
+        bias = bias.reshape(shape).swapaxes(1, 2)
+        return bias.reshape(-1, self.window, heads_per_tile * self.window)
 
     def _at_offset(self, bias, offset):
         """Copy a bias to windows of one offset, [heads, N, N] -> [heads, W, W]."""

@@ -156,7 +156,7 @@ def _backward(plan, residuals, gradient):
     head_width, groups = width // plan.heads, Groups(rows, tokens)
     heads_per_tile, biases = LANES // head_width, []
     if bias is not None:
-        copy_bias = partial(groups.bias_by_key, heads=heads_per_tile)
+        copy_bias = partial(groups.bias_by_key, heads_per_tile=heads_per_tile)
         bias_copies, bias_vjp = jax.vjp(copy_bias, bias)
         biases = [bias_copies]
 

@@ -81,9 +81,10 @@ def attention(
 ) -> ResidualFn | None:
     """Return a function that runs the branch as one kernel, or None.
 
-    The function returns ``x + factor * attention(norm(x))``. No kernel supports GPUs,
-    where cuDNN computes attention; key masks; padded or shifted windows; or a bias that
-    differs between images. For the arguments see `mlp` and `Attention.__call__`.
+    The function returns ``x + factor * attention(norm(x))``. No kernel supports key
+    masks, padded or shifted windows, or a bias that differs between images. GPUs have
+    no such kernel, because cuDNN computes their attention. For the arguments see `mlp`
+    and `Attention.__call__`.
     """
     target = find_target(choice, x)
     qkv, proj, windows = attention.qkv, attention.proj, attention.windows
@@ -107,8 +108,8 @@ def attention(
     # `per_row`: activations.
     fixed, per_row = 48 * width**2 + 16 * tokens**2 * heads_per_tile, 76 * width
     fixed += 0 if bias is None else bias_bytes(tokens, heads, head_width)
-    total, unit = x.shape[0] * tokens // target.shards, math.lcm(tokens, ROWS)
-    rows = block_rows(total, unit, 1024, (target.vmem - fixed) // per_row)
+    total, smallest = x.shape[0] * tokens // target.shards, math.lcm(tokens, ROWS)
+    rows = block_rows(total, smallest, 1024, (target.vmem - fixed) // per_row)
     if rows is None:
         return None
     # Operations per row of a product: with weights [C, C]; with scores.

@@ -1,4 +1,7 @@
-"""Numbers of parameters and multiply-adds, counted as in the published tables."""
+"""Numbers of parameters and multiply-adds, counted as in the published tables.
+
+For units and cells see `positions`.
+"""
 
 import jax
 from flax import nnx

@@ -1,7 +1,8 @@
 """Plain ViT: encoder, classifier and masked autoencoder as in the official MAE code.
 
-A class token precedes the tokens of the units and is never masked. Papers: Dosovitskiy
-et al. (ICLR 2021) for ViT, He et al. (CVPR 2022) for the masked autoencoder.
+A class token precedes the tokens of the units, the patches of the image, and is never
+masked. Papers: Dosovitskiy et al. (ICLR 2021) for ViT, He et al. (CVPR 2022) for the
+masked autoencoder.
 """
 
 from collections.abc import Sequence

@@ -101,7 +101,10 @@ def test_gradient_of_the_bias_is_summed_over_devices():
 
 
 def test_only_supported_arguments_run_the_flash_kernel():
-    """With few tokens, a mask, an odd width or a bias per image, no kernel runs."""
+    """No kernel runs with few tokens, a mask or a bias per image.
+
+    The width must be a multiple of 128; three heads of 32 have a width of 96.
+    """
 
     def kernels(
         images=2, tokens=256, heads=2, head_width=64, per_image=False, **options
@@ -139,9 +142,10 @@ def test_bias_must_fit_in_vmem(monkeypatch):
 
 
 def test_blocks_with_relative_positions_run_the_flash_kernel(monkeypatch):
-    """Output and gradients of a block equal plain JAX, also for the bias table.
+    """The output and the gradients of a block equal those of plain JAX.
 
-    The VMEM suffices for this kernel, but not for a kernel of the whole branch.
+    The bias table is one of the parameters. The test lowers the VMEM so that this
+    kernel fits, but not the kernel of the whole residual attention branch.
     """
 
     def find_small_target(*arguments):
