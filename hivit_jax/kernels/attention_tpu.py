@@ -178,12 +178,9 @@ def _backward(plan, residuals, gradient):
                     mask = biases[0][first_bias + tile]
                 columns = pl.ds(tile * LANES, LANES)
                 q, k, v = _load_tile(qkv, window, tile, width)
-                dheads = dheads_out[window, columns]
-                q, dheads = (
-                    stack_heads(x, head_width, inside, dtype) for x in (q, dheads)
-                )
                 k, v = k.astype(dtype), v.astype(dtype)
-                p, ds, *gradients = _tile_gradients(q, k, v, dheads, mask, head_width)
+                arrays = q, k, v, dheads_out[window, columns]
+                p, ds, *gradients = _tile_gradients(*arrays, mask, inside, head_width)
                 if biases:
                     sums[6][first_bias + tile] += ds
                 tile_out = merge_heads(dot(p, v, (0, 0)), head_width)
@@ -213,28 +210,30 @@ def _backward(plan, residuals, gradient):
     return dx, Weights(*sums[:6]), bias_vjp(sums[6])[0] if biases else None, None
 
 
-def _tile_gradients(q, k, v, dheads, mask, head_width):
+def _tile_gradients(q, k, v, dheads, mask, inside, head_width):
     """Return probabilities and gradients of a tile of heads.
 
     Rows are keys, so that sums over keys add whole tiles and stay within lanes. The
     heads of a tile lie side by side.
 
     Args:
-      q, dheads: queries and gradients of the outputs of the heads, from `stack_heads`.
-      k, v: keys and values of the tile, [W, 128].
+      q, k, v: queries, keys and values of the tile, [W, 128].
+      dheads: gradients of the outputs of the tile's heads, [W, 128].
       mask: added to the scores; contains the bias, if there is one.
+      inside: see `stack_heads`.
 
     Returns:
-      Probabilities, [W, heads * W] in the dtype of q; float32 gradients of the scores,
+      Probabilities, [W, heads * W] in the dtype of k; float32 gradients of the scores,
       [W, heads * W], and of q, k and v, [W, 128].
     """
-    factor = np.float32(head_width**-0.5)
+    factor, dtype = np.float32(head_width**-0.5), k.dtype
+    q, dheads = (stack_heads(x, head_width, inside, dtype) for x in (q, dheads))
     p = dot(k, q, (1, 1)) * factor + mask
     p = jnp.exp(p - p.max(0, keepdims=True))
     p = p * (1 / p.sum(0, keepdims=True))
     dp = dot(v, dheads, (1, 1))
     dscores = p * (dp - (dp * p).sum(0, keepdims=True))
-    ds, p = dscores.astype(q.dtype), p.astype(q.dtype)
+    ds, p = dscores.astype(dtype), p.astype(dtype)
     dq = merge_heads(dot(ds, k, (0, 0)), head_width) * factor
     return p, dscores, dq, dot(ds, q) * factor, dot(p, dheads)
 

@@ -82,27 +82,23 @@ def attention(
     """Return a function that runs the branch as one kernel, or None.
 
     The function returns ``x + factor * attention(norm(x))``. No kernel supports key
-    masks, padded or shifted windows, or a bias that differs between images. GPUs have
-    no such kernel, because cuDNN computes their attention. For the arguments see `mlp`
-    and `Attention.__call__`.
+    masks, padded or shifted windows, or a bias that differs between images. GPUs use
+    cuDNN instead. For the arguments see `mlp` and `Attention.__call__`.
     """
     target = find_target(choice, x)
     qkv, proj, windows = attention.qkv, attention.proj, attention.windows
     width, _, heads, head_width = qkv.kernel.shape
     if target is None or target.platform == "gpu" or x.size == 0:
         return None
-    if key_mask is not None:
+    if key_mask is not None or width % LANES or LANES % head_width:
         return None
     if windows is not None and (windows.is_padded or windows.shift):
-        return None
-    if width % LANES or LANES % head_width:
         return None
     bias = attention.position_bias(relative_index)
     if bias is not None and bias.ndim == 4:
         return None
     x = x if windows is None else windows.partition(x)
-    tokens = x.shape[1]
-    heads_per_tile = LANES // head_width
+    tokens, heads_per_tile = x.shape[1], LANES // head_width
     # Bytes of VMEM in the backward pass. `fixed`: weights and their gradients, four
     # float32 score arrays [tokens, tokens] for each head of a tile, and the bias.
     # `per_row`: activations.

@@ -46,9 +46,8 @@ def over_rows(
       flops: operations of all blocks, for the compiler's estimates.
 
     Returns:
-      (outputs, sums). outputs: an array like arrays[0], then one [T, width] per width
-      in `extra_widths`, in the dtype of arrays[0]. sums: one array per entry of
-      `sums_like`.
+      (outputs, sums). outputs: an array like arrays[0], then one [T, width] per extra
+      width, in the dtype of arrays[0]. sums: one array per entry of `sums_like`.
     """
     total, width, dtype = *arrays[0].shape, arrays[0].dtype
     outputs = [jax.ShapeDtypeStruct((total, w), dtype) for w in (width, *extra_widths)]
