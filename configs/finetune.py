@@ -16,9 +16,9 @@ passes) takes, in GFLOP per image: tiny 27.5, small 54.3, base 94.9, large 383.4
 def get_config(size: str = "base") -> dict:
     """Return the keys that differ from the defaults."""
     run = dict(task="classify", total_epochs=100.0, init_from=f"runs/mae_{size}")
-    mixing = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, random_erasing=0.25)
+    regularizers = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, random_erasing=0.25)
     model = dict(name=f"hivit_{size}", num_classes=1000, drop_path_rate=0.2)
     model |= dict(dtype="bfloat16")
     data = dict(randaugment=True)
     optimizer = dict(min_learning_rate=1e-6, layer_decay=0.85)
-    return run | mixing | dict(model=model, data=data, optimizer=optimizer)
+    return run | regularizers | dict(model=model, data=data, optimizer=optimizer)

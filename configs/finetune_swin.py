@@ -2,10 +2,10 @@
 
     hivit_jax --config finetune_swin:base --workdir runs/ft_swin
 
-Variants: tiny, small, base (default), large. `init_from` may be an official file.
-Values: those of the official SimMIM code for 800 epochs of pretraining; tiny and small
-use base's values. Expected: top-1 base 84.0, large 85.4 % (published, not reproduced
-here). Hardware: any mesh. Cost: 128 million images. A train step (counted as three
+Variants: tiny, small, base (default), large. `init_from` may also be a weight file of
+the official SimMIM code. Values: that code's, for finetuning models pretrained for 800
+epochs; tiny and small use base's. Expected: top-1 base 84.0, large 85.4 % (published,
+not reproduced here). Hardware: any mesh. Cost: 128 million images. A train step (three
 forward passes) takes, in GFLOP per image: tiny 26.9, small 52.4, base 92.6, large 215.
 """
 
@@ -15,11 +15,11 @@ def get_config(size: str = "base") -> dict:
     layer_decay, drop_path, window = dict(large=(0.7, 0.2, 14)).get(size, (0.8, 0.1, 7))
     start = f"runs/simmim_swin_{size}"
     run = dict(task="classify", batch_size=2048, total_epochs=100.0, init_from=start)
-    mixing = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, random_erasing=0.25)
+    regularizers = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, random_erasing=0.25)
     model = dict(name=f"swin_{size}", num_classes=1000, drop_path_rate=drop_path)
     model |= dict(window_size=window, dtype="bfloat16")
     optimizer = dict(base_learning_rate=1.25e-3, lr_batch=512, warmup_epochs=20.0)
     optimizer |= dict(warmup_learning_rate=1e-6, min_learning_rate=1e-6, clip_norm=5.0)
     optimizer |= dict(layer_decay=layer_decay, schedule="cosine_from_start")
     sections = dict(model=model, data=dict(randaugment=True), optimizer=optimizer)
-    return run | mixing | sections
+    return run | regularizers | sections

@@ -13,7 +13,7 @@ passes) takes, in GFLOP per image: tiny 26.9, small 52.4, base 92.6.
 def get_config(size: str = "base") -> dict:
     """Return the keys that differ from the defaults."""
     run = dict(task="classify", total_epochs=300.0, eval_every=12510)  # 10 epochs
-    mixing = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, random_erasing=0.25)
+    regularizers = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, random_erasing=0.25)
     drop_path_rate = {"tiny": 0.2, "small": 0.3, "base": 0.5}[size]
     model = dict(name=f"swin_{size}", num_classes=1000, drop_path_rate=drop_path_rate)
     model |= dict(dtype="bfloat16")
@@ -22,4 +22,4 @@ def get_config(size: str = "base") -> dict:
     optimizer |= dict(warmup_learning_rate=1e-6, min_learning_rate=1e-5, clip_norm=5.0)
     optimizer |= dict(schedule="cosine_from_start")
     data = dict(randaugment=True)
-    return run | mixing | dict(model=model, data=data, optimizer=optimizer)
+    return run | regularizers | dict(model=model, data=data, optimizer=optimizer)

@@ -257,13 +257,13 @@ KEYS = {
     "mesh": {
         "replica": Key(
             1,
-            "size of the axis that shards the batch across slices or nodes",
+            "size of an axis that shards only the batch, for several slices or nodes",
             1,
             also=(-1,),
         ),
         "data": Key(
             -1,
-            "size of the axis that shards the batch; one axis may be -1, for all "
+            "size of an axis that shards only the batch; one axis may be -1, for all "
             "remaining devices",
             1,
             also=(-1,),

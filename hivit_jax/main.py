@@ -56,7 +56,7 @@ examples:
   hivit_jax --config mae_base --mode compile --topology=v5e:16x16 --workdir runs/compile
 
 exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
-            5 no usable checkpoint, 75 interrupted and saved: run again to resume,
+            5 no usable checkpoint, 75 interrupted or stalled: run again to resume,
             134 aborted because another process was lost: run again to resume
 """
 MODES = ("train", "eval", "knn", "probe", "compile", "describe")
@@ -162,7 +162,7 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
         return
     if setup_process:
         cluster = flags.coordinator_address, flags.num_processes, flags.process_id
-        processes.start(*cluster, config.peer_timeout)
+        processes.connect(*cluster, config.peer_timeout)
         platforms.start()
         default_cache = flags.workdir and f"{flags.workdir}/compiled"
         enable_compilation_cache(config.compilation_cache or default_cache)
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Gloo, the library of these collectives.
         peer_lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in message
     if processes.joined():
-        processes.exit_now(code, message, peer_lost)
+        processes.exit_together(code, message, peer_lost)
     return code
 
 

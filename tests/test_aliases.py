@@ -57,7 +57,10 @@ def test_advice_names_the_optimizer_of_each_task(key):
 
 
 def test_advice_lists_keys_of_the_given_section():
-    """Keys with the same last component in other sections are not suggested."""
+    """If the section exists, the advice suggests no keys of other sections.
+
+    Other sections have keys with the last components of these keys.
+    """
     assert advice("mesh.name").startswith("keys of mesh: replica, data, ")
     assert advice("optimizer.dtype").startswith("keys of optimizer: ")
 

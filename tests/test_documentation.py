@@ -132,7 +132,10 @@ def test_linked_files_and_headings_exist(path):
 
 
 def test_every_page_is_linked_from_the_readme():
-    """index.md is the front page of the site, whose menu lists all pages."""
+    """All pages of docs/ except index.md, the site's front page, are linked.
+
+    The site's menu (mkdocs.yml) lists all of them.
+    """
     text, site = (ROOT / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
     names = {path.name for path in PAGES[2:]}
     assert {name for name in names if f"(docs/{name})" not in text} == {"index.md"}

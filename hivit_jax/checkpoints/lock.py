@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from etils.epath import Path
 
-from hivit_jax.distributed.processes import exit_now, gather_objects
+from hivit_jax.distributed.processes import exit_together, gather_objects
 from hivit_jax.errors import ConfigError, first_line
 from hivit_jax.paths import absolute, is_bucket
 from hivit_jax.reporting.console import log
@@ -195,7 +195,7 @@ def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> Non
             # because `_acquire` may create a file and delete it again immediately.
             if others & previous_others:
                 new_owner = _read_owner(max(others, key=_lock_number)) or {}
-                exit_now(
+                exit_together(
                     ConfigError.exit_code,
                     f"error: {path.parent} was taken over by "
                     f"{_describe_owner(new_owner)} while this process was suspended; "

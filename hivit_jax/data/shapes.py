@@ -14,7 +14,11 @@ LOADER_ARRAYS = {"index": np.int32, "weight": np.float32, "unreadable": np.float
 
 
 def batch_shapes(transform: Transform) -> tuple[Shapes, ...]:
-    """Return shapes and dtypes of the global batch, one dict per bucket."""
+    """Return shapes and dtypes of the global batch, one dict for each bucket.
+
+    A bucket is a set of array shapes that the transform may produce, such as the shapes
+    of one image size.
+    """
     size = transform.batch_size
     added = {k: jax.ShapeDtypeStruct((size,), v) for k, v in LOADER_ARRAYS.items()}
     return tuple(

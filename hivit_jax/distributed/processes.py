@@ -1,4 +1,4 @@
-"""Start, consistency checks and exit of the processes of a run.
+"""Connection, consistency checks and exit of the processes of a run.
 
 JAX monitors the processes. When one is lost, every other process aborts (SIGABRT, exit
 code 134) within 2 x peer_timeout, even inside a collective.
@@ -21,11 +21,11 @@ from jax.experimental import multihost_utils
 
 from hivit_jax.errors import ConfigError
 
-_exit_timeout = 0.0  # seconds, set by `start`
+_exit_timeout = 0.0  # seconds, set by `connect`
 _exiting = threading.Lock()
 
 
-def start(address: str, count: int, index: int, peer_timeout: float) -> None:
+def connect(address: str, count: int, index: int, peer_timeout: float) -> None:
     """Connect this process to the other processes of its run.
 
     Without an address, JAX infers the other processes from TPU metadata or SLURM
@@ -47,7 +47,7 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
         jax.distributed.initialize(
             *arguments,
             heartbeat_timeout_seconds=math.ceil(peer_timeout),
-            # Longer than the barrier wait in `exit_now`, because JAX aborts all
+            # Longer than the barrier wait in `exit_together`, because JAX aborts all
             # processes when this timeout expires.
             shutdown_timeout_seconds=math.ceil(_exit_timeout) + 30,
         )
@@ -58,22 +58,23 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
                 f"the processes cannot start together: {error}"
             ) from error
     except RuntimeError as error:
-        process = "this process cannot reach the other processes of the run"
+        problem = "this process cannot reach the other processes of the run"
         if address:
-            process = f"process {index} of {count} cannot reach process 0 at {address}"
-        raise ConfigError(f"{process}: {error}") from error
+            problem = f"process {index} of {count} cannot reach process 0 at {address}"
+        raise ConfigError(f"{problem}: {error}") from error
 
 
 def joined() -> bool:
     """Return True if this process has connected to the other processes of its run.
 
-    The result stays True inside `exit_now`, which closes the connection.
+    The result stays True inside `exit_together`, which closes the connection.
     """
     return jax.distributed.is_initialized() or _exiting.locked()
 
 
-def exit_now(code: int, message: str = "", peer_lost: bool = False) -> NoReturn:
-    """End this process without exit handlers, together with all processes of its run.
+def exit_together(code: int, message: str = "", peer_lost: bool = False) -> NoReturn:
+    """End this process, without exit handlers, once all processes of its run have
+    called this function.
 
     The other processes abort when process 0 ends. Each process therefore waits at a
     barrier until all processes have called this function, so that each process exits
@@ -85,8 +86,9 @@ def exit_now(code: int, message: str = "", peer_lost: bool = False) -> NoReturn:
       message: printed to stderr after the wait; not printed if JAX aborts this process
         first.
       peer_lost: True if a lost process may have caused the error. This process then
-        skips the barrier and waits for JAX to abort it. Otherwise this process could
-        pass a barrier that the lost process had already reached, and exit with `code`.
+        skips the barrier and waits for JAX to abort it. The lost process may have
+        reached the barrier before it was lost. The barrier would then let this process
+        pass, and it would exit with `code` instead of 134.
     """
     _exiting.acquire()  # never released: the first of two threads sets the exit code
     sys.stdout.flush()

@@ -177,7 +177,7 @@ def unshard_fsdp(params: Any) -> Any:
     """All-gather parameters over the fsdp axis, if a mesh is set.
 
     Without this constraint, XLA may shard the computation instead and communicate
-    activations. The gradients get the same constraint.
+    activations. The constraint also applies to the gradients.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -24,7 +24,7 @@ def catch_signals() -> Callable[[int], str | None]:
       kills the process.
     """
     if jax.process_count() > 1:
-        # `processes.start` made JAX handle SIGTERM and notify the other processes.
+        # `processes.connect` made JAX handle SIGTERM and notify the other processes.
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
         def stop_reason(step: int) -> str | None:

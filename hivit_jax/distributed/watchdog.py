@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from hivit_jax.distributed.processes import exit_now
+from hivit_jax.distributed.processes import exit_together
 from hivit_jax.errors import Interrupted
 
 
@@ -55,4 +55,4 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        exit_now(Interrupted.exit_code)
+        exit_together(Interrupted.exit_code)

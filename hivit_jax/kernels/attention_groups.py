@@ -8,8 +8,6 @@ windows have W rows, enough for a group at any offset.
 
 A bias [heads, N, N] is copied to windows before the kernel runs, once for each offset.
 Otherwise the kernel would have to shift the bias for each group.
-
-In the kernels, `heads` is a number of heads and `head` is the width of a head.
 """
 
 import math
@@ -100,14 +98,16 @@ class Groups:
         windows = [self._at_offset(bias, offset) for offset in self.offsets]
         return jnp.concatenate(windows)
 
-    def bias_by_key(self, bias: jax.Array, heads: int) -> jax.Array:
-        """Copy a bias to windows, [H, N, N] -> [offsets * H/heads, W, heads * W].
+    def bias_by_key(self, bias: jax.Array, heads_per_tile: int) -> jax.Array:
+        """Copy a bias to windows, [heads, N, N] -> [offsets * heads/P, W, P * W].
 
-        Like `bias_by_query`, but rows are keys, and `heads` heads lie side by side.
+        Like `bias_by_query`, but rows are keys, and P = `heads_per_tile` heads lie side
+        by side.
         """
         bias = self.bias_by_query(bias).swapaxes(1, 2)
-        bias = bias.reshape(-1, heads, self.window, self.window).swapaxes(1, 2)
-        return bias.reshape(-1, self.window, heads * self.window)
+        shape = -1, heads_per_tile, self.window, self.window
+        bias = bias.reshape(shape).swapaxes(1, 2)
+        return bias.reshape(-1, self.window, heads_per_tile * self.window)
 
     def _at_offset(self, bias, offset):
         """Copy a bias to windows of one offset, [heads, N, N] -> [heads, W, W]."""
@@ -126,7 +126,7 @@ def _window_rows(size):
     return size if size % TILE == 0 else -(-(size + TILE - 1) // TILE) * TILE
 
 
-def bias_bytes(tokens: int, heads: int, head: int) -> int:
+def bias_bytes(tokens: int, heads: int, head_width: int) -> int:
     """Return the bytes of VMEM for a bias and its gradient in the backward pass.
 
     These are five float32 arrays: two buffers for the bias, two for its gradient, and
@@ -136,34 +136,34 @@ def bias_bytes(tokens: int, heads: int, head: int) -> int:
     size = max(1, LANES // tokens) * tokens
     window, offsets = _window_rows(size), TILE // math.gcd(size, TILE)
     offsets += offsets > 1  # because the last window of a block may start earlier
-    side_by_side = LANES // head
-    columns = -(-side_by_side * window // LANES) * LANES
+    heads_per_tile = LANES // head_width
+    columns = -(-heads_per_tile * window // LANES) * LANES
     arrays, itemsize = 5, 4
-    return arrays * itemsize * offsets * heads // side_by_side * window * columns
+    return arrays * itemsize * offsets * heads // heads_per_tile * window * columns
 
 
-def head_lanes(head: int) -> list[jax.Array]:
+def head_lanes(head_width: int) -> list[jax.Array]:
     """Return one mask [1, 128] for each head of a tile: True for the head's lanes."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-    return [(lane // head) == i for i in range(LANES // head)]
+    return [(lane // head_width) == i for i in range(LANES // head_width)]
 
 
-def stack_heads(x: jax.Array, head: int, inside: jax.Array, dtype) -> jax.Array:
+def stack_heads(x: jax.Array, head_width: int, inside: jax.Array, dtype) -> jax.Array:
     """Stack the heads that share 128 lanes, [W, 128] -> [heads * W, 128].
 
     Lanes of other heads, and rows where `inside` is False, are zero.
     """
-    parts = [jnp.where(lanes & inside, x, 0.0) for lanes in head_lanes(head)]
+    parts = [jnp.where(lanes & inside, x, 0.0) for lanes in head_lanes(head_width)]
     return jnp.concatenate(parts).astype(dtype)
 
 
-def merge_heads(x: jax.Array, head: int) -> jax.Array:
+def merge_heads(x: jax.Array, head_width: int) -> jax.Array:
     """Undo `stack_heads`, [heads * W, 128] -> [W, 128].
 
     Of the rows of each head, only this head's lanes are used.
     """
-    window = len(x) * head // LANES
+    window = len(x) * head_width // LANES
     merged = x[:window]
-    for i, lanes in enumerate(head_lanes(head)):
+    for i, lanes in enumerate(head_lanes(head_width)):
         merged = jnp.where(lanes, x[i * window : (i + 1) * window], merged)
     return merged

@@ -1,5 +1,6 @@
-"""Attention branch ``x + proj(attention(LayerNorm(x)))`` as one TPU kernel, forward and
-backward.
+"""Residual attention branch ``x + proj(attention(LayerNorm(x)))`` as fused TPU kernels.
+
+The forward and the backward pass are one kernel each.
 
 Shapes: x is [B*N, C], with N tokens per image. Tokens attend to tokens of the same
 image. C is a multiple of 128, and heads are 32, 64 or 128 wide. The forward pass
@@ -88,8 +89,8 @@ def _run(x, weights, bias, branch_scale, plan):
     """
     tokens, rows = plan.tokens, plan.rows
     width, dtype = x.shape[1], x.dtype
-    head = width // plan.heads
-    factor = np.float32(head**-0.5)
+    head_width = width // plan.heads
+    heads_per_tile, factor = LANES // head_width, np.float32(head_width**-0.5)
     groups = Groups(rows, tokens)
     biases = [] if bias is None else [groups.bias_by_query(bias)]
 
@@ -107,19 +108,20 @@ def _run(x, weights, bias, branch_scale, plan):
                 columns = pl.ds(tile * LANES, LANES)
                 q, k, v = _load_tile(qkv, window, tile, width)
                 k, v = k.astype(dtype), v.astype(dtype)
-                o, row_sums = heads_out[window, columns], jnp.ones(q.shape, F32)
-                for index, lanes in enumerate(head_lanes(head)):
+                tile_out, row_sums = heads_out[window, columns], jnp.ones(q.shape, F32)
+                for index, lanes in enumerate(head_lanes(head_width)):
                     if biases:
-                        mask = biases[0][first_bias + tile * (LANES // head) + index]
-                    qh = jnp.where(lanes, q, 0.0).astype(dtype)
-                    p = dot(qh, k, (1, 1)) * factor + mask  # [W, W]
+                        mask = biases[0][first_bias + tile * heads_per_tile + index]
+                    q_head = jnp.where(lanes, q, 0.0).astype(dtype)
+                    p = dot(q_head, k, (1, 1)) * factor + mask  # [W, W]
                     p = jnp.exp(p - p.max(-1, keepdims=True))
-                    # The scores are normalized below, after the heads are merged,
-                    # because a tile then needs one division instead of one per head.
+                    # The output is divided by the row sums below, after the heads are
+                    # merged, because a tile then needs one division instead of one per
+                    # head.
                     lanes = lanes & inside
-                    o = jnp.where(lanes, dot(p.astype(dtype), v), o)
+                    tile_out = jnp.where(lanes, dot(p.astype(dtype), v), tile_out)
                     row_sums = jnp.where(lanes, p.sum(-1, keepdims=True), row_sums)
-                heads_out[window, columns] = o / row_sums
+                heads_out[window, columns] = tile_out / row_sums
 
         groups.for_each(attend)
         y = dot(heads_out[...].astype(dtype), weights[4][...]) + weights[5][...]
@@ -151,10 +153,10 @@ def _backward(plan, residuals, gradient):
     x, weights, bias, branch_scale, saved = residuals
     tokens, rows, keep = plan.tokens, plan.rows, plan.keep
     width, dtype = x.shape[1], x.dtype
-    head, groups = width // plan.heads, Groups(rows, tokens)
-    side_by_side, biases = LANES // head, []
+    head_width, groups = width // plan.heads, Groups(rows, tokens)
+    heads_per_tile, biases = LANES // head_width, []
     if bias is not None:
-        copy_bias = partial(groups.bias_by_key, heads=side_by_side)
+        copy_bias = partial(groups.bias_by_key, heads_per_tile=heads_per_tile)
         bias_copies, bias_vjp = jax.vjp(copy_bias, bias)
         biases = [bias_copies]
 
@@ -169,22 +171,21 @@ def _backward(plan, residuals, gradient):
 
         def attend(window, inside, score_mask, slot):
             # The mask is [W, heads * W or 1]: keys are rows.
-            mask = None if biases else score_mask(0, side_by_side)
+            mask = None if biases else score_mask(0, heads_per_tile)
             first_bias = slot() * (width // LANES) if biases else 0
             for tile in range(width // LANES):
                 if biases:
                     mask = biases[0][first_bias + tile]
                 columns = pl.ds(tile * LANES, LANES)
                 q, k, v = _load_tile(qkv, window, tile, width)
-                do = dheads_out[window, columns]
-                q, do = (stack_heads(x, head, inside, dtype) for x in (q, do))
                 k, v = k.astype(dtype), v.astype(dtype)
-                p, ds, *gradients = _tile_gradients(q, k, v, do, mask, head)
+                arrays = q, k, v, dheads_out[window, columns]
+                p, ds, *gradients = _tile_gradients(*arrays, mask, inside, head_width)
                 if biases:
                     sums[6][first_bias + tile] += ds
-                o = merge_heads(dot(p, v, (0, 0)), head)
-                o = jnp.where(inside, o, heads_out[window, columns])
-                heads_out[window, columns] = o
+                tile_out = merge_heads(dot(p, v, (0, 0)), head_width)
+                tile_out = jnp.where(inside, tile_out, heads_out[window, columns])
+                heads_out[window, columns] = tile_out
                 for part, new in enumerate(gradients):
                     columns = pl.ds(part * width + tile * LANES, LANES)
                     qkv[window, columns] = jnp.where(inside, new, qkv[window, columns])
@@ -209,30 +210,32 @@ def _backward(plan, residuals, gradient):
     return dx, Weights(*sums[:6]), bias_vjp(sums[6])[0] if biases else None, None
 
 
-def _tile_gradients(q, k, v, do, mask, head):
+def _tile_gradients(q, k, v, dheads, mask, inside, head_width):
     """Return probabilities and gradients of a tile of heads.
 
     Rows are keys, so that sums over keys add whole tiles and stay within lanes. The
     heads of a tile lie side by side.
 
     Args:
-      q, do: queries and gradients of the outputs, from `stack_heads`.
-      k, v: keys and values of the tile, [W, 128].
+      q, k, v: queries, keys and values of the tile, [W, 128].
+      dheads: gradients of the outputs of the tile's heads, [W, 128].
       mask: added to the scores; contains the bias, if there is one.
+      inside: see `stack_heads`.
 
     Returns:
-      Probabilities, [W, heads * W] in the dtype of q; float32 gradients of the scores,
+      Probabilities, [W, heads * W] in the dtype of k; float32 gradients of the scores,
       [W, heads * W], and of q, k and v, [W, 128].
     """
-    factor = np.float32(head**-0.5)
+    factor, dtype = np.float32(head_width**-0.5), k.dtype
+    q, dheads = (stack_heads(x, head_width, inside, dtype) for x in (q, dheads))
     p = dot(k, q, (1, 1)) * factor + mask
     p = jnp.exp(p - p.max(0, keepdims=True))
     p = p * (1 / p.sum(0, keepdims=True))
-    dp = dot(v, do, (1, 1))
+    dp = dot(v, dheads, (1, 1))
     dscores = p * (dp - (dp * p).sum(0, keepdims=True))
-    ds, p = dscores.astype(q.dtype), p.astype(q.dtype)
-    dq = merge_heads(dot(ds, k, (0, 0)), head) * factor
-    return p, dscores, dq, dot(ds, q) * factor, dot(p, do)
+    ds, p = dscores.astype(dtype), p.astype(dtype)
+    dq = merge_heads(dot(ds, k, (0, 0)), head_width) * factor
+    return p, dscores, dq, dot(ds, q) * factor, dot(p, dheads)
 
 
 def _add_weight_gradients(sums, n, x_hat, dn, dqkv, heads_out, dy):

@@ -17,7 +17,7 @@ def dot_product_attention(
     mask: jax.Array | None,
     choice: str,
 ) -> jax.Array:
-    """Return the attention output, [B, N, heads, head], the shape of q, k and v.
+    """Return the attention output, [B, N, heads, head_width], the shape of q, k and v.
 
     The kernel of `dispatch.long_attention` is used if it supports the arguments.
     Otherwise CPUs use `unnormalized_softmax`. GPUs use `cudnn_attention`, which saves
@@ -39,11 +39,11 @@ def dot_product_attention(
         operands = "bhqk,bhkd->bhqd", weights.astype(v.dtype), jnp.swapaxes(v, 1, 2)
         out = jnp.einsum(*operands, preferred_element_type=jnp.float32) / sums
         return jnp.swapaxes(out, 1, 2).astype(v.dtype)
-    head = q.shape[-1]
+    head_width = q.shape[-1]
     is_supported = (
         target.platform() == "gpu"
         and choice != "plain"
-        and (q.dtype == jnp.bfloat16 and head % 8 == 0 and head <= 128)
+        and (q.dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128)
         and (bias is None or len(bias) == 1)
         and mask is None
     )
@@ -83,7 +83,7 @@ def unnormalized_softmax(
     """Return attention weights before normalization, and the sums to divide them by.
 
     Args:
-      q, k: [B, N, heads, head].
+      q, k: [B, N, heads, head_width].
       bias: added to the scores, broadcasts over [B, heads, N, N]; or None.
       mask: bool, broadcasts over [B, heads, N, N], True where a key may be attended to;
         or None. A query without any such key attends to all keys equally.

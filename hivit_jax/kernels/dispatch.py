@@ -81,36 +81,35 @@ def attention(
 ) -> ResidualFn | None:
     """Return a function that runs the branch as one kernel, or None.
 
-    The function returns ``x + factor * attention(norm(x))``. No kernel supports GPUs,
-    where cuDNN computes attention; key masks; padded or shifted windows; or a bias that
-    differs between images. For the arguments see `mlp` and `Attention.__call__`.
+    The function returns ``x + factor * attention(norm(x))``. No kernel supports key
+    masks, padded or shifted windows, or a bias that differs between images. GPUs use
+    cuDNN instead. For the arguments see `mlp` and `Attention.__call__`.
     """
     target = find_target(choice, x)
     qkv, proj, windows = attention.qkv, attention.proj, attention.windows
-    width, _, heads, head = qkv.kernel.shape
+    width, _, heads, head_width = qkv.kernel.shape
     if target is None or target.platform == "gpu" or x.size == 0:
         return None
-    if key_mask is not None:
+    if key_mask is not None or width % LANES or LANES % head_width:
         return None
     if windows is not None and (windows.is_padded or windows.shift):
-        return None
-    if width % LANES or LANES % head:
         return None
     bias = attention.position_bias(relative_index)
     if bias is not None and bias.ndim == 4:
         return None
     x = x if windows is None else windows.partition(x)
-    tokens = x.shape[1]
+    tokens, heads_per_tile = x.shape[1], LANES // head_width
     # Bytes of VMEM in the backward pass. `fixed`: weights and their gradients, four
-    # float32 score arrays [tokens, tokens] for each of the LANES // head heads that
-    # share a tile, and the bias. `per_row`: activations.
-    fixed, per_row = 48 * width**2 + 16 * tokens**2 * LANES // head, 76 * width
-    fixed += 0 if bias is None else bias_bytes(tokens, heads, head)
-    total, unit = x.shape[0] * tokens // target.shards, math.lcm(tokens, ROWS)
-    rows = block_rows(total, unit, 1024, (target.vmem - fixed) // per_row)
+    # float32 score arrays [tokens, tokens] for each head of a tile, and the bias.
+    # `per_row`: activations.
+    fixed, per_row = 48 * width**2 + 16 * tokens**2 * heads_per_tile, 76 * width
+    fixed += 0 if bias is None else bias_bytes(tokens, heads, head_width)
+    total, smallest = x.shape[0] * tokens // target.shards, math.lcm(tokens, ROWS)
+    rows = block_rows(total, smallest, 1024, (target.vmem - fixed) // per_row)
     if rows is None:
         return None
-    projection_flops, score_flops = 2 * width**2, 2 * tokens * width * LANES // head
+    # Operations per row of a product: with weights [C, C]; with scores.
+    projection_flops, score_flops = 2 * width**2, 2 * tokens * width * heads_per_tile
     forward = 4 * projection_flops + 2 * score_flops
     backward = 11 * projection_flops + 6 * score_flops
     keep = target.should_keep(forward, backward, 3 * projection_flops, width, 6 * width)
@@ -147,22 +146,22 @@ def long_attention(
     It supports neither masks nor a bias that differs between images. For the arguments
     see `attention_xla.dot_product_attention`.
     """
-    target, (_, tokens, heads, head) = find_target(choice, q), q.shape
-    width = heads * head
+    target, (_, tokens, heads, head_width) = find_target(choice, q), q.shape
+    width = heads * head_width
     if target is None or target.platform == "gpu" or q.size == 0:
         return None
-    if tokens < MIN_TOKENS or width % LANES or LANES % head:
+    if tokens < MIN_TOKENS or width % LANES or LANES % head_width:
         return None
     if mask is not None or bias is None or len(bias) > 1:
         return None
     padded = padded_tokens(tokens)
     rows = block_rows(padded, LANES, 2 * LANES, padded)
-    if vmem_bytes(tokens, rows, head, q.dtype.itemsize) > target.vmem:
+    if vmem_bytes(tokens, rows, head_width, q.dtype.itemsize) > target.vmem:
         return None
     plan = Plan(0.0, rows=rows, interpret=target.interpret, heads=heads, tokens=tokens)
     q, k, v = (x.reshape(*x.shape[:2], width) for x in (q, k, v))  # [B, N, C]
     out = target.run(flash_attention, q, (bias[0],), plan, (k, v))
-    return out.reshape(*out.shape[:2], heads, head)
+    return out.reshape(*out.shape[:2], heads, head_width)
 
 
 def layer_norm(x: jax.Array, norm: Any, choice: str) -> tuple | None:

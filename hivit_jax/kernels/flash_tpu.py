@@ -1,18 +1,19 @@
 """Attention of many tokens as a TPU kernel, without scores in HBM.
 
-`attention_tpu` keeps the bias of all heads and the weights of a branch in VMEM, which
-limits it to about 600 tokens with a bias. This kernel computes only
-``softmax(q k' + bias) v``, for one tile of 128 lanes at a time, which contains one head
-or several narrower heads. The bias of these heads and the sum of its gradient stay in
-VMEM while a core processes all images. So HBM traffic for the bias does not depend on
-the number of images.
+`attention_tpu` keeps the bias of all heads and the weights of the whole residual branch
+(normalization, qkv and output projection) in VMEM, which limits it to about 600 tokens
+with a bias. This kernel computes only ``softmax(q k' / sqrt(head_width) + bias) v``,
+for one tile of 128 lanes at a time, which contains one head or several narrower heads.
+The bias of these heads and the sum of its gradient stay in VMEM while a core processes
+all images. So HBM traffic for the bias does not depend on the number of images.
 
-VMEM holds the scores of a block of queries and all keys of one head. Therefore the
-softmax needs no running maximum, and the backward pass can recompute the softmax
+VMEM holds, for one head, the scores between a block of queries and all keys. Therefore
+the softmax needs no running maximum, and the backward pass can recompute the softmax
 without saved maxima or sums. Only q, k, v and the bias are saved.
 
 Queries, keys and values are tiles [N, 128] of arrays [B, N, C], so that no array is
-transposed. As in `attention_tpu`, the lanes of other heads are set to 0.
+transposed. To compute one head of a tile, the lanes of the tile's other heads are set
+to 0 in q and in the gradient of the output, as in `attention_tpu`.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +33,9 @@ from hivit_jax.kernels.numerics import F32, Plan, dot
 def flash_attention(
     q: jax.Array, bias: jax.Array, k: jax.Array, v: jax.Array, plan: Plan
 ) -> jax.Array:
-    """Return ``softmax(q k' / sqrt(head) + bias) v`` for each image and head, [B*N, C].
+    """Return ``softmax(q k' / sqrt(head_width) + bias) v``, [B*N, C].
+
+    Images and heads are computed independently.
 
     Args:
       q: [B*N, C].
@@ -56,17 +59,17 @@ def padded_tokens(tokens: int) -> int:
     return -(-tokens // LANES) * LANES
 
 
-def vmem_bytes(tokens: int, rows: int, head: int, itemsize: int) -> int:
+def vmem_bytes(tokens: int, rows: int, head_width: int, itemsize: int) -> int:
     """Return the bytes of VMEM for the backward pass.
 
     Args:
       rows: queries of a block.
-      head: width of a head.
       itemsize: bytes of an element of q.
     """
     padded = padded_tokens(tokens)
-    # Two buffers each: the bias and its gradient; q, k, v and four gradients.
-    biases = 2 * 2 * 4 * LANES // head * padded**2
+    # Two buffers each: the bias and its gradient; q, k, v, their gradients, and the
+    # gradient of the output.
+    biases = 2 * 2 * 4 * (LANES // head_width) * padded**2
     tiles = 2 * 7 * itemsize * padded * LANES
     sums = 2 * 4 * padded * LANES  # gradients of k and v in float32
     scores = 6 * 4 * rows * padded  # six float32 arrays like a block's scores
@@ -76,7 +79,7 @@ def vmem_bytes(tokens: int, rows: int, head: int, itemsize: int) -> int:
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, bias, plan):
     """Run the forward pass: [B, N, C] -> [B, N, C], where N is a multiple of 128."""
-    head, dtype = _head_width(q, plan), q.dtype
+    head_width, dtype = _head_width(q, plan), q.dtype
 
     def kernel(q_ref, k_ref, v_ref, bias_ref, out_ref):
         k, v = k_ref[0], v_ref[0]
@@ -85,16 +88,17 @@ def _attend(q, k, v, bias, plan):
         def _(rows):
             q = q_ref[0, rows, :]
             out = row_sums = jnp.ones(q.shape, F32)
-            for index, lanes in enumerate(head_lanes(head)):
-                qh = jnp.where(lanes, q, 0)
-                p = _exponentials(qh, k, bias_ref[index, rows, :], head)
-                # The scores are normalized below, after the heads are merged, because
-                # a tile then needs one division instead of one per head.
+            for index, lanes in enumerate(head_lanes(head_width)):
+                q_head = jnp.where(lanes, q, 0)
+                p = _exponentials(q_head, k, bias_ref[index, rows, :], head_width)
+                # The output is divided by the row sums below, after the heads are
+                # merged, because a tile then needs one division instead of one per
+                # head.
                 out = jnp.where(lanes, dot(p.astype(dtype), v), out)
                 row_sums = jnp.where(lanes, p.sum(-1, keepdims=True), row_sums)
             out_ref[0, rows, :] = (out / row_sums).astype(dtype)
 
-    return _call(kernel, plan, [q, k, v], bias, outputs=1, products=2)[0]
+    return _call(kernel, plan, [q, k, v], bias)[0]
 
 
 def _forward(q, k, v, bias, plan):
@@ -103,8 +107,8 @@ def _forward(q, k, v, bias, plan):
 
 def _backward(plan, saved, gradient):
     q, k, v, bias = saved
-    head, dtype = _head_width(q, plan), q.dtype
-    factor = np.float32(head**-0.5)
+    head_width, dtype = _head_width(q, plan), q.dtype
+    factor = np.float32(head_width**-0.5)
 
     def kernel(q_ref, k_ref, v_ref, dout_ref, bias_ref, *refs):
         dq_ref, dk_ref, dv_ref, dbias_ref, dk_sum, dv_sum = refs
@@ -120,17 +124,17 @@ def _backward(plan, saved, gradient):
         def _(rows):
             q, dout = q_ref[0, rows, :], dout_ref[0, rows, :]
             dq = jnp.zeros(q.shape, F32)
-            for index, lanes in enumerate(head_lanes(head)):
-                qh, do = (jnp.where(lanes, x, 0) for x in (q, dout))
-                p = _exponentials(qh, k, bias_ref[index, rows, :], head)
+            for index, lanes in enumerate(head_lanes(head_width)):
+                q_head, dout_head = (jnp.where(lanes, x, 0) for x in (q, dout))
+                p = _exponentials(q_head, k, bias_ref[index, rows, :], head_width)
                 p = p * (1 / p.sum(-1, keepdims=True))
-                dp = dot(do, v, (1, 1))
+                dp = dot(dout_head, v, (1, 1))
                 ds = p * (dp - (dp * p).sum(-1, keepdims=True))
                 dbias_ref[index, rows, :] += ds
                 ds, p = ds.astype(dtype), p.astype(dtype)
                 dq = jnp.where(lanes, dot(ds, k) * factor, dq)
-                dk_sum[...] += dot(ds, qh, (0, 0)) * factor
-                dv_sum[...] += dot(p, do, (0, 0))
+                dk_sum[...] += dot(ds, q_head, (0, 0)) * factor
+                dv_sum[...] += dot(p, dout_head, (0, 0))
             dq_ref[0, rows, :] = dq.astype(dtype)
 
         dk_ref[0] = dk_sum[...].astype(dtype)
@@ -138,7 +142,7 @@ def _backward(plan, saved, gradient):
 
     scratch = [pltpu.VMEM((q.shape[1], LANES), F32)] * 2
     arrays = [q, k, v, gradient]
-    return _call(kernel, plan, arrays, bias, outputs=3, products=5, scratch=scratch)
+    return _call(kernel, plan, arrays, bias, scratch, backward=True)
 
 
 _attend.defvjp(_forward, _backward)
@@ -149,19 +153,19 @@ def _head_width(q, plan):
     return q.shape[2] // plan.heads
 
 
-def _exponentials(q, k, bias, head):
+def _exponentials(q, k, bias, head_width):
     """Return the exponentials of the scores, [rows, N]; the largest of a row is 1."""
-    scores = dot(q, k, (1, 1)) * np.float32(head**-0.5) + bias
+    scores = dot(q, k, (1, 1)) * np.float32(head_width**-0.5) + bias
     return jnp.exp(scores - scores.max(-1, keepdims=True))
 
 
-def _for_each_block(ref: jax.Array, rows: int, run: Callable) -> None:
-    """Call run(slice of rows) for each block of `rows` rows of a ref [1, N, 128]."""
+def _for_each_block(ref: jax.Array, block_size: int, run: Callable) -> None:
+    """Call run(slice of rows) for each block of rows of a ref [1, N, 128]."""
 
     def body(i, _):
-        run(pl.ds(pl.multiple_of(i * rows, rows), rows))
+        run(pl.ds(pl.multiple_of(i * block_size, block_size), block_size))
 
-    jax.lax.fori_loop(0, ref.shape[1] // rows, body, None)
+    jax.lax.fori_loop(0, ref.shape[1] // block_size, body, None)
 
 
 def _call(
@@ -169,9 +173,8 @@ def _call(
     plan: Plan,
     arrays: Sequence[jax.Array],
     bias: jax.Array,
-    outputs: int,
-    products: int,
     scratch: Sequence = (),
+    backward: bool = False,
 ) -> list[jax.Array]:
     """Run a kernel for each tile of heads and, within a tile, for each image.
 
@@ -179,9 +182,8 @@ def _call(
       kernel: called with the refs of the arrays, the bias, the outputs and scratch.
       arrays: [B, N, C] each; a call receives [1, N, 128] of each.
       bias: [heads, N, N]; a call receives the bias of the tile's heads.
-      outputs: number of outputs [B, N, C] in the arrays' dtype. If this is more than
-        one, the gradient of the bias is a further output.
-      products: matrix products per head with an [N, N] operand or result.
+      backward: return the gradients of q, k, v and the bias. False: return one array
+        [B, N, C].
     """
     images, tokens, width = arrays[0].shape
     heads_per_tile = LANES // _head_width(arrays[0], plan)
@@ -190,10 +192,10 @@ def _call(
         (heads_per_tile, tokens, tokens), lambda tile, image: (tile, 0, 0)
     )
     shape = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
-    shapes, specs = [shape] * outputs, [array_spec] * outputs
-    if outputs > 1:
-        shapes.append(jax.ShapeDtypeStruct(bias.shape, bias.dtype))
-        specs.append(bias_spec)
+    shapes, specs, products = [shape], [array_spec], 2
+    if backward:
+        shapes = [*3 * [shape], jax.ShapeDtypeStruct(bias.shape, bias.dtype)]
+        specs, products = [*3 * [array_spec], bias_spec], 5
     moved = [*arrays, bias, *shapes]
     return pl.pallas_call(
         kernel,
@@ -204,10 +206,11 @@ def _call(
         scratch_shapes=scratch,
         compiler_params=compiler_params(plan.interpret),
         cost_estimate=pl.CostEstimate(
+            # `products` matrix products per head have an [N, N] operand or result.
             flops=2 * products * images * tokens**2 * width * heads_per_tile,
             transcendentals=images * plan.heads * tokens**2,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
         ),
         interpret=plan.interpret,
-        name="flash_attention" if outputs == 1 else "flash_attention_gradient",
+        name="flash_attention_gradient" if backward else "flash_attention",
     )(*arrays, bias)

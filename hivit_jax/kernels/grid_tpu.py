@@ -21,7 +21,7 @@ VMEM_SHARE = 0.9  # fraction of VMEM that a kernel may use
 def over_rows(
     kernel: Callable,
     plan: Plan,
-    rows: Sequence[jax.Array],
+    arrays: Sequence[jax.Array],
     weights: Sequence[jax.Array],
     sums_like: Sequence[jax.Array] = (),
     scratch: Sequence[Any] = (),
@@ -36,8 +36,8 @@ def over_rows(
     Args:
       kernel: (row refs, weight refs, output refs, refs of the sums in float32, scratch
         refs, scale_branch) -> None; called for each block. scale_branch(y) multiplies
-        y by `branch_scale`.
-      rows: arrays [T, C]; a block gets `plan.rows` rows of each.
+        the output y of the residual branch by `branch_scale`.
+      arrays: [T, C] each; a block gets `plan.rows` rows of each.
       weights: arrays that every block gets whole; vectors become [1, n].
       sums_like: one array per sum over all rows; only shape and dtype are used.
       scratch: scratch buffers of the kernel.
@@ -46,10 +46,10 @@ def over_rows(
       flops: operations of all blocks, for the compiler's estimates.
 
     Returns:
-      (outputs, sums). outputs: an array like rows[0], then one [T, width] per width in
-      `extra_widths`, in the dtype of rows[0]. sums: one array per entry of `sums_like`.
+      (outputs, sums). outputs: an array like arrays[0], then one [T, width] per extra
+      width, in the dtype of arrays[0]. sums: one array per entry of `sums_like`.
     """
-    total, width, dtype = *rows[0].shape, rows[0].dtype
+    total, width, dtype = *arrays[0].shape, arrays[0].dtype
     outputs = [jax.ShapeDtypeStruct((total, w), dtype) for w in (width, *extra_widths)]
     cores = _cores(total // plan.rows)
     steps = total // plan.rows // cores
@@ -58,8 +58,8 @@ def over_rows(
     pairs = zip(shapes, sums_like, strict=True)
     core_sums = [jax.ShapeDtypeStruct((cores, *x), s.dtype) for x, s in pairs]
     scalars = [] if branch_scale is None else [branch_scale]
-    ref_groups = rows, weights, scalars, outputs, core_sums, core_sums, scratch
-    in_specs = [*_blocks(plan.rows, steps, rows), *map(_whole, weights)]
+    ref_groups = arrays, weights, scalars, outputs, core_sums, core_sums, scratch
+    in_specs = [*_blocks(plan.rows, steps, arrays), *map(_whole, weights)]
     in_specs += [pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars)
     results = pl.pallas_call(
         _body(kernel, ref_groups, steps, total),
@@ -71,10 +71,10 @@ def over_rows(
         ),
         out_shape=[*outputs, *core_sums],
         compiler_params=compiler_params(plan.interpret),
-        cost_estimate=_cost(flops, (*rows, *outputs), (*weights, *sums_like), cores),
+        cost_estimate=_cost(flops, (*arrays, *outputs), (*weights, *sums_like), cores),
         interpret=plan.interpret,
         name=name,
-    )(*rows, *weights, *scalars)
+    )(*arrays, *weights, *scalars)
     pairs = zip(results[len(outputs) :], sums_like, strict=True)
     sums = tuple(x.sum(0).reshape(like.shape) for x, like in pairs)
     return tuple(results[: len(outputs)]), sums
@@ -112,9 +112,14 @@ def compiler_params(interpret: bool) -> pltpu.CompilerParams:
     )
 
 
-def _cost(flops, rows, whole, cores):
-    """Estimate the cost for the compiler; each core moves the arrays `whole` once."""
-    bytes_moved = sum(x.size * x.dtype.itemsize for x in rows)
+def _cost(flops, split, whole, cores):
+    """Estimate the cost for the compiler.
+
+    Args:
+      split: arrays whose rows are split over the cores.
+      whole: arrays that each core moves once.
+    """
+    bytes_moved = sum(x.size * x.dtype.itemsize for x in split)
     bytes_moved += cores * sum(x.size * x.dtype.itemsize for x in whole)
     return pl.CostEstimate(flops, 0, bytes_moved)
 

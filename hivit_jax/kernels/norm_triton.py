@@ -29,8 +29,8 @@ MAX_PARTS = 4  # largest number of parts of a row; see `row_parts`
 def row_parts(width: int) -> list:
     """Return slices that divide a row into parts.
 
-    The length of all parts is the same power of two, because Triton supports only
-    arrays whose sides are powers of two.
+    All parts have one length, a power of two, because Triton supports only arrays whose
+    sides are powers of two.
     """
     size = math.gcd(width, TILE)
     return [pl.ds(start, size) for start in range(0, width, size)]

@@ -154,15 +154,14 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def block_rows(total: int, unit: int, preferred: int, most: int) -> int | None:
+def block_rows(total: int, smallest: int, preferred: int, most: int) -> int | None:
     """Return the number of rows of a block, or None if no block fits.
 
-    The number is the largest multiple of `unit` that divides `total` and is at most
+    The number is the largest multiple of `smallest` that divides `total` and is at most
     `most` (the rows that fit into VMEM) and `preferred`. The number is also at most
     half of `total`, so that one block can be fetched while another is computed. A block
-    of one unit may exceed `preferred` and half of `total`.
+    of `smallest` rows may exceed `preferred` and half of `total`.
     """
-    limit = min(max(min(preferred, total // 2), unit), most)
-    return max(
-        (r for r in range(unit, limit + 1, unit) if total % r == 0), default=None
-    )
+    limit = min(max(min(preferred, total // 2), smallest), most)
+    candidates = range(smallest, limit + 1, smallest)
+    return max((rows for rows in candidates if total % rows == 0), default=None)

@@ -60,7 +60,7 @@ class Attention(nnx.Module):
 
         Args:
           relative_index: int [K, K] or [B, K, K], rows of the relative position table;
-            None: x holds all units in row-major order. Ignored with windows.
+            None: x holds all tokens in row-major order. Ignored with windows.
           key_mask: [B, K], nonzero for keys that may be attended to; None: all keys. A
             sample or window without such keys has a uniform softmax, not NaN. Windows
             with `attend_padding` do not support masks.
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         """Return the attention weights, float32 [B, heads, K, K].
 
         The query axis is before the key axis, and each row sums to 1. With W windows of
-        S units, the shape is [B, W, heads, S, S]; rows of padding have no meaning.
+        S tokens, the shape is [B, W, heads, S, S]; rows of padding have no meaning.
         For the arguments see `__call__`.
         """
         q, k, _, bias, mask = self._softmax_inputs(x, relative_index, key_mask)

@@ -23,10 +23,10 @@ class RunOptions:
     scan_blocks: compile one block per stage and run it in a loop. This shortens
       compilation. The blocks of a stage must be alike: `global_blocks` must be (), and
       Swin does not support this option.
-    kernels: fused kernels, "auto" (on TPUs and GPUs in bfloat16), "fused" (also on
-      CPUs, slowly) or "plain" (none). See `kernels.dispatch`. Forward-mode derivatives
-      (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) require "plain" where a fused kernel
-      would run.
+    kernels: backends with fused kernels, "auto" (TPUs and GPUs, only in bfloat16),
+      "fused" (also CPUs, in any dtype, slowly) or "plain" (none). See
+      `kernels.dispatch`. Forward-mode derivatives (`jax.jvp`, `jax.jacfwd`,
+      `jax.linearize`) require "plain" where a fused kernel would run.
     """
 
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
@@ -42,17 +42,17 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Sizes that every encoder has. Subclasses add `depths`, the blocks per stage.
+    """Sizes that every encoder has. Subclasses add `depths`, the depth of each stage.
 
-    image_size: side or (height, width) in pixels, multiples of `patch_size`; stored as
-      a pair.
+    image_size: side or (height, width), multiples of `patch_size`; stored as a pair.
     in_channels: channels of an image.
     embed_dim: width E of the blocks with attention.
     num_heads: attention heads of a block.
     mlp_ratio: hidden width divided by width in the MLPs after attention.
     drop_path_rate: drop path rate of the last block. The rates of the blocks rise
       linearly from 0.
-    patch_size: side of a unit in pixels.
+    patch_size: side in pixels of a unit, the image area of a token of the last stage.
+      In HiViT, a unit consists of several cells.
     layer_norm_eps: epsilon of every LayerNorm.
 
     Class attributes:
@@ -78,21 +78,21 @@ class EncoderConfig:
         size = tuple(count * self.patch_size for count in self.grid)
         object.__setattr__(self, "image_size", size)
 
-    def check_widths(self, **widths: int) -> None:
+    def check_widths(self, mlp_widths: dict[str, int]) -> None:
         """Raise ConfigError for an invalid `embed_dim`, `num_heads` or MLP ratio.
 
         Args:
-          widths: {name of an MLP ratio: input width of the MLPs with this ratio}.
+          mlp_widths: {name of an MLP ratio: input width of the MLPs with this ratio}.
         """
         dim, multiple = self.embed_dim, max(4, 2 ** (len(self.block_counts) - 1))
         check_heads("embed_dim", dim, "num_heads", self.num_heads)
         if dim % multiple:
             raise ConfigError(f"embed_dim={dim}: expected a multiple of {multiple}")
-        self.check_mlps(**widths)
+        self.check_mlps(mlp_widths)
 
-    def check_mlps(self, **widths: int) -> None:
+    def check_mlps(self, mlp_widths: dict[str, int]) -> None:
         """Raise ConfigError for an MLP without hidden units; see `check_widths`."""
-        for name, width in widths.items():
+        for name, width in mlp_widths.items():
             if width * getattr(self, name) < 1:
                 raise ConfigError(
                     f"{name}={getattr(self, name)} leaves no hidden unit in an MLP of "
@@ -111,7 +111,7 @@ class EncoderConfig:
 
     @property
     def cell_size(self) -> int:
-        """Side in pixels of the cells of the patch embedding."""
+        """Side in pixels of the squares that are embedded: units; in HiViT, cells."""
         return self.patch_size
 
     @property
@@ -141,20 +141,20 @@ class HiViTConfig(EncoderConfig):
     """Sizes of HiViT's encoder.
 
     embed_dim: width E of the main stage. The stem stages have widths E/4 and E/2.
-    depths: blocks per stage. A stem stage of depth d has 2d MLP blocks.
+    depths: depth d of each stage, which has d attention blocks, or 2d MLP blocks in the
+      stem.
     num_heads: attention heads of the main stage.
     mlp_ratio: hidden width divided by width in the MLPs of the main stage.
     stem_mlp_ratio: hidden width divided by width in the MLPs of the stem.
     inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
     relative_position: relative position bias in the main stage.
     window_size: side of the attention windows of the main stage in units, or 0 for
-      global attention. An image with at most this many units per side is one window. A
-      windowed block's bias table spans the window, so a table of a 14x14 grid fits
-      windows of 14 in any larger image.
+      global attention. An image with at most this many units per side is one window.
+      The bias table of a windowed block spans one window. A table trained on a 14x14
+      grid can therefore be used with windows of 14 in larger images.
     global_blocks: main-stage blocks, counted from 0, that use global attention despite
       `window_size`. Official detection uses windows of 14 and global blocks 4, 9, 14,
-      19. The forward pass of hivit_base on one 1024x1024 image then needs 3.1 GiB of
-      temporary memory instead of 11.1 GiB (XLA:CPU, float32).
+      19. For the memory that this saves see docs/weights.md.
 
     Raises:
       ConfigError: inconsistent sizes.
@@ -181,7 +181,7 @@ class HiViTConfig(EncoderConfig):
                 f"inner_patches={inner}"
             )
         dim, depth = self.embed_dim, self.depths[-1]
-        self.check_widths(mlp_ratio=dim, stem_mlp_ratio=dim >> stems)
+        self.check_widths({"mlp_ratio": dim, "stem_mlp_ratio": dim >> stems})
         if any(index >= depth for index in self.global_blocks):
             raise ConfigError(
                 f"global_blocks={self.global_blocks}; expected indices from 0 to "
@@ -209,9 +209,10 @@ class HiViTConfig(EncoderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(HiViTConfig):
-    """Sizes of encoder and head.
+    """Sizes of HiViT's encoder and of the head.
 
-    num_classes: classes of the head; 0: no head (in a recipe: the dataset's classes).
+    num_classes: classes of the head; 0: no head. In a recipe, 0 stands for the
+      dataset's number of classes.
     fc_norm: LayerNorm between pooling and head. MMPretrain's HiViT has none.
     running_norm: replace `fc_norm` by a `BatchNorm` without scale and bias, for a
       linear probe. The norm and its eps of 1e-6 follow MAE's ``main_linprobe.py``.
@@ -224,10 +225,9 @@ class ClassifierConfig(HiViTConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(EncoderConfig):
-    """Sizes of an encoder and of the decoder of a masked autoencoder.
+    """Sizes of a masked autoencoder on HiViT or ViT: encoder and decoder.
 
-    The decoder's MLP ratio is 4. The decoder has no relative positions and no drop
-    path.
+    The decoder has an MLP ratio of 4, no relative positions and no drop path.
 
     decoder_embed_dim: width of the decoder.
     decoder_depth: blocks of the decoder.
@@ -266,7 +266,7 @@ class DecoderConfig(EncoderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MAEConfig(DecoderConfig, HiViTConfig):
-    """Sizes of HiViT's encoder and decoder; `window_size` must be 0.
+    """Sizes of a masked autoencoder on HiViT; `window_size` must be 0.
 
     multi_scale: decode the outputs of all three stages, concatenated to width 7E and
       normalized (official ``hifeat``). False: decode the main stage's output, without

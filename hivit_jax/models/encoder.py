@@ -1,4 +1,7 @@
-"""Base class of encoders: stages of residual blocks on the units of images."""
+"""Base class of encoders: stages of residual blocks on the units of images.
+
+For units and cells see `positions`.
+"""
 
 from typing import NamedTuple
 

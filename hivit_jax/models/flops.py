@@ -1,4 +1,7 @@
-"""Numbers of parameters and multiply-adds, counted as in the published tables."""
+"""Numbers of parameters and multiply-adds, counted as in the published tables.
+
+For units and cells see `positions`.
+"""
 
 import jax
 from flax import nnx
@@ -55,7 +58,7 @@ def encoder_cost(
     """
     config, units = encoder.config, grid[0] * grid[1]
     kept = units if kept is None else kept
-    cells = config.inner_patches**2
+    cells = config.inner_patches**2  # per unit
     cost = row_cost(encoder.patch_embed, units * cells, layer_norm_cost)
     for blocks, merge in zip(encoder.stages, encoder.merges, strict=False):
         cost += row_cost(blocks, kept * cells, layer_norm_cost)

@@ -2,7 +2,7 @@
 
 The stem stages do not mix units. Masked units are therefore dropped from the patchified
 image, before the patch embedding. The cells of all remaining units of the batch are the
-rows of one matrix, which the stem processes.
+rows of one matrix, which the stem processes. For units and cells see `positions`.
 """
 
 import jax

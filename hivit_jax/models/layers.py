@@ -149,9 +149,10 @@ class Mlp(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """Linear and optional LayerNorm on cells, [T, cell*cell*in_channels] -> [T, dim].
+    """Linear and optional LayerNorm on squares of pixels, [T, fan_in] -> [T, dim].
 
-    The Linear is equivalent to the official strided convolution. The bias has PyTorch's
+    The squares are cells in HiViT, and units in ViT and Swin; see `positions`. The
+    Linear is equivalent to the official strided convolution. The bias has PyTorch's
     default initialization, uniform in +-1/sqrt(fan_in).
 
     Args:
@@ -185,15 +186,15 @@ class PatchEmbed(nnx.Module):
         else:
             self.norm = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
 
-    def __call__(self, cells: jax.Array) -> jax.Array:
-        x = self.proj(cells)
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x = self.proj(pixels)
         return x if self.norm is None else self.norm(x)
 
 
 class PatchMerge(nnx.Module):
     """Merge of every four consecutive rows, [T, C] -> [T/4, 2C].
 
-    In merge order, these rows are four neighboring cells; see `positions`.
+    In merge order, these rows are four neighboring cells or tokens; see `positions`.
     """
 
     def __init__(self, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):

@@ -2,7 +2,7 @@
 
 With HiViT, the model follows the official ``models_mae_hivit.py``: there is no class
 token, and by default the latent comes from all stages. Only the visible units are
-embedded and encoded.
+embedded and encoded. For units and cells see `positions`.
 """
 
 from collections.abc import Sequence

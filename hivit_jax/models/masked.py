@@ -1,4 +1,7 @@
-"""Base class of masked models, and their output."""
+"""Base class of masked models, and their output.
+
+A *unit* is a square of an image that is masked as a whole.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple

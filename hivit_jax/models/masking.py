@@ -1,4 +1,4 @@
-"""Random masking of units."""
+"""Random masking of units, the squares of an image that are masked as a whole."""
 
 import math
 from collections.abc import Callable

@@ -19,7 +19,7 @@ from hivit_jax.kernels.target import platform
 # Values per unit up to which a permutation matrix reorders units. On a TPU, transposing
 # larger units is faster.
 MAX_PERMUTED = 2048
-Grid = tuple[int, int]  # units along height and along width
+Grid = tuple[int, int]  # units or tokens along the height and along the width
 
 
 def check_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
@@ -77,9 +77,10 @@ def _merge_axes(levels: int) -> list[int]:
 
 
 def units_to_cells(units: jax.Array, patch_size: int, inner_patches: int) -> jax.Array:
-    """Split units [B, K, P*P*C] into cells [B*K*inner**2, cell*cell*C] in merge order.
+    """Split units [B, K, P*P*C] into cells [B*K*I*I, (P/I)*(P/I)*C] in merge order.
 
-    The pixels of a cell are in row-major order, and the channel varies fastest.
+    P is `patch_size` and I is `inner_patches`. The pixels of a cell are in row-major
+    order, and the channel varies fastest.
     """
     size = units.shape[-1]
     if platform() == "tpu" and size <= MAX_PERMUTED:
@@ -94,14 +95,14 @@ def units_to_cells(units: jax.Array, patch_size: int, inner_patches: int) -> jax
 
 def _split_units(units, patch_size, inner_patches):
     """Split units [..., P*P*C] by a transposition; see `units_to_cells`."""
-    levels, cell = inner_patches.bit_length() - 1, patch_size // inner_patches
+    levels, cell_size = inner_patches.bit_length() - 1, patch_size // inner_patches
     bits = (2,) * levels
-    row_length = cell * units.shape[-1] // patch_size**2  # pixels times channels
-    x = units.reshape(-1, *bits, cell, *bits, row_length)
+    row_length = cell_size * units.shape[-1] // patch_size**2  # pixels times channels
+    x = units.reshape(-1, *bits, cell_size, *bits, row_length)
     # In x, an axis of pixel rows lies between the row bits and the column bits.
     bit_axes = [a + 1 if a < levels else a + 2 for a in _merge_axes(levels)]
     x = x.transpose(0, *bit_axes, levels + 1, 2 * levels + 2)
-    return x.reshape(x.shape[0] * inner_patches**2, cell * row_length)
+    return x.reshape(x.shape[0] * inner_patches**2, cell_size * row_length)
 
 
 def tokens_to_map(tokens: jax.Array, grid: Grid, inner: int) -> jax.Array:

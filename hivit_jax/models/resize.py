@@ -71,15 +71,16 @@ def geometric_matrix(side: int, new: int) -> np.ndarray:
     return CubicSpline(source, np.eye(len(source)), bc_type="not-a-knot")(target)
 
 
-def resize_patch_kernel(kernel: np.ndarray, cell: int, new_cell: int) -> np.ndarray:
-    """Resize a patch embedding, [cell*cell*C, dim] -> [new_cell*new_cell*C, dim].
+def resize_patch_kernel(kernel: np.ndarray, side: int, new: int) -> np.ndarray:
+    """Resize a patch embedding to squares of `new` instead of `side` pixels per side.
 
-    Applies `resize_grid_table` to the rows and columns of pixels. The weights are not
-    rescaled for the new number of pixels.
+    The shape changes from [side*side*C, dim] to [new*new*C, dim]. Applies
+    `resize_grid_table` to the rows and columns of pixels. The weights are not rescaled
+    for the new number of pixels.
     """
     dim = kernel.shape[-1]
-    pixels = np.asarray(kernel).reshape(cell * cell, -1)
-    return resize_grid_table(pixels, (cell,) * 2, (new_cell,) * 2).reshape(-1, dim)
+    pixels = np.asarray(kernel).reshape(side * side, -1)
+    return resize_grid_table(pixels, (side,) * 2, (new,) * 2).reshape(-1, dim)
 
 
 def resize_matrix(old: int, new: int) -> np.ndarray:
@@ -113,9 +114,10 @@ def channel_matrix(old: int, new: int) -> np.ndarray:
 
 
 def resize_channels(kernel: np.ndarray, old: int, new: int) -> np.ndarray:
-    """Adapt a patch embedding, [cell*cell*old, dim] -> [cell*cell*new, dim].
+    """Adapt a patch embedding to `new` instead of `old` channels.
 
-    Multiplies the channels by `channel_matrix`. The result has the dtype of `kernel`.
+    The shape changes from [pixels*old, dim] to [pixels*new, dim]. Multiplies the
+    channels by `channel_matrix`. The result has the dtype of `kernel`.
     """
     kernel = np.asarray(kernel)
     if old == new:

@@ -1,7 +1,8 @@
 """SimMIM on Swin (Xie et al., CVPR 2022).
 
 All tokens are encoded. A learned token replaces each masked token after the patch
-embedding. A linear layer on the tokens of the last stage predicts the pixels.
+embedding. A linear layer on the tokens of the last stage predicts the pixels. A *unit*
+is a square of ``mask_patch_size`` pixels per side, which is masked as a whole.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from hivit_jax.models.swin_classifier import swin_cost
 
 @dataclass(frozen=True, kw_only=True)
 class SimMIMConfig(SwinConfig):
-    """Sizes of the encoder and of the masked units.
+    """Sizes of Swin's encoder and of the masked units.
 
     mask_patch_size: side in pixels of the units that are masked.
 

@@ -27,12 +27,12 @@ from hivit_jax.models.windows import Windows
 
 @dataclass(frozen=True, kw_only=True)
 class SwinConfig(EncoderConfig):
-    """Sizes of the encoder.
+    """Sizes of Swin's encoder.
 
     embed_dim: width E of the first stage. Each merge doubles the width.
     depths: blocks per stage.
     num_heads: attention heads per stage.
-    patch_size: side of a token of the first stage in pixels.
+    patch_size: side in pixels of a token of the first stage.
     window_size: side of the attention windows in tokens. Every second block shifts its
       windows by half a side.
     shrink_windows: in stages whose shorter side is at most `window_size`, use windows
@@ -67,7 +67,7 @@ class SwinConfig(EncoderConfig):
             )
         for width, heads in zip(self.widths, self.num_heads, strict=True):
             check_heads("the width of a stage", width, "num_heads", heads)
-        self.check_mlps(mlp_ratio=self.embed_dim)
+        self.check_mlps({"mlp_ratio": self.embed_dim})
 
     @property
     def widths(self) -> tuple[int, ...]:

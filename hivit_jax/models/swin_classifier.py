@@ -19,9 +19,10 @@ from hivit_jax.models.swin import Swin, SwinConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SwinClassifierConfig(SwinConfig):
-    """Sizes of encoder and head.
+    """Sizes of Swin's encoder and of the head.
 
-    num_classes: classes of the head; 0: no head (in a recipe: the dataset's classes).
+    num_classes: classes of the head; 0: no head. In a recipe, 0 stands for the
+      dataset's number of classes.
     running_norm: a `BatchNorm` without scale and bias before the head, for a linear
       probe.
     """

@@ -1,7 +1,8 @@
 """Plain ViT: encoder, classifier and masked autoencoder as in the official MAE code.
 
-A class token precedes the tokens of the units and is never masked. Papers: Dosovitskiy
-et al. (ICLR 2021) for ViT, He et al. (CVPR 2022) for the masked autoencoder.
+A class token precedes the tokens of the units, the patches of the image, and is never
+masked. Papers: Dosovitskiy et al. (ICLR 2021) for ViT, He et al. (CVPR 2022) for the
+masked autoencoder.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ POOLINGS = ("mean", "token")
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(EncoderConfig):
-    """Sizes of the encoder. Its only stage has attention, and each unit is one cell.
+    """Sizes of ViT's encoder, whose only stage has attention. A unit is one cell.
 
     depth: blocks of the encoder.
     """
@@ -43,7 +44,7 @@ class ViTConfig(EncoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_widths(mlp_ratio=self.embed_dim)
+        self.check_widths({"mlp_ratio": self.embed_dim})
 
     @property
     def depths(self) -> tuple[int]:
@@ -53,9 +54,10 @@ class ViTConfig(EncoderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ViTClassifierConfig(ViTConfig):
-    """Sizes of encoder and head.
+    """Sizes of ViT's encoder and of the head.
 
-    num_classes: classes of the head; 0: no head (in a recipe: the dataset's classes).
+    num_classes: classes of the head; 0: no head. In a recipe, 0 stands for the
+      dataset's number of classes.
     pooling: input of the head. "mean": mean of the units' tokens, then `fc_norm`, as in
       MAE's finetuning (official ``global_pool``). "token": the class token after
       `norm`, as in MAE's linear probe.
@@ -71,7 +73,7 @@ class ViTClassifierConfig(ViTConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ViTMAEConfig(DecoderConfig, ViTConfig):
-    """Sizes of encoder and decoder.
+    """Sizes of a masked autoencoder on ViT.
 
     norm_pix_loss: normalize the targets of each unit. The official default is False,
       but all published accuracies use True.

@@ -14,7 +14,7 @@ from PIL import Image
 from hivit_jax.reporting import metrics
 
 TITLED_WIDTH = 2.4  # width in inches of an image with a title
-PANELS = ("original", "masked", "reconstruction", "with visible pasted")
+PANELS = ("original", "masked", "reconstruction", "reconstruction + visible")
 
 
 def reconstruction_panels(
@@ -50,10 +50,13 @@ def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
 
 
 def statistics_text(norm_pix_loss: bool, statistics: str = "unit") -> str:
-    """Return a title of reconstructions: the source of brightness and contrast.
+    """Return the title of a figure of reconstructions.
+
+    The title names the source of their brightness and contrast.
 
     Args:
-      norm_pix_loss: the model predicts normalized pixels of each unit.
+      norm_pix_loss: the model predicts normalized pixels of each unit (square of the
+        image that is masked as a whole).
       statistics: "unit" or "visible"; see `tools.reconstruct`.
     """
     if not norm_pix_loss:
@@ -64,7 +67,12 @@ def statistics_text(norm_pix_loss: bool, statistics: str = "unit") -> str:
 
 
 def rows_of_panels(panels: Mapping[str, np.ndarray], title: str = "") -> np.ndarray:
-    """Plot images [B, H, W, C] in 0..1 by name, one row for each of the B images."""
+    """Plot a grid with a row for each of B images and a titled column for each name.
+
+    Args:
+      panels: images [B, H, W, C] in 0..1 by name.
+      title: title of the whole figure.
+    """
     grid = np.stack([*panels.values()], axis=1)
     figure = _figure(1.6 * len(panels), 0.6 + 1.55 * len(grid))
     axis = figure.subplots()
@@ -123,8 +131,8 @@ def schedule(steps: np.ndarray, learning_rates: np.ndarray) -> np.ndarray:
 def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Plot a confusion matrix of counts, [classes, classes], true x predicted.
 
-    The color of a cell shows its fraction of the images of the true class. The axes
-    show names of up to 40 classes, and the cells show counts of up to 15 classes.
+    The color of a cell shows its fraction of the images of the true class. Class names
+    are shown if there are at most 40 classes, and counts if there are at most 15.
     """
     count = len(names)
     side = min(max(4.0, 1.5 + 0.4 * count), 14.0)

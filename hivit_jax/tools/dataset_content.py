@@ -19,12 +19,14 @@ MAX_PAIRS = 5  # listed pairs of equal files, and listed groups
 SHEET_CLASSES, SHEET_IMAGES, SHEET_SIDE = 20, 6, 96
 
 
-def content_report(splits: Sequence[Split], group: str) -> tuple[str, list[str]]:
+def content_report(
+    splits: Sequence[Split], group_pattern: str
+) -> tuple[str, list[str]]:
     """Return a report on classes, pixels, leaks and settings, and a list of problems.
 
     Args:
       splits: the training split and, if there is one, the evaluation split.
-      group: pattern, see `summary.shared_groups`; "": none.
+      group_pattern: regular expression, see `summary.shared_groups`; "": none.
     """
     lines = class_lines(splits)
     for split in splits:
@@ -35,7 +37,7 @@ def content_report(splits: Sequence[Split], group: str) -> tuple[str, list[str]]
             f"{split.title}: channels x dtype of files: {text or 'none'}; "
             f"{black:.2%} of the values are at the lower end, {white:.2%} at the upper"
         )
-    leaks, problems = leak_lines(splits, group) if len(splits) > 1 else ([], [])
+    leaks, problems = leak_lines(splits, group_pattern) if len(splits) > 1 else ([], [])
     return "\n".join([*lines, *leaks, *setting_lines(splits[0])]), problems
 
 
@@ -64,7 +66,9 @@ def class_lines(splits: Sequence[Split]) -> list[str]:
     return lines
 
 
-def leak_lines(splits: Sequence[Split], group: str) -> tuple[list[str], list[str]]:
+def leak_lines(
+    splits: Sequence[Split], group_pattern: str
+) -> tuple[list[str], list[str]]:
     """Return (lines about equal files and groups in both splits, list of problems)."""
     train, test = splits
     pairs = equal_files([split.summary.digests for split in splits])
@@ -79,9 +83,9 @@ def leak_lines(splits: Sequence[Split], group: str) -> tuple[list[str], list[str
             lines.append(line)
         if len(pairs) > MAX_PAIRS:
             lines.append(f"    ... and {len(pairs) - MAX_PAIRS:,} more")
-    if group:
+    if group_pattern:
         names = [[split.name(i) for i in split.indices.tolist()] for split in splits]
-        if shared := shared_groups(group, names):
+        if shared := shared_groups(group_pattern, names):
             problems.append(f"{counted(len(shared), 'group')} in both splits")
             lines.append(f"{problems[-1]}: {listed(shared, MAX_PAIRS)}")
     return lines, problems

@@ -1,4 +1,4 @@
-"""The images of one split that check_data reads, and their unusual properties."""
+"""The images of a split that check_data has read, and the findings about them."""
 
 import os
 from collections import defaultdict
@@ -23,11 +23,18 @@ IMAGES_PER_JOB = 32
 UNREADABLE, BAD_LABEL = "unreadable", "with an invalid label"
 BAD_CHECKSUM = "with a wrong checksum"
 OTHER_VALUES = "with values that data.dtype and data.value_range do not cover"
-CHANNELS, DROPPED = "with the wrong number of channels", "with dropped channels"
+WRONG_CHANNELS, DROPPED = "with the wrong number of channels", "with dropped channels"
 NO_IMAGE = "without an image"  # fault of a class, not of an image
 FAULTS = (
-    UNREADABLE, BAD_CHECKSUM, BAD_LABEL, OTHER_VALUES, CHANNELS, LOST, CLIPPED, DROPPED
-)  # fmt: skip
+    UNREADABLE,
+    BAD_CHECKSUM,
+    BAD_LABEL,
+    OTHER_VALUES,
+    WRONG_CHANNELS,
+    LOST,
+    CLIPPED,
+    DROPPED,
+)
 
 
 class Split:
@@ -38,7 +45,8 @@ class Split:
       max_images: number of images to select; 0: all.
 
     Attributes:
-      is_fraction: True for an evaluation split that is a fraction of the images.
+      is_fraction: True for an evaluation split that is cut from another split, by
+        data.eval_fraction or a slice such as train[80%:].
       indices: indices of the k images in the dataset's split, int64 [k].
       labels: int64 [k], or [k, classes] of 0 and 1 with several labels per image. -1
         marks an image that cannot be decoded, or an invalid label. Without labels, all
@@ -94,7 +102,7 @@ class Split:
             except LocalDataError:
                 raise
             except ChannelError as error:
-                self.findings[CHANNELS][index] = str(error)
+                self.findings[WRONG_CHANNELS][index] = str(error)
                 continue
             except LabelError as error:
                 self.findings[BAD_LABEL][index] = str(error)
@@ -120,7 +128,9 @@ class Split:
         return len(indices)
 
     def _valid_label(self, label: Any) -> int | np.ndarray:
-        """Return a label, or the vector of an image's labels; 0 without labels.
+        """Return the label of an image, or the vector of its labels.
+
+        Returns 0 if the dataset has no labels.
 
         Raises:
           LabelError: the label is invalid.

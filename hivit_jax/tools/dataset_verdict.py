@@ -14,11 +14,11 @@ from hivit_jax.progress import counted
 from hivit_jax.tools.dataset_split import (
     BAD_CHECKSUM,
     BAD_LABEL,
-    CHANNELS,
     DROPPED,
     NO_IMAGE,
     OTHER_VALUES,
     UNREADABLE,
+    WRONG_CHANNELS,
     Split,
 )
 
@@ -27,7 +27,7 @@ REMEDIES = {
     BAD_CHECKSUM: "restore the files with a wrong checksum",
     BAD_LABEL: "correct the invalid labels",
     OTHER_VALUES: "set data.dtype and data.value_range as described in the report",
-    CHANNELS: "set model.in_channels to the number of channels of the files",
+    WRONG_CHANNELS: "set model.in_channels to the number of channels of the files",
     LOST: "set data.value_range to the range of the values, or data.dtype",
     NO_IMAGE: "add images of every class, or remove the classes without an image",
 }

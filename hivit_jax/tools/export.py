@@ -19,13 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax import export as stablehlo
+from jax import export as jax_export
 
-from hivit_jax import errors, platforms
+from hivit_jax import errors
 from hivit_jax.errors import CheckpointError, ConfigError, HivitError
 from hivit_jax.models import Model
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.paths import expand
+from hivit_jax.platforms import start as start_platforms
 from hivit_jax.reporting.console import log
 from hivit_jax.tools.outputs import output_path
 
@@ -54,7 +55,7 @@ def export(
     function = jax.jit(_inference_function(model, what))
     errors.require("flatbuffers", "hivit-jax[export]")
     with _without_source_directories():
-        exported = stablehlo.export(function, platforms=tuple(platforms))(
+        exported = jax_export.export(function, platforms=tuple(platforms))(
             _input_spec(model)
         )
     return bytes(exported.serialize())
@@ -121,7 +122,7 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     try:
         if not is_onnx:
-            return jax.jit(stablehlo.deserialize(bytearray(content)).call)
+            return jax.jit(jax_export.deserialize(bytearray(content)).call)
         options = package.SessionOptions()
         # Without this, onnxruntime logs every constant that it optimizes away.
         options.log_severity_level = 3
@@ -159,7 +160,8 @@ def compare(model: Model, what: str, path: Path) -> float:
     if not difference <= limit * largest:  # also true for NaN
         raise HivitError(
             f"the exported {what} differs from the model by {difference:.1e}; expected "
-            f"at most {limit:.0e} times the largest output, {largest:.1e}.\n"
+            f"at most {limit * largest:.1e}, which is {limit:.0e} times the largest "
+            "output.\n"
             "No file was written"
         )
     return float(difference)
@@ -179,7 +181,7 @@ def _inference_function(model: Model, what: str) -> Callable[[jax.Array], Any]:
 
 
 def _input_spec(model: Model) -> jax.ShapeDtypeStruct:
-    shape = (*stablehlo.symbolic_shape("b"), *model.config.image_shape)
+    shape = (*jax_export.symbolic_shape("b"), *model.config.image_shape)
     return jax.ShapeDtypeStruct(shape, np.float32)
 
 
@@ -247,7 +249,7 @@ def run(argv: Sequence[str] | None) -> None:
         raise ConfigError(
             f"--platforms={flags.platforms} does not apply to ONNX; remove it"
         )
-    platforms.start()
+    start_platforms()
     from hivit_jax.tools.loading import read_model
     from hivit_jax.weights.load import build
 
@@ -264,7 +266,7 @@ def run(argv: Sequence[str] | None) -> None:
     try:
         part.write_bytes(content)
         comparison = "not compared with the model, because the file cannot run here"
-        if is_onnx or stablehlo.default_export_platform() in targets:
+        if is_onnx or jax_export.default_export_platform() in targets:
             difference = compare(model, flags.what, part)
             comparison = f"largest difference from the model {difference:.1e}"
         part.replace(out)

@@ -36,8 +36,8 @@ IMAGE|DIRECTORY
 --batch_size  default: the training's batch size, at most 64
 
 arrays of FILE.npz:
-  features    float32 [N, D], the input of the classifier's head, or the mean of the
-              last tokens of a masked autoencoder
+  features    float32 [N, D], the input of the classifier's head; for a masked
+              autoencoder, the mean of the tokens of the encoder's last stage
   stride4, stride8, stride16
               float32 [N, h, w, C]; with --pyramid, they replace features
   files       [N] names of the images; images that cannot be read are left out

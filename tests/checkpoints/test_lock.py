@@ -171,12 +171,12 @@ def test_run_whose_lock_was_taken_over_ends_itself(tmp_path, monkeypatch):
     """Until the takeover, the run's heartbeats change its lock."""
     ended = threading.Event()
 
-    def exit_now(code, message):
+    def exit_together(code, message):
         assert code == 2
         assert "was taken over by process 7 on far" in message
         ended.set()
 
-    monkeypatch.setattr(lock, "exit_now", exit_now)
+    monkeypatch.setattr(lock, "exit_together", exit_together)
     with lock.hold(tmp_path):
         path = tmp_path / "run-1.lock"
         before = lock._read_owner(path)

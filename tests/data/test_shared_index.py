@@ -40,7 +40,7 @@ from hivit_jax.distributed import processes
 from hivit_jax.errors import run_command
 
 address, count, index, *directories = sys.argv[1:]
-processes.start(address, int(count), int(index), 60.0)
+processes.connect(address, int(count), int(index), 60.0)
 
 def open_all():
     for directory in directories:
@@ -48,7 +48,7 @@ def open_all():
         images = [source.sample(i)["image"] for i in range(len(source))]
         print(json.dumps([zlib.crc32(image) for image in images]))
 
-processes.exit_now(run_command(open_all))
+processes.exit_together(run_command(open_all))
 """
 
 
@@ -77,10 +77,10 @@ def open_together(caches, *directories):
     ]
 
 
-def record_header_reads(bucket):
-    """Return {(key, range): number of reads} of record headers.
+def take_reads_of_record_headers(bucket):
+    """Return {(key, range): number of reads} of record headers, and clear the requests.
 
-    Clears `bucket.requests`.
+    The requests are `bucket.requests`.
     """
     found = Counter()
     for _, key, byte_range in bucket.requests:
@@ -96,13 +96,13 @@ def test_each_file_is_indexed_once(bucket, tmp_path):
     [alone] = open_together([tmp_path / "alone"], "gs://bucket/one")
     assert alone[0] == 0, alone
     assert "indexing 4 of 4 files of gs://bucket/one/" in alone[2]
-    expected = record_header_reads(bucket)
+    expected = take_reads_of_record_headers(bucket)
     assert len(expected) == 24
     caches = [tmp_path / name for name in "ab"]
     for code, images, err in open_together(caches, "gs://bucket/other"):
         assert (code, images) == (0, alone[1]), err
         assert "indexing 2 of 4 files of gs://bucket/other/" in err
-    found = record_header_reads(bucket)
+    found = take_reads_of_record_headers(bucket)
     assert {*found.values()} == {1}
     renamed = {(key.replace("other/", "one/"), span) for key, span in found}
     assert renamed == expected.keys()
@@ -111,20 +111,25 @@ def test_each_file_is_indexed_once(bucket, tmp_path):
 
 
 @pytest.mark.extras
-def test_both_processes_build_an_index_that_only_one_has(bucket, tmp_path, monkeypatch):
-    """The bucket is read-only, so each process saves the index locally."""
+def test_both_processes_index_if_only_one_has_a_cached_index(
+    bucket, tmp_path, monkeypatch
+):
+    """The bucket is read-only, so each process saves the index in its own cache.
+
+    The second run reads no record headers.
+    """
     bucket.read_only = True
     caches = [tmp_path / name for name in "ab"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(caches[0]))
     source = Tfds("noise_images", "gs://bucket/one", "train")
     assert len([*caches[0].glob("hivit_jax/*.npz")]) == 1
-    record_header_reads(bucket)
+    take_reads_of_record_headers(bucket)
     for _ in range(2):
         results = open_together(caches, "gs://bucket/one")
         assert [code for code, *_ in results] == [0, 0], results
         assert len(json.loads(results[0][1])) == len(source)
         assert results[0][1] == results[1][1]
-        reads = record_header_reads(bucket)
+        reads = take_reads_of_record_headers(bucket)
         assert [len([*cache.glob("hivit_jax/*.npz")]) for cache in caches] == [1, 1]
     assert not reads
 

@@ -17,12 +17,12 @@ def test_process_without_a_cluster_runs_alone(monkeypatch):
         raise ValueError(message)
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
-    processes.start("", -1, -1, 60.0)
+    processes.connect("", -1, -1, 60.0)
     timeouts = dict(heartbeat_timeout_seconds=60, shutdown_timeout_seconds=2 * 60 + 30)
     assert calls == [((), timeouts)]
     message = "Number of processes must be defined."
     with pytest.raises(ConfigError, match="cannot start together: Number of processes"):
-        processes.start("", -1, -1, 60.0)
+        processes.connect("", -1, -1, 60.0)
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ def test_unreachable_process_is_a_config_error(process, message, monkeypatch):
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
     with pytest.raises(ConfigError, match=f"^{message}"):
-        processes.start(*process, 60.0)
+        processes.connect(*process, 60.0)
 
 
 def test_process_flags_reach_jax_or_are_refused(run_main, tmp_path, capsys):
-    """JAX's shutdown waits longer than `exit_now`. Invalid flags are an error."""
+    """JAX's shutdown waits longer than `exit_together`. Invalid flags are an error."""
     address = "--coordinator_address=host:1234"
     flags = [address, "--num_processes=4", "--process_id=3", f"--workdir={tmp_path}"]
     code, calls = run_main(*flags, problem="refused")

@@ -168,10 +168,10 @@ from hivit_jax.distributed import processes
 from hivit_jax.training.early_stopping import check_progress
 
 address, index, workdir, best, *steps = sys.argv[1:]
-processes.start(address, 2, int(index), 60.0)
+processes.connect(address, 2, int(index), 60.0)
 found = [check_progress(Path(workdir), 2, (best, "min"), int(step)) for step in steps]
 print(json.dumps(found))
-processes.exit_now(0)
+processes.exit_together(0)
 """
 
 

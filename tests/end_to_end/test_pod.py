@@ -29,8 +29,8 @@ RUN = dict(
 
 
 # For runs in which one process fails. The failing process waits 2 x peer_timeout for
-# the other process, see `exit_now`. stall_timeout is longer, so that the watchdog does
-# not end the other process first.
+# the other process, see `exit_together`. stall_timeout is longer, so that the watchdog
+# does not end the other process first.
 ONE_FAILS = RUN | dict(stall_timeout=60)
 
 
@@ -292,7 +292,7 @@ from hivit_jax import config, errors, main, train
 from hivit_jax.distributed import processes
 
 address, index, directory, config_flag, *flags = sys.argv[1:]
-processes.start(address, 2, int(index), 60.0)
+processes.connect(address, 2, int(index), 60.0)
 os.chdir(directory)
 flags = [*flags, "--config.data.name=folder", "--config.data.train_examples=0"]
 try:

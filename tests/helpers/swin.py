@@ -5,10 +5,10 @@ from functools import partial
 
 import jax.numpy as jnp
 import reference
-from networks import abstract_model
-from vit import images, labels, noise, probe, weight
+from vit import images, weight
+from vit import labels as labels
+from vit import noise as noise
 
-__all__ = ["abstract_model", "images", "labels", "noise", "probe", "weight"]
 FACTS = json.loads((reference.GOLDEN / "swin.json").read_text())
 FIXTURES = FACTS["fixtures"]
 check_gradients = partial(reference.check_gradients, FIXTURES, seed=0)

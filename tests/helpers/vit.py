@@ -5,13 +5,11 @@ from functools import partial
 
 import numpy as np
 import reference
-from networks import abstract_model
 
 from hivit_jax.models.positions import sincos_table
 from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights.names.official import to_official
 
-__all__ = ["abstract_model"]
 FACTS = json.loads((reference.GOLDEN / "vit.json").read_text())
 FIXTURES = FACTS["fixtures"]
 # The seed of these fixtures is 0 instead of `reference.SEED`.
@@ -67,12 +65,12 @@ def build(fixture, state=None):
     return reference.build(name, state, **config)
 
 
-def official_names(model, values):
+def by_official_name(model, values):
     """Return {official name: value} for {our name: value}."""
-    shapes = named_leaves(split(model)[1])
+    leaves = named_leaves(split(model)[1])
     return {
         official: values[name]
-        for name, leaf in shapes.items()
+        for name, leaf in leaves.items()
         if name in values
         for official in to_official(nested(name, np.empty(leaf.shape, bool)), model)
     }

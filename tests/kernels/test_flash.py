@@ -32,9 +32,9 @@ pytestmark = pytest.mark.slow
 KERNEL = "flash_attention"
 
 
-def inputs_of(images, tokens, heads, head, dtype=jnp.float32):
+def inputs_of(images, tokens, heads, head_width, dtype=jnp.float32):
     """Return (q, k, v, bias) and a cotangent of the output."""
-    shape = images, tokens, heads, head
+    shape = images, tokens, heads, head_width
     *qkv, bias, cotangent = random_arrays(*3 * [shape], (heads, tokens, tokens), shape)
     qkv = [(4 * x).astype(dtype) for x in qkv]
     return [*qkv, 4 * bias], cotangent.astype(dtype)
@@ -45,7 +45,7 @@ def plain(q, k, v, bias):
 
 
 def fused(q, k, v, bias, rows=128):
-    """Run the kernel on arrays [B, N, heads, head]."""
+    """Run the kernel on arrays [B, N, heads, head_width]."""
     tokens, heads = q.shape[1:3]
     plan = Plan(0.0, rows=rows, interpret=True, heads=heads, tokens=tokens)
     q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
@@ -60,15 +60,15 @@ def attend(q, k, v, bias, choice="fused", mask=None):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "head", "rows"),
+    ("tokens", "heads", "head_width", "rows"),
     [(256, 2, 64, 128), (300, 2, 128, 384), (140, 4, 32, 128), (270, 4, 64, 128)],
 )
-def test_flash_kernel_equals_plain_jax(tokens, heads, head, rows):
+def test_flash_kernel_equals_plain_jax(tokens, heads, head_width, rows):
     """Output and gradients of q, k, v and bias are equal, with and without padding.
 
     A tile of 128 columns contains one, two or four heads.
     """
-    inputs, cotangent = inputs_of(3, tokens, heads, head)
+    inputs, cotangent = inputs_of(3, tokens, heads, head_width)
     actual, expected = (
         fast_jit(partial(output_and_gradients, function))(inputs, cotangent)
         for function in (partial(fused, rows=rows), plain)
@@ -101,10 +101,15 @@ def test_gradient_of_the_bias_is_summed_over_devices():
 
 
 def test_only_supported_arguments_run_the_flash_kernel():
-    """With few tokens, a mask, an odd width or a bias per image, no kernel runs."""
+    """No kernel runs with few tokens, a mask or a bias per image.
 
-    def kernels(images=2, tokens=256, heads=2, head=64, per_image=False, **options):
-        (q, k, v, bias), _ = inputs_of(images, tokens, heads, head)
+    The width must be a multiple of 128; three heads of 32 have a width of 96.
+    """
+
+    def kernels(
+        images=2, tokens=256, heads=2, head_width=64, per_image=False, **options
+    ):
+        (q, k, v, bias), _ = inputs_of(images, tokens, heads, head_width)
         run = partial(attend, bias=bias, **options)
         if per_image:
             bias = jnp.stack(images * [bias])
@@ -112,8 +117,8 @@ def test_only_supported_arguments_run_the_flash_kernel():
         with mesh_of(data=1):
             return kernels_in(jax.make_jaxpr(run)(q, k, v).jaxpr)
 
-    assert kernels() == kernels(heads=4, head=32) == [KERNEL]
-    assert kernels(tokens=255) == kernels(heads=3, head=32) == []
+    assert kernels() == kernels(heads=4, head_width=32) == [KERNEL]
+    assert kernels(tokens=255) == kernels(heads=3, head_width=32) == []
     assert kernels(mask=jnp.ones((2, 1, 1, 256), bool)) == []
     assert kernels(per_image=True) == kernels(choice="plain") == []
     assert kernels(choice="auto") == []  # on a CPU
@@ -137,9 +142,10 @@ def test_bias_must_fit_in_vmem(monkeypatch):
 
 
 def test_blocks_with_relative_positions_run_the_flash_kernel(monkeypatch):
-    """Output and gradients of a block equal plain JAX, also for the bias table.
+    """The output and the gradients of a block equal those of plain JAX.
 
-    The VMEM suffices for this kernel, but not for a kernel of the whole branch.
+    The bias table is one of the parameters. The test lowers the VMEM so that this
+    kernel fits, but not the kernel of the whole residual attention branch.
     """
 
     def find_small_target(*arguments):

@@ -227,10 +227,10 @@ def compiled_text(case, device, keep, options=None):
 
 
 def test_blocks_contain_whole_tiles_or_whole_images():
-    """`block_rows` returns a multiple of a unit of rows, or None if no block fits.
+    """`block_rows` returns a multiple of the smallest block, or None if no block fits.
 
-    A unit is a tile of 8 rows, or the fewest images that fill whole tiles: eight images
-    of 49 rows, or one image of 576 rows.
+    The smallest block is a tile of 8 rows, or the fewest images that fill whole tiles:
+    eight images of 49 rows, or one image of 576 rows.
     """
     assert target.block_rows(64 * 784, 8, 1024, 2000) == 1024
     assert target.block_rows(64 * 784, 8, 1024, 1000) == 896

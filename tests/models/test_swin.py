@@ -1,19 +1,20 @@
 """Tests of Swin and SimMIM: sizes, layers, weight decay, errors and features."""
 
-import math
-
+import jax
 import jax.numpy as jnp
 import mini_runs
 import numpy as np
 import pytest
 import swin
+from flax import nnx
+from kernel_cases import kernels_in, mesh_of
 from networks import abstract_model, abstract_outputs, sample_keys
-from vit import official_names
+from vit import by_official_name
 
 from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
 from hivit_jax.models.windows import Windows
-from hivit_jax.tree import named_leaves, split_params
+from hivit_jax.tree import named_leaves, split, split_params
 
 MINI = dict(image_size=64, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=4)
 
@@ -36,13 +37,13 @@ def test_swin_parameters_and_multiply_adds_equal_the_official_ones(title):
     assert model.macs() == facts["macs_plus_5_per_layernorm_element"]
 
 
-def test_finetuning_has_the_official_layers_and_weight_decay():
+def test_finetuning_has_the_official_layer_ids_and_weight_decay():
     name, config = swin.arguments("swin_mini")
     model, facts = abstract_model(name, **config), swin.FACTS["layer_decay"]
-    found = official_names(model, model.layer_ids())
+    found = by_official_name(model, model.layer_ids())
     assert found == {name: layer for name, (layer, _) in facts.items()}
     task = inputs.task_of_recipe(mini_runs.recipe("finetune_swin"))
-    found = official_names(model, {n: task.is_decayed(n) for n in model.layer_ids()})
+    found = by_official_name(model, {n: task.is_decayed(n) for n in model.layer_ids()})
     assert found == {name: decay > 0 for name, (_, decay) in facts.items()}
 
 
@@ -53,13 +54,16 @@ def test_swin_pretraining_has_the_official_weight_decay():
     (facts,) = swin.FACTS["weight_decay"].values()
     model = abstract_model("simmim_swin_base")
     trained = named_leaves(split_params(model)[1])
-    found = official_names(model, {name: task.is_decayed(name) for name in trained})
+    found = by_official_name(model, {name: task.is_decayed(name) for name in trained})
     assert found == {name: decay > 0 for name, decay in facts.items()}
 
 
 @pytest.mark.slow
 def test_maps_and_layers_have_the_shapes_of_their_stages():
-    """Maps have strides 4 and 8; `layers` returns the blocks of all stages."""
+    """`layers` returns one output per block, for the blocks of all stages.
+
+    The maps have strides 4 and 8.
+    """
     model = abstract_model("swin_base", **MINI | dict(image_size=(56, 72)))
     images = jnp.zeros((2, 56, 72, 3))
     maps, layers, logits = abstract_outputs(
@@ -113,9 +117,15 @@ def test_features_of_some_tokens_are_refused():
         model.features(jnp.zeros((1, 64, 64, 3)), np.zeros((1, 2), int))
 
 
-def test_fused_kernels_leave_shifted_windows_to_xla():
-    """With kernels="fused", a model with shifted windows can be traced."""
-    model = abstract_model("swin_base", **MINI, kernels="fused", dtype="bfloat16")
-    logits = abstract_outputs(lambda m: m(jnp.zeros((2, 64, 64, 3))), model)
-    assert logits.shape == (2, 1000)
-    assert math.prod(model.encoder.grid) == 256  # 16 windows of 4x4 tokens
+def test_blocks_with_shifted_windows_fuse_only_the_mlp():
+    """Each of the two stages has a block without shift and a block with shift."""
+    sizes = MINI | dict(embed_dim=128)  # a width that the kernels support
+    graphdef, params = split(abstract_model("swin_base", **sizes, kernels="fused"))
+
+    def run(params):
+        return nnx.merge(graphdef, params)(jnp.zeros((2, 64, 64, 3)))
+
+    with mesh_of(data=1):
+        jaxpr = jax.make_jaxpr(run)(params).jaxpr
+    without_shift, with_shift = ["attention_block", "mlp_block"], ["mlp_block"]
+    assert kernels_in(jaxpr) == 2 * (without_shift + with_shift)

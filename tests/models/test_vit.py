@@ -5,7 +5,7 @@ import mini_runs
 import numpy as np
 import pytest
 from networks import abstract_model, abstract_outputs, fast_jit
-from vit import FACTS, official_names
+from vit import FACTS, by_official_name
 
 from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
@@ -35,7 +35,7 @@ def test_layer_ids_equal_the_official_ones():
     """The official layers are those of MAE's ``lr_decay.py``."""
     model = abstract_model("vit_base")
     facts = FACTS["layer_decay"]["base_0.65"]
-    actual = official_names(model, model.layer_ids())
+    actual = by_official_name(model, model.layer_ids())
     assert actual == {name: layer for name, (layer, _) in facts.items()}
 
 
@@ -46,7 +46,7 @@ def test_vit_pretraining_has_the_official_weight_decay():
     facts = FACTS["weight_decay"]["mae_vit_base pretraining (0.05)"]
     model = abstract_model("mae_vit_base")
     trained = named_leaves(split_params(model)[1])
-    actual = official_names(model, {name: task.is_decayed(name) for name in trained})
+    actual = by_official_name(model, {name: task.is_decayed(name) for name in trained})
     for name, decay in facts.items():
         assert actual.get(name) == (None if decay is None else decay > 0), name
 

@@ -14,7 +14,7 @@ import swin
 import torch_files
 import vit
 from foreign import write
-from networks import params_by_name
+from networks import abstract_model, params_by_name
 from reference import golden
 
 import hivit_jax
@@ -36,7 +36,7 @@ TABLE = "relative_position_bias_table"
 def with_buffers(fixture):
     """Return the official state dict with buffers, and the parameters by our names."""
     name, config = swin.arguments(fixture)
-    model = swin.abstract_model(name, **config)
+    model = abstract_model(name, **config)
     params = from_official(swin.state_dict(fixture), model)
     return to_state_dict(params, model), named_leaves(params)
 
@@ -121,7 +121,7 @@ def test_simmim_loads_with_another_image_and_mask_size(tmp_path):
 def test_other_channels_of_simmim_need_a_new_decoder(tmp_path):
     pretrained = read(write(tmp_path / "x.pth", with_buffers("simmim_mini")[0]))
     name, config = swin.arguments("simmim_mini")
-    model = swin.abstract_model(name, **config | dict(in_channels=4))
+    model = abstract_model(name, **config | dict(in_channels=4))
     _, report = match_arrays(pretrained, model)
     assert report.newly_initialized == ["decoder/proj/bias", "decoder/proj/kernel"]
     assert not report.shape_mismatch
@@ -164,7 +164,7 @@ def test_classifier_loads_a_simmim_file(tmp_path):
     state, params = with_buffers("simmim_mini")
     pretrained = read(write(tmp_path / "ckpt_epoch_99.pth", state))
     sizes = dict(image_size=96, embed_dim=24, depths=(2, 2), num_heads=(2, 4))
-    model = swin.abstract_model("swin_base", **sizes, window_size=6)
+    model = abstract_model("swin_base", **sizes, window_size=6)
     arrays, report = match_arrays(pretrained, model, fresh=("head/",))
     tables = [n for n in params if n.endswith("relative_position_bias_table")]
     assert sorted(report.resized) == sorted(tables)
@@ -192,7 +192,7 @@ def test_transformers_vit_mae_loads_bit_identically(tmp_path):
     assert pretrained.arguments.items() >= sizes.items()
     assert pretrained.arguments["layer_norm_eps"] == 1e-12
     name, config = vit.arguments("mae_vit_mini")
-    model = vit.abstract_model(name, **config)
+    model = abstract_model(name, **config)
     check_params(pretrained, named_leaves(from_official(state, model)))
 
 
@@ -228,7 +228,7 @@ def test_saved_simmim_loads_bit_identically(tmp_path):
 def test_parameters_in_each_layout_read_back_bit_identically(fixture, layout):
     """The written parameters have the names of the layout."""
     name, config = swin.arguments(fixture)
-    model = swin.abstract_model(name, **config)
+    model = abstract_model(name, **config)
     state = swin.state_dict(fixture)
     params = from_official(state, model)
     if layout == "timm" and fixture == "simmim_mini":
@@ -254,7 +254,7 @@ def test_parameters_in_each_layout_read_back_bit_identically(fixture, layout):
 def test_layouts_of_vit_read_back_bit_identically():
     state = vit.state_dict("mae_vit_mini")
     name, config = vit.arguments("mae_vit_mini")
-    model = vit.abstract_model(name, **config)
+    model = abstract_model(name, **config)
     params = from_official(state, model)
     written = to_state_dict(params, model, "transformers")
     assert written.keys() == foreign.transformers_state(state, "vit").keys()
@@ -291,5 +291,5 @@ def test_hub_repository_without_safetensors_loads_pytorch_file(tmp_path, monkeyp
     assert len(requested) == 2
     assert pretrained.arguments["num_heads"] == 2
     name, config = vit.arguments("mae_vit_mini")
-    model = vit.abstract_model(name, **config)
+    model = abstract_model(name, **config)
     check_params(pretrained, named_leaves(from_official(state, model)))

@@ -10,7 +10,7 @@ import pytest
 import state_files
 import vit
 from foreign import write
-from networks import params_by_name
+from networks import abstract_model, params_by_name
 from reference import golden
 
 import hivit_jax
@@ -60,7 +60,7 @@ def test_classifier_loads_a_pretraining_file(pooling, tmp_path):
     path = write(tmp_path / "full.pth", vit.state_dict("mae_vit_mini"))
     pretrained = read(path, **HEADS)
     sizes = dict(image_size=96, embed_dim=64, depth=2, num_heads=2)
-    model = vit.abstract_model("vit_base", **sizes, pooling=pooling)
+    model = abstract_model("vit_base", **sizes, pooling=pooling)
     arrays, report = match_arrays(pretrained, model, fresh=("head/",))
     assert report.resized == ["encoder/absolute_pos_embed"]
     table = pretrained.params["encoder/absolute_pos_embed"]
