@@ -187,8 +187,7 @@ class PatchEmbed(nnx.Module):
             self.norm = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        x = self.proj(pixels)
-        return x if self.norm is None else self.norm(x)
+        return _recompute(_embed, self, pixels)
 
 
 class PatchMerge(nnx.Module):
@@ -205,5 +204,27 @@ class PatchMerge(nnx.Module):
 
     @jax.named_scope("merge")
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.reshape(-1, 4 * x.shape[-1])  # [T/4, 4C]
-        return self.reduction(self.norm(x))
+        return _recompute(_merge, self, x.reshape(-1, 4 * x.shape[-1]))  # [T/4, 4C]
+
+
+def _embed(embed, pixels):
+    x = embed.proj(pixels)
+    return x if embed.norm is None else embed.norm(x)
+
+
+def _merge(merge, x):
+    return merge.reduction(merge.norm(x))
+
+
+def _recompute(function, module, x):
+    """Return function(module, x), of which the backward pass saves only x.
+
+    The arrays at the LayerNorms of the patch embedding and of the merges are as large
+    as the first feature maps, and cost little to recompute.
+    """
+    graphdef, params = nnx.split(module)
+
+    def run(params, x):
+        return function(nnx.merge(graphdef, params), x)
+
+    return jax.checkpoint(run)(params, x)

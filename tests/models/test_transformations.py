@@ -14,7 +14,7 @@ from networks import fast_jit, mini, random_array
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.models.layers import FixedTable
+from hivit_jax.models.layers import FixedTable, PatchEmbed, PatchMerge
 from hivit_jax.models.norms import layer_norm
 
 SMALL = dict(image_size=32, embed_dim=16, depths=(1, 1, 1), num_heads=1)
@@ -190,6 +190,22 @@ def test_layer_norm_saves_only_its_input_and_vectors():
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(backward))
     # The scale (32 channels), mean and inverse deviation (64 rows), and the input.
     assert sizes == [32, 64, 64, 64 * 32]
+
+
+def test_merge_and_patch_embedding_save_only_parameters_and_their_input():
+    """The backward pass recomputes the LayerNorm."""
+    rngs = nnx.Rngs(0)
+    merge = PatchMerge(8, eps=1e-6, dtype=jnp.float32, rngs=rngs)
+    embed = PatchEmbed(12, 8, eps=1e-6, dtype=jnp.float32, rngs=rngs)
+    for module, x, saved, kernel in (
+        (merge, jnp.ones((64, 8)), (16, 32), (32, 16)),
+        (embed, jnp.ones((64, 12)), (64, 12), (12, 8)),
+    ):
+        graphdef, params = nnx.split(module)
+        run = partial(lambda graphdef, p, x: nnx.merge(graphdef, p)(x), graphdef)
+        _, backward = jax.vjp(run, params, x)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.ndim > 1]
+        assert sorted(shapes) == sorted([saved, kernel])
 
 
 def test_forward_mode_of_fused_kernels_is_refused():
