@@ -88,7 +88,7 @@ def best_metric(config: Mapping[str, Any]) -> metrics.Best:
 
 
 def _best(lines: Lines, best: metrics.Best) -> str:
-    """Return the best evaluation as text; of equally good ones, the first."""
+    """Return the best evaluation as text."""
     found = metrics.finite_evaluations(lines, best)
     if not found:
         return "none"
