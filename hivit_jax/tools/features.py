@@ -120,18 +120,20 @@ def write_features(
         _save(out, arrays)
         total = counted(len(source), "image")
         log(f"features of {count:,} of {total} written to {out}")
-        log(_labels_line(arrays))
+        log(_labels_line(arrays, config.data.multi_label))
     if images and source.ignored:
         log(f"ignored files: {source.ignored_text()}")
     return count
 
 
-def _labels_line(arrays: Mapping[str, np.ndarray]) -> str:
+def _labels_line(arrays: Mapping[str, np.ndarray], multi_label: bool) -> str:
     """Return the log line about the labels in the file."""
     if "labels" not in arrays:
+        if multi_label:
+            return "no labels: several labels per image are known only for a test split"
         return (
-            "no labels: expected directories with one directory per class; labels of "
-            "other images are unknown"
+            "no labels: expected class directories, found none; pass a directory that "
+            "contains one directory per class"
         )
     names = arrays["class_names"].tolist()
     return f"labels: {counted(len(names), 'class', 'classes')}, {listed(names, 5)}"
