@@ -24,7 +24,7 @@ KEYS = {
     "checkpoint_every": Key(1251, "steps between checkpoints; a new best is saved", 1),
     "keep_checkpoints": Key(3, "newest checkpoints to keep in addition to the best", 1),
     "early_stopping": Key(
-        0, "end the run after this many evaluations without a new best; 0: never", 0
+        0, "end the run after this many evaluations without improvement; 0: never", 0
     ),
     "compilation_cache": Key(
         "", "directory for compiled programs; empty: `compiled` in the workdir"

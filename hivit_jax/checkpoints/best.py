@@ -11,7 +11,7 @@ from hivit_jax.reporting.metrics import Best
 
 
 class KeepBest(checkpoint_managers.PreservationPolicy):
-    """Policy that keeps the first checkpoint with the best evaluation.
+    """Policy that keeps the checkpoint with the best evaluation (`best_evaluation`).
 
     The evaluations of earlier starts are read from metrics.jsonl, so that a resumed run
     still keeps its best checkpoint.

@@ -60,7 +60,7 @@ class Checkpoints:
 
     Args:
       workdir: the run's directory.
-      keep: number of newest checkpoints to keep. The first checkpoint with the best
+      keep: number of newest checkpoints to keep. The checkpoint with the best
         evaluation is also kept.
       best: name of the metric that selects the best checkpoint, and "min" or "max".
       dataset: JSON-serializable facts about the dataset, saved with every checkpoint.

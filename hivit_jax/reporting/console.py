@@ -72,7 +72,6 @@ def eval_line(label: str, values: Scalars) -> str:
 def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
     """Return the log line of the best checkpoint.
 
-    If several checkpoints are equally good, the first of them is the best.
     For example ``best checkpoint  step 360  eval  loss ...  DIR/checkpoints/360``.
 
     Args:

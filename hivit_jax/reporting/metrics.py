@@ -250,20 +250,33 @@ def finite_evaluations(lines: Iterable[Scalars], best: Best) -> list[Scalars]:
 
 
 def best_evaluation(lines: Sequence[Scalars], best: Best) -> Scalars:
-    """Return the best of the evaluations in `lines`; of equally good ones, the first.
+    """Return the best of the evaluations in `lines`.
 
-    Early stopping, the best checkpoint and every report use this rule.
+    Of evaluations with the same value, the one with the lowest eval/loss is the best;
+    of those, the first. The best checkpoint and every report use this rule.
     """
-    return max(lines, key=lambda line: score(line, best))
+
+    def rank(line):
+        loss = line.get("eval/loss", math.nan)
+        return score(line, best), -loss if math.isfinite(loss) else -math.inf
+
+    return max(lines, key=rank)
 
 
-def evaluations_since_best(workdir: Path, step: int, best: Best) -> int:
-    """Return the number of evaluations after the best evaluation, up to `step`.
+def evaluation_progress(workdir: Path, step: int, best: Best) -> tuple[int, bool]:
+    """Return two facts about the evaluations up to `step`: (stalled, improved).
 
-    If no evaluation is finite, counts all. Reads metrics.jsonl, so that the number
-    survives an interruption.
+    Reads metrics.jsonl, so that the facts survive an interruption.
+
+    Returns:
+      stalled: number of evaluations after the first one with the best value. An equal
+        value with a lower eval/loss does not count as an improvement. If no evaluation
+        is finite, the number of all.
+      improved: the newest evaluation is the best (`best_evaluation`), or there is none.
     """
     lines = [line for line in evaluations(workdir) if line["step"] <= step]
     if not (finite := finite_evaluations(lines, best)):
-        return len(lines)
-    return len(lines) - 1 - lines.index(best_evaluation(finite, best))
+        return len(lines), not lines
+    first = max(finite, key=lambda line: score(line, best))
+    stalled = len(lines) - 1 - lines.index(first)
+    return stalled, best_evaluation(finite, best) is lines[-1]

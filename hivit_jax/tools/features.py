@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hivit_jax import platforms
 from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.models import Model
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.progress import counted
+from hivit_jax.progress import counted, listed
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
 from hivit_jax.tools.loading import read_model
@@ -43,7 +43,9 @@ arrays of FILE.npz:
   files       [N] names of the images; images that cannot be read are left out
   labels      int32 [N], -1 where unknown; with several labels per image,
               [N, classes] of 0 and 1; absent if no label is known
-  class_names names of the classes; absent if unknown
+  class_names names of the classes; absent if unknown. If no directory has the name of
+              a class of the model, the directories directly below DIRECTORY are the
+              classes
 
 exit codes: 0 finished, 2 bad flag or path, 4 no image could be read,
             5 no usable checkpoint
@@ -94,7 +96,7 @@ def write_features(
     pretrained = read_model(checkpoint)
     graphdef, params = split(load.build(pretrained))
     config = files.config_of(pretrained, batch_size)
-    task, source = files.open_images(pretrained, config, images)
+    task, source = files.open_images(pretrained, config, images, directory_classes=True)
     features = pyramid if with_pyramid else pooled
 
     @jax.jit
@@ -118,9 +120,23 @@ def write_features(
         _save(out, arrays)
         total = counted(len(source), "image")
         log(f"features of {count:,} of {total} written to {out}")
+        log(_labels_line(arrays, config.data.multi_label))
     if images and source.ignored:
         log(f"ignored files: {source.ignored_text()}")
     return count
+
+
+def _labels_line(arrays: Mapping[str, np.ndarray], multi_label: bool) -> str:
+    """Return the log line about the labels in the file."""
+    if "labels" not in arrays:
+        if multi_label:
+            return "no labels: several labels per image are known only for a test split"
+        return (
+            "no labels: expected class directories, found none; pass a directory that "
+            "contains one directory per class"
+        )
+    names = arrays["class_names"].tolist()
+    return f"labels: {counted(len(names), 'class', 'classes')}, {listed(names, 5)}"
 
 
 def _save(out: Path, arrays: dict[str, np.ndarray]) -> None:

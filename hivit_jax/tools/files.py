@@ -99,12 +99,16 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
 
 
 def open_images(
-    pretrained: Pretrained, config: Any, paths: Sequence[str | Path]
+    pretrained: Pretrained,
+    config: Any,
+    paths: Sequence[str | Path],
+    directory_classes: bool = False,
 ) -> tuple[tasks.Task, Source]:
     """Return the model's task and the source of the images.
 
     Args:
       paths: image files and directories; none: the test split of the config's dataset.
+      directory_classes: see `Paths`.
 
     Raises:
       HivitError: a path does not exist, a directory contains no image, or the dataset
@@ -120,7 +124,9 @@ def open_images(
         classes = classes or _classes_of_dataset(config)
         # With several labels per image, all labels are unknown, because the name of a
         # directory contains only one label.
-        source = Paths(paths, () if config.data.multi_label else classes)
+        multi_label = config.data.multi_label
+        labels = () if multi_label else classes, directory_classes and not multi_label
+        source = Paths(paths, *labels)
     info = DatasetInfo({"test": len(source)}, tuple(classes), source.encoded)
     return tasks.create(config, info), source
 

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import zip_longest
 from typing import Any
 
 from etils.epath import Path
@@ -88,7 +89,7 @@ def best_metric(config: Mapping[str, Any]) -> metrics.Best:
 
 
 def _best(lines: Lines, best: metrics.Best) -> str:
-    """Return the best evaluation as text; of equally good ones, the first."""
+    """Return the best evaluation as text."""
     found = metrics.finite_evaluations(lines, best)
     if not found:
         return "none"
@@ -99,21 +100,30 @@ def _best(lines: Lines, best: metrics.Best) -> str:
 def events(workdir: Path, lines: Lines, starts: Starts) -> list[dict[str, Any]]:
     """Return the starts, interruptions and problems that a run's files record.
 
+    If the number of early ends equals the number of later starts or of all starts, each
+    early end follows its start. Otherwise the order is unknown, and all starts are
+    first.
+
     Returns:
       Dicts of "text" and, where they are known, "step", "time" and "details" (lines).
     """
-    found, previous = [], None
+    begun, previous = [], None
     for name, config in starts:
         event = {"text": "first start" if previous is None else "later start"}
         if previous is not None:
             event["time"] = f"{datetime.strptime(name, record.LATER_NAME)} UTC"
             event["details"] = record.differences(previous, config)
-        found.append(event)
+        begun.append(event)
         previous = config
     kept = _checkpoint_steps(workdir / "checkpoints")
-    for step in _early_ends(lines, [config for _, config in starts], kept):
-        text = "interrupted, or ended by an error; this step was saved"
-        found.append({"step": step, "text": text})
+    text = "interrupted, or ended by an error; this step was saved"
+    steps = _early_ends(lines, [config for _, config in starts], kept)
+    ended = [{"step": step, "text": text} for step in steps]
+    if len(begun) - len(ended) in (0, 1):
+        pairs = zip_longest(begun, ended)
+        found = [event for pair in pairs for event in pair if event]
+    else:
+        found = begun + ended
     for step in _checkpoint_steps(workdir / "damaged"):
         found.append({"step": step, "text": "damaged checkpoint, moved to damaged/"})
     unreadable = sum(line.get("unreadable", 0) for line in lines)

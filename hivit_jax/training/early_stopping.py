@@ -1,4 +1,4 @@
-"""Early stopping: end a run after several evaluations without a new best."""
+"""Early stopping: end a run after several evaluations without a better metric."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import jax
 
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.reporting.console import log
-from hivit_jax.reporting.metrics import Best, evaluations_since_best
+from hivit_jax.reporting.metrics import Best, evaluation_progress
 
 
 def check_progress(
@@ -17,19 +17,19 @@ def check_progress(
     Process 0 decides for all processes.
 
     Args:
-      patience: number of consecutive evaluations without a new best after which the run
-        ends; 0: never end early.
+      patience: number of consecutive evaluations without a better value of the metric
+        after which the run ends; 0: never end early.
       criterion: (name of a metric, "max" or "min").
 
     Returns:
       stalled: the run must end early, at this step.
       improved: the newest evaluation up to this step is the best, or there is none yet.
     """
-    count = 0
+    found = None
     if jax.process_index() == 0:
-        count = evaluations_since_best(workdir, step, criterion)
-    count = gather_objects(count)[0]
+        found = evaluation_progress(workdir, step, criterion)
+    count, improved = gather_objects(found)[0]
     stalled = 0 < patience <= count
     if stalled:
         log(f"early stopping: no better {criterion[0]} in the last {count} evaluations")
-    return stalled, count == 0
+    return stalled, improved

@@ -74,31 +74,36 @@ def test_full_disk_is_an_error_and_earlier_checkpoints_stay(tmp_path, monkeypatc
     assert step == 1
 
 
-LOSSES = (0.7, 0.5, 0.6, 0.5, 0.5, 0.9)  # of steps 1 to 6; three share the lowest
+# Of steps 1 to 6. Three share the best accuracy, and steps 4 and 5 the lower loss.
+ACCURACIES = (0.3, 0.5, 0.4, 0.5, 0.5, 0.1)
+LOSSES = (0.7, 0.6, 0.1, 0.4, 0.4, 0.3)
+STALLED = (0, 0, 1, 2, 3, 4)  # evaluations without a better accuracy
+IMPROVED = (True, True, False, True, False, False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["min", "max"])
-def test_first_of_equally_good_checkpoints_is_the_best(tmp_path, direction):
+def test_of_equal_accuracies_the_lowest_loss_is_the_best(tmp_path, direction):
     """The kept checkpoint, early stopping, the last log line and the report agree."""
-    best, sign = ("eval/loss", direction), 1 if direction == "min" else -1
+    best, sign = ("eval/top1", direction), 1 if direction == "max" else -1
     writer = metrics.Writer(tmp_path)
     checkpoints = Checkpoints(tmp_path, keep=1, best=best)
-    since_best = []
-    for step, loss in enumerate(LOSSES, 1):
-        if step == 4:  # a resumed run still keeps the best checkpoint
+    found = []
+    for step, (top1, loss) in enumerate(zip(ACCURACIES, LOSSES, strict=True), 1):
+        if step == 5:  # a resumed run still keeps the best checkpoint
             checkpoints.close()
             checkpoints = Checkpoints(tmp_path, keep=1, best=best)
-        values = {"eval/loss": sign * loss, "eval/count": 8, "eval/unreadable": 0}
+        values = {"eval/top1": sign * top1, "eval/loss": loss}
+        values |= {"eval/count": 8, "eval/unreadable": 0}
         writer.scalars(step, values)
         state = {"params": {"x": np.zeros(1)}, "opt_state": {}, "step": np.int32(step)}
         checkpoints.save(state, "{}", values)
-        since_best.append(metrics.evaluations_since_best(tmp_path, step, best))
+        found.append(metrics.evaluation_progress(tmp_path, step, best))
     writer.close()
     checkpoints.close()
-    assert mini_runs.saved_steps(tmp_path) == [2, 6]
-    assert since_best == [0, 0, 1, 2, 3, 4]
-    line = console.best_line(tmp_path, [2, 6], best)
-    assert line.startswith("best checkpoint  step 2 ")
+    assert mini_runs.saved_steps(tmp_path) == [4, 6]
+    assert found == list(zip(STALLED, IMPROVED, strict=True))
+    line = console.best_line(tmp_path, [4, 6], best)
+    assert line.startswith("best checkpoint  step 4 ")
     lines = metrics.evaluations(tmp_path)
-    assert run_facts._best(lines, best).endswith(" at step 2")
+    assert run_facts._best(lines, best).endswith(" at step 4")

@@ -142,7 +142,7 @@ def test_failed_evaluation_ends_the_run(evaluated_steps, tmp_path, monkeypatch):
 
 def test_evaluations_since_best_are_counted_up_to_a_step(tmp_path):
     def count(step, criterion=("eval/loss", "min")):
-        return metrics.evaluations_since_best(tmp_path, step, criterion)
+        return metrics.evaluation_progress(tmp_path, step, criterion)[0]
 
     assert count(9) == 0
     writer = metrics.Writer(tmp_path)

@@ -1,6 +1,7 @@
 """Tests of metrics.jsonl, throughput, the best checkpoint, and bucket workdirs."""
 
 import json
+import math
 import sys
 import time
 from functools import partial
@@ -131,6 +132,23 @@ def test_best_line_names_the_best_saved_checkpoint(tmp_path):
     assert "step 30 " in best_line(("eval/loss", "max"))
     no_best_line = console.best_line(tmp_path, [], ("eval/loss", "min"))
     assert no_best_line.startswith("best checkpoint  none: no saved")
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ((0.9, 0.4, 0.4), 2),  # the first of equal losses
+        ((math.nan, 0.4, 0.6), 2),
+        ((math.nan, math.inf, math.nan), 1),
+        ((None, None, None), 1),  # a task without eval/loss
+    ],
+)
+def test_of_equal_values_the_lowest_loss_is_the_best(losses, expected):
+    lines = [{"step": 0, "eval/top1": 0.5, "eval/loss": 0.1}]
+    for step, loss in enumerate(losses, 1):
+        line = {"step": step, "eval/top1": 0.8}
+        lines.append(line if loss is None else line | {"eval/loss": loss})
+    assert metrics.best_evaluation(lines, ("eval/top1", "max"))["step"] == expected
 
 
 @pytest.fixture

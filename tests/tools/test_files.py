@@ -87,3 +87,26 @@ def test_predictions_of_a_model_without_a_recipe_equal_its_logits(tmp_path, caps
     flags = ["--batch_size=1", f"--out={tmp_path / 'a.npz'}", image]
     assert features.main([bare, *flags]) == 0
     assert np.load(tmp_path / "a.npz")["features"].shape == (1, 64)
+    assert "labels" not in np.load(tmp_path / "a.npz")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("no labels: expected class directories, found none; pass ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
+def test_class_folders_label_the_features_of_an_encoder(name, tmp_path, capsys):
+    """The number of the user's classes may exceed `num_classes` of the model."""
+    model = mini(name, **({} if "mae" in name else dict(depths=(1, 1, 1))))
+    hivit_jax.save_pretrained(model, tmp_path / "model")
+    files = ["ant/0.png", "bee/0.png", "bee/1.png", "loose.png", *"cde"]
+    for file in [f"photos/{x}" if "." in x else f"photos/{x}/0.png" for x in files]:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise_image(40, 40, 3)).save(tmp_path / file)
+    flags = [f"--checkpoint={tmp_path / 'model'}", f"--out={tmp_path / 'a.npz'}"]
+    assert features.main([*flags, str(tmp_path / "photos")]) == 0
+    arrays = np.load(tmp_path / "a.npz")
+    assert arrays["class_names"].tolist() == ["ant", "bee", "c", "d", "e"]
+    assert arrays["labels"].tolist() == [0, 1, 1, 2, 3, 4, -1]
+    assert arrays["files"][-1].endswith("photos/loose.png")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "labels: 5 classes, ant, bee, c, d, e"

@@ -9,7 +9,7 @@ from hivit_jax.tools import loading
 from hivit_jax.weights.load import Pretrained
 
 CLASSIFY = {"task": "classify", "data": {}}
-ACCURACY = {10: 0.5, 20: 0.9, 30: float("nan"), 40: 0.9, 50: 1.0}  # step -> eval/top1
+ACCURACY = {10: 0.9, 20: 0.9, 30: float("nan"), 40: 0.5, 50: 1.0}  # step -> eval/top1
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ ACCURACY = {10: 0.5, 20: 0.9, 30: float("nan"), 40: 0.9, 50: 1.0}  # step -> eva
 def test_checkpoint_rank_contains_the_newest_and_best_step(
     step, recipe, expected, tmp_path
 ):
-    """The first of equally good checkpoints is the best. Step 50 has no checkpoint."""
+    """Of equal accuracies, the lowest loss is the best. Step 50 has no checkpoint."""
     for saved_step in (10, 20, 30, 40):
         (tmp_path / "checkpoints" / str(saved_step) / "params").mkdir(parents=True)
     lines = [

@@ -114,7 +114,11 @@ def test_config_table_marks_keys_that_differ(tmp_path):
 
 
 def test_events_are_starts_interruptions_and_checkpoints(tmp_path):
-    """A later start lists the changed keys. Damaged checkpoints are events too."""
+    """An interruption precedes the later start, which lists the changed keys.
+
+    If the numbers of starts and interruptions do not determine an order, starts come
+    first. Damaged checkpoints are events too.
+    """
     run = write_run(tmp_path / "a")
     later = mini_runs.mae("digits", log_every=10, total_steps=20, seed=5)
     (run / "config-20260102T030405Z.json").write_text(configs.to_json(later))
@@ -123,17 +127,20 @@ def test_events_are_starts_interruptions_and_checkpoints(tmp_path):
     assert page_data(run)["runs"][0]["events"] == [
         {"text": "first start"},
         {
+            "step": 13,
+            "text": "interrupted, or ended by an error; this step was saved",
+        },
+        {
             "text": "later start",
             "time": "2026-01-02 03:04:05 UTC",
             "details": ["seed: 0 -> 5"],
         },
-        {
-            "step": 13,
-            "text": "interrupted, or ended by an error; this step was saved",
-        },
         {"step": 12, "text": "damaged checkpoint, moved to damaged/"},
         {"text": "checkpoints of steps 13, 20"},
     ]
+    shutil.copy(run / "config.json", run / "config-20260103T030405Z.json")
+    found = page_data(run)["runs"][0]["events"]
+    assert [event.get("step") for event in found] == [None, None, None, 13, 12, None]
 
 
 @pytest.mark.slow

@@ -23,19 +23,28 @@ class Paths(Source):
     Args:
       paths: files and directories.
       classes: class names of the model.
+      directory_classes: if no image is labeled by `classes`, the directories with
+        images directly below the given directories are the classes instead.
 
     Attributes:
-      labels: int32 [n], -1 where the class is unknown.
+      labels: int32 [n], -1 where the class is unknown. Samples contain no labels,
+        because the classes may differ from those of the model.
 
     Raises:
       ConfigError: a path does not exist.
       DataError: a directory contains no image.
     """
 
-    def __init__(self, paths: Iterable[str | Path], classes: Sequence[str] = ()):
+    def __init__(
+        self,
+        paths: Iterable[str | Path],
+        classes: Sequence[str] = (),
+        directory_classes: bool = False,
+    ):
         self.classes, ignored = tuple(classes), Counter()
         self._files: list[str] = []
         label_of, labels = {name: k for k, name in enumerate(self.classes)}, []
+        directories: list[str] = []
         for path in (Path(expand(str(path))) for path in paths):
             files = [str(path)]
             if path.is_dir():
@@ -46,15 +55,19 @@ class Paths(Source):
                 raise ConfigError(f"{path}: no such file or directory")
             self._files += files
             labels += [_label(file, path, label_of) for file in files]
+            if directory_classes:
+                directories += [_directory_below(path, file) for file in files]
+        if any(directories) and max(labels) < 0:
+            self.classes = tuple(sorted({*directories} - {""}))
+            label_of = {name: k for k, name in enumerate(self.classes)}
+            labels = [label_of.get(name, -1) for name in directories]
         self.labels, self.ignored = np.array(labels, np.int32), ignored
 
     def __len__(self) -> int:
         return len(self._files)
 
     def sample(self, index: int) -> dict[str, Any]:
-        image = Path(self._files[index]).read_bytes()
-        label = int(self.labels[index])
-        return {"image": image} | ({} if label < 0 else {"label": label})
+        return {"image": Path(self._files[index]).read_bytes()}
 
     def _image_file(self, index: int) -> str:
         return self._files[index]
@@ -79,3 +92,12 @@ def _label(file: str, path: Path, label_of: dict[str, int]) -> int:
             if (label := label_of.get("/".join(names[start:end]))) is not None:
                 return label
     return -1
+
+
+def _directory_below(path: Path, file: str) -> str:
+    """Return the name of the directory directly below `path` with the file; "": none.
+
+    Args:
+      path: the given file, or the given directory that contains the file.
+    """
+    return "".join(Path(file).relative_to(path).parts[:-1][:1])
