@@ -4,6 +4,7 @@ test_decoding.py tests images of 1 or 3 channels that Pillow decodes to 8 bits.
 """
 
 import io
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -158,11 +159,50 @@ def test_floats_require_float32_or_a_range():
         (npy(NOISE)[:-9], ValueError, None),
         (b"no image", OSError, "unknown image format"),
         (KINDS["tiff"][0][:100], Exception, None),
+        (b"II*\0\0\0\0\0", OSError, r"TIFF file contains no image \(8 bytes\)"),
     ],
 )
-def test_unsuitable_and_damaged_files_are_errors(encoded, error, message):
+def test_unsuitable_and_damaged_files_are_errors(encoded, error, message, caplog):
+    """tifffile's own log messages are disabled."""
     with pytest.raises(error, match=message):
         decode(encoded, 4, dtype="uint16")
+    assert not caplog.records
+
+
+NO_CODECS = pytest.mark.skipif(
+    find_spec("imagecodecs") is not None, reason="imagecodecs is installed"
+)
+
+
+def lzw_pages(*pages):
+    """Encode 8-bit images as the pages of a TIFF file with LZW compression."""
+    first, *others = map(Image.fromarray, pages)
+    options = dict(compression="tiff_lzw", save_all=True, append_images=others)
+    return encode(first, "TIFF", **options)
+
+
+@NO_CODECS
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_error_for_a_missing_codec_names_the_compression_and_the_package(dtype):
+    """Pillow cannot read the first file, and only the first page of the second."""
+    bands = io.BytesIO(KINDS["tiff"][0])
+    with tifffile.TiffFile(bands, mode="r+") as file:
+        file.pages[0].tags["Compression"].overwrite(tifffile.COMPRESSION.LZW)
+    pages = lzw_pages(*noise_image(4, 9, 8))
+    for encoded, channels, kind in (
+        (bands.getvalue(), 5, "16 bits, 1 page"),
+        (pages, 4, "8 bits, 4 pages"),
+    ):
+        message = f"LZW compression, {kind}: .* imagecodecs; run pip install imagecod"
+        with pytest.raises(OSError, match=message):
+            decode(encoded, channels, dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(9, 8), (9, 8, 3), (9, 8, 4)])
+def test_single_lzw_page_is_read_without_imagecodecs(shape):
+    pixels = noise_image(*shape)
+    decoded = decode(lzw_pages(pixels), pixels[0, 0].size, dtype="float32")
+    assert_array_equal(decoded, pixels.reshape(decoded.shape))
 
 
 # Resizing

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from importlib.util import find_spec
 
 import mini_runs
 import numpy as np
@@ -321,6 +322,25 @@ def test_values_without_a_range_fail_the_check(check, tmp_path):
     assert err.endswith(
         "\ntrain: 1 with values that data.dtype and data.value_range do not cover\n"
         "set data.dtype and data.value_range as described in the report\n"
+    )
+
+
+@pytest.mark.skipif(find_spec("imagecodecs") is not None, reason="needs its absence")
+def test_missing_codec_has_its_own_remedy(check, tmp_path):
+    """LZW pages require imagecodecs. Pillow would read only the first page."""
+    pages = [Image.fromarray(RAMP.astype(np.uint8) + k) for k in range(2)]
+    options = dict(compression="tiff_lzw", save_all=True, append_images=pages[1:])
+    path = tmp_path / "tiles" / "c0" / "a.tif"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(encode(pages[0], "TIFF", **options))
+    keys = dict(data__eval_split="none", model__in_channels=2)
+    code, out, err = check(
+        path.parents[1], **keys, data__mean=(0.5,) * 2, data__std=(0.5,) * 2
+    )
+    assert code == 4
+    assert f"{path}: OSError: TIFF file with LZW compression, 8 bits, 2 pages: " in out
+    assert err.endswith(
+        "\nrun pip install imagecodecs to read the compressed TIFF files\n"
     )
 
 
