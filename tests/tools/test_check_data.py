@@ -429,6 +429,33 @@ def test_tiles_of_four_bands_require_channels_and_dtype(check, tmp_path):
     assert f"  '--config.data.mean=({mean})'\n" in out
 
 
+def test_problem_of_all_images_has_one_line_and_no_advice_about_classes(
+    check, tmp_path
+):
+    """The kinds of a mismatch are counted; a rare kind has a line per image."""
+    channels = [4] * 6 + [2] * 2
+    for k, count in enumerate(channels):
+        path = tmp_path / f"c{k % 2}" / f"{k}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, np.zeros((9, 8, count), np.uint8))
+    code, out, err = check(tmp_path, data__eval_split="none")
+    assert code == 4
+    found = [" ".join(x.split()) for x in out.splitlines() if ": expected 3 chan" in x]
+    advice = "or leave the file out with data.exclude"
+    assert found == [
+        f"{tmp_path}/c0/0.npy: expected 3 channels, found 4; set model.in_channels=4, "
+        f"{advice} (6 images)",
+        f"{tmp_path}/c0/6.npy: expected 3 channels, found 2; set model.in_channels=2, "
+        f"{advice}",
+        f"{tmp_path}/c1/7.npy: expected 3 channels, found 2; set model.in_channels=2, "
+        f"{advice}",
+    ]
+    assert err.endswith(
+        "\ntrain: 8 with the wrong number of channels\n"
+        "set model.in_channels to the number of channels of the files\n"
+    )
+
+
 def test_dataset_of_one_class_is_noted(check, tmp_path, capsys):
     """The note is the warning that a run logs. Pretraining has no such note."""
     write(tmp_path, {"train": 14}, (64, 48))
