@@ -178,7 +178,8 @@ def check_dataset(
     if splits[0].usable().any():
         speed = images_per_cpu_second(splits[0], task.transform(train=True))
         print(f"\n{speed_report(task, model, speed)}")
-    text, problems = content_report(splits, group)
+    has_head = hasattr(getattr(model, "config", None), "num_classes")
+    text, problems = content_report(splits, group, has_head)
     verdict.notes += problems
     print(f"\n{text}\n")
     if sheet:

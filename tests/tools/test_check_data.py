@@ -375,7 +375,7 @@ def test_report_lists_classes_kinds_of_files_and_settings(check, healthy, tmp_pa
         line.startswith("train: channels x dtype of files: 3 x uint8: 35; ")
         for line in lines
     )
-    assert "--config.model.num_classes=7" in lines
+    assert lines[lines.index("settings:") + 1].startswith("'--config.data.mean=(")
     pixels = np.concatenate(
         [np.asarray(Image.open(p)).reshape(-1, 3) for p in healthy.glob("train/*/*")]
     )
@@ -457,7 +457,10 @@ def test_problem_of_all_images_has_one_line_and_no_advice_about_classes(
 
 
 def test_dataset_of_one_class_is_noted(check, tmp_path, capsys):
-    """The note is the warning that a run logs. Pretraining has no such note."""
+    """The note is the warning that a run logs. Pretraining has no such note.
+
+    The settings contain the number of classes, except for pretraining.
+    """
     write(tmp_path, {"train": 14}, (64, 48))
     for directory in (tmp_path / "train").iterdir():
         if directory.name != NAMES[0]:
@@ -465,19 +468,22 @@ def test_dataset_of_one_class_is_noted(check, tmp_path, capsys):
     flags = ["--config=folder_finetune", f"--config.data.dir={tmp_path / 'train'}"]
     assert check_data.main(flags) == 0
     note = "model.num_classes=1: with one class the loss is always 0"
-    assert capsys.readouterr().out.splitlines()[-1] == note
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == note
+    assert "\nsettings:\n  --config.model.num_classes=1\n" in out
     _, out, _ = check(tmp_path / "train", data__eval_split="none")
     assert out.endswith("\nhealthy\n")
+    assert "num_classes" not in out
 
 
-def test_settings_without_a_readable_image_contain_no_statistics(check, tmp_path):
+def test_no_settings_are_printed_without_a_readable_image(check, tmp_path):
     """Mean and standard deviation of no pixels would be 0."""
     for name in ("c0", "c1"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         (tmp_path / "photos" / name / "a.png").write_text("no image")
     code, out, _ = check(tmp_path / "photos", data__eval_split="none")
     assert code == 4
-    assert "  --config.model.num_classes=2\n" in out
+    assert "settings:" not in out
     assert "data.mean" not in out
     assert "data.std" not in out
 
