@@ -61,9 +61,7 @@ def decode(
       UnsuitableImageError: `dtype` cannot represent the values in the file.
       Exception: an error of any type if the image cannot be read.
     """
-    may_use_pil = dtype == "uint8" and channels in PIL_MODES
-    # has_other_bands is called last, because parsing the header of a TIFF is slow.
-    if may_use_pil and not encoded.startswith(NPY) and not has_other_bands(encoded):
+    if uses_pil(encoded, channels, dtype):
         try:
             return decoding.decode(encoded, channels, value_range)
         except OSError:
@@ -90,6 +88,20 @@ def decode(
             "set data.dtype=float32 and data.scale, the value that becomes 1",
         )
     return values
+
+
+def uses_pil(encoded: bytes, channels: int, dtype: str) -> bool:
+    """Return True if `decode` leaves the conversion of a file to 8 bits to PIL."""
+    if dtype != "uint8" or channels not in PIL_MODES or encoded.startswith(NPY):
+        return False
+    return not has_other_bands(encoded)  # last, because parsing a TIFF header is slow
+
+
+def frames_read(encoded: bytes, channels: int, dtype: str) -> int:
+    """Return the number of frames of a file, such as TIFF pages, that `decode` uses."""
+    if uses_pil(encoded, channels, dtype):
+        return 1
+    return read_values(encoded, channels).frames
 
 
 def has_other_bands(encoded: bytes) -> bool:

@@ -18,6 +18,7 @@ from hivit_jax.augment import resample
 from hivit_jax.data import crops, decoding, findings
 from hivit_jax.data.crops import Box, Crop
 from hivit_jax.data.rasters import ChannelError, decode
+from hivit_jax.data.summary import Summary
 from hivit_jax.data.transforms import ImageTransform
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.tasks import defaults
@@ -414,3 +415,61 @@ def test_bands_that_are_neither_color_nor_alpha_are_never_dropped(bits, layout):
         file.getvalue(), lambda: "a.tif", expected.astype(np.uint8), (8, 8), 0, ()
     )
     assert findings.LOST not in found
+
+
+ALPHA, FRAMES = "alpha channel, dropped", "several frames, one is read"
+PAGES = tiff(noise_image(4, 9, 8), photometric="minisblack")
+
+
+def appended_page(encoded):
+    """Return a TIFF file with another page, of another size."""
+    buffer = io.BytesIO(encoded)
+    tifffile.imwrite(buffer, noise_image(5, 6), append=True)
+    return buffer.getvalue()
+
+
+RGBA = noise_image(9, 8, 4)
+GIF = encode(
+    Image.fromarray(noise_image(9, 8)),
+    "GIF",
+    save_all=True,
+    append_images=[Image.fromarray(255 - noise_image(9, 8))],
+)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "channels", "dtype", "expected"),
+    [
+        (encode(RGBA, "TIFF"), 4, "uint8", set()),
+        (encode(RGBA, "TIFF"), 3, "uint8", {ALPHA}),
+        (encode(RGBA, "PNG"), 4, "uint16", set()),
+        (encode(RGBA, "PNG"), 3, "uint16", {ALPHA}),
+        (PAGES, 4, "uint8", set()),
+        (PAGES, 4, "uint16", set()),
+        (PAGES, 3, "uint8", {FRAMES}),
+        (appended_page(PAGES), 4, "uint8", {"several frames, 4 are read"}),
+        (GIF, 3, "uint8", {FRAMES}),
+        (GIF, 3, "float32", {FRAMES}),
+    ],
+)
+def test_findings_about_alpha_and_frames_agree_with_the_decoder(
+    encoded, channels, dtype, expected
+):
+    """A finding lists only the parts of the file that the decoder drops."""
+    pixels = decode(encoded, channels, dtype=dtype)
+    found = findings.image_findings(encoded, lambda: "a", pixels, (8, 8), 0, ())
+    assert {f for f in found if "alpha" in f or "frames" in f} == expected
+    summary = Summary(channels)
+    summary.add(0, encoded, pixels)
+    is_rgba_tiff = encoded.startswith(b"II") and ALPHA in expected
+    assert summary.dropped == ({0: "4 channels, 3 are used"} if is_rgba_tiff else {})
+
+
+def test_levels_of_all_bands_are_compared():
+    """The first page has one level; the levels of the other page are lost."""
+    values = np.zeros((2, 48, 64), np.uint16)
+    values[1] = np.arange(48 * 64).reshape(48, 64)
+    encoded = tiff(values, photometric="minisblack")
+    pixels = decode(encoded, 2)
+    found = findings.image_findings(encoded, lambda: "a.tif", pixels, (8, 8), 0, ())
+    assert found[findings.LOST].startswith("13 of 3072 levels remain")
