@@ -60,11 +60,13 @@ class StoredValues:
       mode: PIL mode of the image after conversion to 8 bits; "" if PIL is not used.
       limits: (black, white), the values that become 0 and 255; (): the file format does
         not define them.
+      frames: number of frames of the file, such as TIFF pages, that `array` contains.
     """
 
     array: np.ndarray
     mode: str
     limits: tuple[float, ...]
+    frames: int = 1
 
     def black_and_white(self, value_range: Sequence[float]) -> tuple[float, float]:
         """Return the values of black and white, which become 0 and 255.

@@ -9,8 +9,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from hivit_jax.data.decoding import stored_values
-from hivit_jax.data.rasters import has_other_bands, read_values
+from hivit_jax.data.decoding import PIL_MODES, stored_values
+from hivit_jax.data.rasters import frames_read, read_values, uses_pil
 
 LOST, CLIPPED = "with lost values", "clipped to data.value_range"
 
@@ -31,13 +31,14 @@ def image_findings(
     Args:
       encoded: content of the file.
       get_name: returns the name of the file.
-      pixels: the decoded image, [h, w, C]. Values are checked only if it is uint8.
+      pixels: the decoded image, [h, w, C]. Values are checked only if it is uint8. The
+        findings about frames and alpha depend on C and the dtype.
       size: (height, width) of the model's image.
       canvas: side of the square array in which crops are sent to the device for
         resizing; 0: the device does not resize.
       value_range: see `decode`.
     """
-    shape = pixels.shape
+    shape, channels = pixels.shape, pixels.shape[2]
     checks = {
         # The host may have to resize crops of an image with a side longer than canvas.
         f"over {canvas}, may be slower": 0 < canvas < max(shape),
@@ -56,11 +57,15 @@ def image_findings(
                 "CMYK": image.mode == "CMYK",
                 "grayscale": image.mode in ("1", "L", "LA"),
                 "palette": image.mode in ("P", "PA"),
-                "alpha channel, dropped": image.has_transparency_data,
-                "several frames, one is read": getattr(image, "n_frames", 1) > 1,
+                "alpha channel, dropped": channels in PIL_MODES
+                and image.has_transparency_data,
             }
             rotated = exif and image.getexif().get(ExifTags.Base.Orientation, 1) > 1
             checks["EXIF rotation, not applied"] = rotated
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                read = frames_read(encoded, channels, pixels.dtype.name)
+                verb = "one is" if read == 1 else f"{read} are"
+                checks[f"several frames, {verb} read"] = read < frames
         if pixels.dtype == np.uint8:
             value_findings = _value_findings(encoded, pixels, value_range)
     return {finding: "" for finding, found in checks.items() if found} | value_findings
@@ -80,6 +85,7 @@ def _value_findings(
 
     If no values are lost, values that are not between black and white count as clipped.
     """
+    channels = pixels.shape[2]
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             if image.has_transparency_data and pixels.min() == pixels.max():
@@ -87,16 +93,17 @@ def _value_findings(
                 if low < high:
                     reason = "because the alpha channel is dropped"
                     return {LOST: f"one level remains, {reason}"}
-            read_as_raster = has_other_bands(encoded)
+            read_as_raster = not uses_pil(encoded, channels, "uint8")
             stored = None if read_as_raster else stored_values(image, encoded)
     except UnidentifiedImageError:  # NumPy arrays and TIFF with many bands
         read_as_raster = True
     if read_as_raster:
-        stored = read_values(encoded)
+        stored = read_values(encoded, channels)
         stored = None if stored.array.dtype == np.uint8 else stored
     if stored is None:
         return {}
-    values = stored.array[..., :3] if stored.mode == "RGBA" else stored.array
+    drops_alpha = channels in PIL_MODES and stored.mode == "RGBA"
+    values = stored.array[..., :3] if drops_alpha else stored.array
     low, high = sorted(stored.black_and_white(value_range))
     found = {f"{values.dtype}, reduced to 8 bits": ""}
     levels, remaining = len(np.unique(values)), len(np.unique(pixels))

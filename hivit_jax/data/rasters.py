@@ -1,6 +1,11 @@
 """Decode images to 8 or 16 bits or floats, with any number of channels."""
 
 import io
+import logging
+from dataclasses import replace
+from functools import cache
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +26,7 @@ WHITE_IS_0, PALETTE, YCBCR = 0, 3, 6  # values of the tag PhotometricInterpretat
 # Luminance of red, green and blue, as in PIL.
 LUMINANCE = (0.299, 0.587, 0.114)
 LIMITS = {"uint8": (0, 255), "uint16": (0, 65535)}  # (black, white)
+INSTALL_CODECS = "run pip install imagecodecs"
 
 
 class ChannelError(UnsuitableImageError):
@@ -55,9 +61,7 @@ def decode(
       UnsuitableImageError: `dtype` cannot represent the values in the file.
       Exception: an error of any type if the image cannot be read.
     """
-    may_use_pil = dtype == "uint8" and channels in PIL_MODES
-    # has_other_bands is called last, because parsing the header of a TIFF is slow.
-    if may_use_pil and not encoded.startswith(NPY) and not has_other_bands(encoded):
+    if uses_pil(encoded, channels, dtype):
         try:
             return decoding.decode(encoded, channels, value_range)
         except OSError:
@@ -86,6 +90,20 @@ def decode(
     return values
 
 
+def uses_pil(encoded: bytes, channels: int, dtype: str) -> bool:
+    """Return True if `decode` leaves the conversion of a file to 8 bits to PIL."""
+    if dtype != "uint8" or channels not in PIL_MODES or encoded.startswith(NPY):
+        return False
+    return not has_other_bands(encoded)  # last, because parsing a TIFF header is slow
+
+
+def frames_read(encoded: bytes, channels: int, dtype: str) -> int:
+    """Return the number of frames of a file, such as TIFF pages, that `decode` uses."""
+    if uses_pil(encoded, channels, dtype):
+        return 1
+    return read_values(encoded, channels).frames
+
+
 def has_other_bands(encoded: bytes) -> bool:
     """Return True for a TIFF with bands that are neither color nor alpha.
 
@@ -93,13 +111,25 @@ def has_other_bands(encoded: bytes) -> bool:
     """
     if not encoded.startswith(TIFF):
         return False
-    import tifffile
-
+    tifffile = _tifffile()
     try:
         with tifffile.TiffFile(io.BytesIO(encoded)) as file:
             return tifffile.EXTRASAMPLE.UNSPECIFIED in file.pages[0].extrasamples
     except Exception:  # damaged files cause errors of many types; PIL reports them
         return False
+
+
+@cache
+def _tifffile() -> ModuleType:
+    """Import tifffile and disable its log messages.
+
+    The messages are about files that are decoded anyway, or that cause an error with
+    its own text.
+    """
+    import tifffile
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    return tifffile
 
 
 def read_values(encoded: bytes, channels: int = 0) -> StoredValues:
@@ -112,12 +142,17 @@ def read_values(encoded: bytes, channels: int = 0) -> StoredValues:
     Raises:
       Exception: an error of any type if the image cannot be read.
     """
+    from PIL import UnidentifiedImageError
+
     if encoded.startswith(NPY):
         array = np.load(io.BytesIO(encoded), allow_pickle=False)
         return _with_bands(array, "")
-    if encoded.startswith(TIFF) and (stored := _read_tiff(encoded)):
-        return stored
-    return _read_with_pil(encoded, channels)
+    try:
+        if encoded.startswith(TIFF):
+            return _read_tiff(encoded, channels)
+        return _read_with_pil(encoded, channels)
+    except UnidentifiedImageError as error:
+        raise OSError(f"unknown image format ({len(encoded):,} bytes)") from error
 
 
 def _with_bands(array: np.ndarray, axes: str, inverted: bool = False) -> StoredValues:
@@ -141,49 +176,75 @@ def _with_bands(array: np.ndarray, axes: str, inverted: bool = False) -> StoredV
     return StoredValues(array, "", limits[::-1] if inverted else limits)
 
 
-def _read_tiff(encoded: bytes) -> StoredValues | None:
-    """Read the first series of a TIFF file.
+def _read_tiff(encoded: bytes, channels: int) -> StoredValues:
+    """Read the first series of a TIFF file, or its first page with PIL.
 
-    Returns:
-      None for palettes and YCbCr, and for compressions that tifffile does not support
-      without imagecodecs. PIL reads these files.
+    PIL reads palettes and YCbCr. It also reads single pages with a compression that
+    tifffile does not support without imagecodecs.
+
+    Raises:
+      OSError: the file has no page, or its compression requires imagecodecs.
     """
-    import tifffile
+    from PIL import UnidentifiedImageError
 
-    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+    with _tifffile().TiffFile(io.BytesIO(encoded)) as file:
+        if not len(file.pages):
+            raise OSError(f"TIFF file contains no image ({len(encoded):,} bytes)")
         series, page = file.series[0], file.pages[0]
         photometric = int(page.photometric)
         if photometric in (PALETTE, YCBCR):
-            return None
+            return _read_with_pil(encoded, channels)
         try:
             array = series.asarray()
         except (ValueError, ImportError) as error:
-            if "imagecodecs" not in str(error):
+            if isinstance(error, ValueError) and "imagecodecs" not in str(error):
                 raise
-            return None
+            if len(series) > 1:  # PIL would read only the first page
+                raise _missing_codec(page, len(series)) from error
+            try:
+                return _read_with_pil(encoded, channels)
+            except UnidentifiedImageError:
+                raise _missing_codec(page, len(series)) from error
         axes = "".join(series.axes)
         if "Y" not in axes or "X" not in axes:
             raise ValueError(f"expected a TIFF with rows and columns, found {axes}")
-        return _with_bands(array, axes, inverted=photometric == WHITE_IS_0)
+        stored = _with_bands(array, axes, inverted=photometric == WHITE_IS_0)
+        return replace(stored, frames=len(series))
+
+
+def _missing_codec(page: Any, num_pages: int) -> OSError:
+    """Return the error for a TIFF file that only imagecodecs can decode.
+
+    Args:
+      page: tifffile's description of the first page.
+    """
+    compression = getattr(page.compression, "name", page.compression)
+    predictor = f" and predictor {page.predictor}" if page.predictor != 1 else ""
+    return OSError(
+        f"TIFF file with {compression} compression{predictor}, {page.bitspersample} "
+        f"bits, {counted(num_pages, 'page')}: decoding requires the package "
+        f"imagecodecs; {INSTALL_CODECS}"
+    )
 
 
 def _read_with_pil(encoded: bytes, channels: int) -> StoredValues:
-    """Read an image that PIL supports."""
-    from PIL import Image, UnidentifiedImageError
+    """Read an image that PIL supports.
 
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            stored = stored_values(image, encoded)
-            if stored is None:
-                mode = image.mode
-                if mode == "1":
-                    mode = "L"
-                elif mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
-                    mode = "RGBA" if image.has_transparency_data else "RGB"
-                array = np.asarray(image.convert(mode))
-                stored = StoredValues(array, mode, LIMITS["uint8"])
-    except UnidentifiedImageError as error:
-        raise OSError(f"unknown image format ({len(encoded):,} bytes)") from error
+    Raises:
+      UnidentifiedImageError: PIL does not support the file format.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as image:
+        stored = stored_values(image, encoded)
+        if stored is None:
+            mode = image.mode
+            if mode == "1":
+                mode = "L"
+            elif mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
+                mode = "RGBA" if image.has_transparency_data else "RGB"
+            array = np.asarray(image.convert(mode))
+            stored = StoredValues(array, mode, LIMITS["uint8"])
     array = stored.array
     if array.dtype == np.int32 and stored.limits:
         array = array.astype(np.uint16)

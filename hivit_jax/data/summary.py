@@ -99,8 +99,10 @@ def _stored_kind(encoded: bytes, channels: int) -> tuple[int, str, bool]:
     except Exception:  # formats that only PIL supports fully
         return channels, "unknown", False
     bands = stored.array.shape[-1]
-    is_raster = not stored.mode  # TIFF or NumPy array: the bands have no names
-    return bands, stored.array.dtype.name, is_raster and bands > channels > 1
+    # In TIFF files and NumPy arrays, the bands have no names. Pages that are not read
+    # are a finding of their own.
+    has_bands = not stored.mode and stored.frames == 1
+    return bands, stored.array.dtype.name, has_bands and bands > channels > 1
 
 
 def equal_files(splits: Sequence[Mapping[int, bytes]]) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ fault fails the check, is noted, or is tolerated; see `Verdict`.
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,6 +39,7 @@ from hivit_jax.tools.outputs import figure_path, output_path
 from hivit_jax.xla.chips import CHIPS, utilization_notes
 
 MAX_LISTED = 20  # lines per fault in the printed report
+MIN_MERGED = 5  # images with equal details that share a line
 TIMING_SECONDS = 3.0  # CPU-seconds to spend on measuring the loader's speed
 
 
@@ -64,12 +66,40 @@ def split_report(split: Split, faults: dict[str, list[str]]) -> str:
     if ignored := split.source.ignored_text():
         lines += ["", f"  ignored files: {ignored}"]
     for fault, affected in faults.items():
-        if affected:
-            lines += ["", f"  {len(affected):,} {fault}"]
-            lines += [f"    {line}" for line in affected[:MAX_LISTED]]
-        if len(affected) > MAX_LISTED:
-            lines.append(f"    ... and {len(affected) - MAX_LISTED:,} more")
+        if not affected:
+            continue
+        listed = merge_equal_details(split, fault, affected)
+        lines += ["", f"  {len(affected):,} {fault}"]
+        lines += [f"    {line}" for line in listed[:MAX_LISTED]]
+        if len(listed) > MAX_LISTED:
+            lines.append(f"    ... and {len(listed) - MAX_LISTED:,} more")
     return "\n".join(lines)
+
+
+def merge_equal_details(split: Split, fault: str, affected: list[str]) -> list[str]:
+    """Return the lines of a fault, with one line for each frequent detail.
+
+    A detail is frequent if at least `MIN_MERGED` images and a quarter of the checked
+    images have it. It is a property of the dataset, such as its number of channels, and
+    not of single files.
+
+    Args:
+      affected: lines of the fault, see `Split.faults`.
+    """
+    found = sorted(split.findings.get(fault, {}).items())
+    counts = Counter(detail for _, detail in found)
+    minimum = max(MIN_MERGED, len(split.indices) / 4)
+    frequent = {detail for detail, count in counts.items() if count >= minimum}
+    if not frequent:
+        return affected
+    lines, merged = [], set()
+    for line, (_, detail) in zip(affected, found, strict=True):
+        if detail not in frequent:
+            lines.append(line)
+        elif detail not in merged:
+            merged.add(detail)
+            lines.append(f"{line} ({counts[detail]:,} images)")
+    return lines
 
 
 def _row(label: str, *cells: str) -> str:
@@ -148,7 +178,8 @@ def check_dataset(
     if splits[0].usable().any():
         speed = images_per_cpu_second(splits[0], task.transform(train=True))
         print(f"\n{speed_report(task, model, speed)}")
-    text, problems = content_report(splits, group)
+    has_head = hasattr(getattr(model, "config", None), "num_classes")
+    text, problems = content_report(splits, group, has_head)
     verdict.notes += problems
     print(f"\n{text}\n")
     if sheet:

@@ -20,13 +20,14 @@ SHEET_CLASSES, SHEET_IMAGES, SHEET_SIDE = 20, 6, 96
 
 
 def content_report(
-    splits: Sequence[Split], group_pattern: str
+    splits: Sequence[Split], group_pattern: str, has_head: bool
 ) -> tuple[str, list[str]]:
     """Return a report on classes, pixels, leaks and settings, and a list of problems.
 
     Args:
       splits: the training split and, if there is one, the evaluation split.
       group_pattern: regular expression, see `summary.shared_groups`; "": none.
+      has_head: True if the model accepts `model.num_classes`.
     """
     lines = class_lines(splits)
     for split in splits:
@@ -38,7 +39,7 @@ def content_report(
             f"{black:.2%} of the values are at the lower end, {white:.2%} at the upper"
         )
     leaks, problems = leak_lines(splits, group_pattern) if len(splits) > 1 else ([], [])
-    return "\n".join([*lines, *leaks, *setting_lines(splits[0])]), problems
+    return "\n".join([*lines, *leaks, *setting_lines(splits[0], has_head)]), problems
 
 
 def class_lines(splits: Sequence[Split]) -> list[str]:
@@ -91,11 +92,15 @@ def leak_lines(
     return lines, problems
 
 
-def setting_lines(split: Split) -> list[str]:
-    """Return the settings that suit the training images, ready to paste in a shell."""
+def setting_lines(split: Split, has_head: bool) -> list[str]:
+    """Return the settings that suit the training images, ready to paste in a shell.
+
+    Args:
+      has_head: see `content_report`.
+    """
     data = split.config.data
-    lines = ["settings:"]
-    if split.source.labeled:
+    lines = []
+    if split.source.labeled and has_head:
         classes = len(split.source.classes)
         lines.append(f"  {config_flag('model.num_classes', classes)}")
     if split.usable().any():
@@ -108,7 +113,7 @@ def setting_lines(split: Split) -> list[str]:
             f"  --config.data.dtype=uint16 keeps the 16 bits of "
             f"{counted(split.summary.reduced, 'file')}"
         )
-    return lines
+    return ["settings:", *lines] if lines else []
 
 
 def contact_sheet(split: Split) -> np.ndarray:

@@ -180,14 +180,15 @@ class Split:
     def faults(self) -> dict[str, list[str]]:
         """Return {fault: lines}: one line per affected image or per empty class.
 
-        Empty classes are reported only if the whole split was read.
+        Empty classes are reported only if the whole split was read. If no image is
+        usable, they are not reported, because the other faults are the reason.
         """
         faults = {}
         self.findings |= {DROPPED: self.summary.dropped} if self.summary.dropped else {}
         for fault in FAULTS:
             details = sorted(self.findings.get(fault, {}).items())
             faults[fault] = [f"{self.name(i)}: {detail}" for i, detail in details]
-        if len(self.indices) == len(self.source):
+        if len(self.indices) == len(self.source) and self.usable().any():
             empty = np.flatnonzero(self.per_class() == 0)
             noun = "class" if len(empty) == 1 else "classes"
             names = [self.source.classes[i] for i in empty]

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
 from hivit_jax.data.findings import CLIPPED, LOST
 from hivit_jax.data.notes import exclusion_notes, uncovered_classes
+from hivit_jax.data.rasters import INSTALL_CODECS
 from hivit_jax.data.sources.registry import SELECTABLE
 from hivit_jax.data.unreadable import missing_files
 from hivit_jax.errors import DataError
@@ -134,6 +136,9 @@ class Verdict:
         for split in self._splits:
             if missing := missing_files(data, split.source):
                 return missing
+        reasons = [s.findings[UNREADABLE].values() for s in self._splits]
+        if any(INSTALL_CODECS in reason for reason in chain(*reasons)):
+            return f"{INSTALL_CODECS} to read the compressed TIFF files"
         action = f"leave the unreadable images out with data.exclude={file}"
         if data.exclude:
             action = f"add the unreadable images to {data.exclude}"

@@ -4,6 +4,7 @@ test_decoding.py tests images of 1 or 3 channels that Pillow decodes to 8 bits.
 """
 
 import io
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hivit_jax.augment import resample
 from hivit_jax.data import crops, decoding, findings
 from hivit_jax.data.crops import Box, Crop
 from hivit_jax.data.rasters import ChannelError, decode
+from hivit_jax.data.summary import Summary
 from hivit_jax.data.transforms import ImageTransform
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.tasks import defaults
@@ -158,11 +160,50 @@ def test_floats_require_float32_or_a_range():
         (npy(NOISE)[:-9], ValueError, None),
         (b"no image", OSError, "unknown image format"),
         (KINDS["tiff"][0][:100], Exception, None),
+        (b"II*\0\0\0\0\0", OSError, r"TIFF file contains no image \(8 bytes\)"),
     ],
 )
-def test_unsuitable_and_damaged_files_are_errors(encoded, error, message):
+def test_unsuitable_and_damaged_files_are_errors(encoded, error, message, caplog):
+    """tifffile's own log messages are disabled."""
     with pytest.raises(error, match=message):
         decode(encoded, 4, dtype="uint16")
+    assert not caplog.records
+
+
+NO_CODECS = pytest.mark.skipif(
+    find_spec("imagecodecs") is not None, reason="imagecodecs is installed"
+)
+
+
+def lzw_pages(*pages):
+    """Encode 8-bit images as the pages of a TIFF file with LZW compression."""
+    first, *others = map(Image.fromarray, pages)
+    options = dict(compression="tiff_lzw", save_all=True, append_images=others)
+    return encode(first, "TIFF", **options)
+
+
+@NO_CODECS
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_error_for_a_missing_codec_names_the_compression_and_the_package(dtype):
+    """Pillow cannot read the first file, and only the first page of the second."""
+    bands = io.BytesIO(KINDS["tiff"][0])
+    with tifffile.TiffFile(bands, mode="r+") as file:
+        file.pages[0].tags["Compression"].overwrite(tifffile.COMPRESSION.LZW)
+    pages = lzw_pages(*noise_image(4, 9, 8))
+    for encoded, channels, kind in (
+        (bands.getvalue(), 5, "16 bits, 1 page"),
+        (pages, 4, "8 bits, 4 pages"),
+    ):
+        message = f"LZW compression, {kind}: .* imagecodecs; run pip install imagecod"
+        with pytest.raises(OSError, match=message):
+            decode(encoded, channels, dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(9, 8), (9, 8, 3), (9, 8, 4)])
+def test_single_lzw_page_is_read_without_imagecodecs(shape):
+    pixels = noise_image(*shape)
+    decoded = decode(lzw_pages(pixels), pixels[0, 0].size, dtype="float32")
+    assert_array_equal(decoded, pixels.reshape(decoded.shape))
 
 
 # Resizing
@@ -374,3 +415,61 @@ def test_bands_that_are_neither_color_nor_alpha_are_never_dropped(bits, layout):
         file.getvalue(), lambda: "a.tif", expected.astype(np.uint8), (8, 8), 0, ()
     )
     assert findings.LOST not in found
+
+
+ALPHA, FRAMES = "alpha channel, dropped", "several frames, one is read"
+PAGES = tiff(noise_image(4, 9, 8), photometric="minisblack")
+
+
+def appended_page(encoded):
+    """Return a TIFF file with another page, of another size."""
+    buffer = io.BytesIO(encoded)
+    tifffile.imwrite(buffer, noise_image(5, 6), append=True)
+    return buffer.getvalue()
+
+
+RGBA = noise_image(9, 8, 4)
+GIF = encode(
+    Image.fromarray(noise_image(9, 8)),
+    "GIF",
+    save_all=True,
+    append_images=[Image.fromarray(255 - noise_image(9, 8))],
+)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "channels", "dtype", "expected"),
+    [
+        (encode(RGBA, "TIFF"), 4, "uint8", set()),
+        (encode(RGBA, "TIFF"), 3, "uint8", {ALPHA}),
+        (encode(RGBA, "PNG"), 4, "uint16", set()),
+        (encode(RGBA, "PNG"), 3, "uint16", {ALPHA}),
+        (PAGES, 4, "uint8", set()),
+        (PAGES, 4, "uint16", set()),
+        (PAGES, 3, "uint8", {FRAMES}),
+        (appended_page(PAGES), 4, "uint8", {"several frames, 4 are read"}),
+        (GIF, 3, "uint8", {FRAMES}),
+        (GIF, 3, "float32", {FRAMES}),
+    ],
+)
+def test_findings_about_alpha_and_frames_agree_with_the_decoder(
+    encoded, channels, dtype, expected
+):
+    """A finding lists only the parts of the file that the decoder drops."""
+    pixels = decode(encoded, channels, dtype=dtype)
+    found = findings.image_findings(encoded, lambda: "a", pixels, (8, 8), 0, ())
+    assert {f for f in found if "alpha" in f or "frames" in f} == expected
+    summary = Summary(channels)
+    summary.add(0, encoded, pixels)
+    is_rgba_tiff = encoded.startswith(b"II") and ALPHA in expected
+    assert summary.dropped == ({0: "4 channels, 3 are used"} if is_rgba_tiff else {})
+
+
+def test_levels_of_all_bands_are_compared():
+    """The first page has one level; the levels of the other page are lost."""
+    values = np.zeros((2, 48, 64), np.uint16)
+    values[1] = np.arange(48 * 64).reshape(48, 64)
+    encoded = tiff(values, photometric="minisblack")
+    pixels = decode(encoded, 2)
+    found = findings.image_findings(encoded, lambda: "a.tif", pixels, (8, 8), 0, ())
+    assert found[findings.LOST].startswith("13 of 3072 levels remain")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from importlib.util import find_spec
 
 import mini_runs
 import numpy as np
@@ -324,6 +325,25 @@ def test_values_without_a_range_fail_the_check(check, tmp_path):
     )
 
 
+@pytest.mark.skipif(find_spec("imagecodecs") is not None, reason="needs its absence")
+def test_missing_codec_has_its_own_remedy(check, tmp_path):
+    """LZW pages require imagecodecs. Pillow would read only the first page."""
+    pages = [Image.fromarray(RAMP.astype(np.uint8) + k) for k in range(2)]
+    options = dict(compression="tiff_lzw", save_all=True, append_images=pages[1:])
+    path = tmp_path / "tiles" / "c0" / "a.tif"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(encode(pages[0], "TIFF", **options))
+    keys = dict(data__eval_split="none", model__in_channels=2)
+    code, out, err = check(
+        path.parents[1], **keys, data__mean=(0.5,) * 2, data__std=(0.5,) * 2
+    )
+    assert code == 4
+    assert f"{path}: OSError: TIFF file with LZW compression, 8 bits, 2 pages: " in out
+    assert err.endswith(
+        "\nrun pip install imagecodecs to read the compressed TIFF files\n"
+    )
+
+
 def test_check_data_prints_ignored_files_by_ending(check, tmp_path):
     write_folder(tmp_path)
     for name in ("x.heic", "y.HEIC", ".DS_Store", "Thumbs.db", "notes.txt"):
@@ -355,7 +375,7 @@ def test_report_lists_classes_kinds_of_files_and_settings(check, healthy, tmp_pa
         line.startswith("train: channels x dtype of files: 3 x uint8: 35; ")
         for line in lines
     )
-    assert "--config.model.num_classes=7" in lines
+    assert lines[lines.index("settings:") + 1].startswith("'--config.data.mean=(")
     pixels = np.concatenate(
         [np.asarray(Image.open(p)).reshape(-1, 3) for p in healthy.glob("train/*/*")]
     )
@@ -409,8 +429,38 @@ def test_tiles_of_four_bands_require_channels_and_dtype(check, tmp_path):
     assert f"  '--config.data.mean=({mean})'\n" in out
 
 
+def test_problem_of_all_images_has_one_line_and_no_advice_about_classes(
+    check, tmp_path
+):
+    """The kinds of a mismatch are counted; a rare kind has a line per image."""
+    channels = [4] * 6 + [2] * 2
+    for k, count in enumerate(channels):
+        path = tmp_path / f"c{k % 2}" / f"{k}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, np.zeros((9, 8, count), np.uint8))
+    code, out, err = check(tmp_path, data__eval_split="none")
+    assert code == 4
+    found = [" ".join(x.split()) for x in out.splitlines() if ": expected 3 chan" in x]
+    advice = "or leave the file out with data.exclude"
+    assert found == [
+        f"{tmp_path}/c0/0.npy: expected 3 channels, found 4; set model.in_channels=4, "
+        f"{advice} (6 images)",
+        f"{tmp_path}/c0/6.npy: expected 3 channels, found 2; set model.in_channels=2, "
+        f"{advice}",
+        f"{tmp_path}/c1/7.npy: expected 3 channels, found 2; set model.in_channels=2, "
+        f"{advice}",
+    ]
+    assert err.endswith(
+        "\ntrain: 8 with the wrong number of channels\n"
+        "set model.in_channels to the number of channels of the files\n"
+    )
+
+
 def test_dataset_of_one_class_is_noted(check, tmp_path, capsys):
-    """The note is the warning that a run logs. Pretraining has no such note."""
+    """The note is the warning that a run logs. Pretraining has no such note.
+
+    The settings contain the number of classes, except for pretraining.
+    """
     write(tmp_path, {"train": 14}, (64, 48))
     for directory in (tmp_path / "train").iterdir():
         if directory.name != NAMES[0]:
@@ -418,19 +468,22 @@ def test_dataset_of_one_class_is_noted(check, tmp_path, capsys):
     flags = ["--config=folder_finetune", f"--config.data.dir={tmp_path / 'train'}"]
     assert check_data.main(flags) == 0
     note = "model.num_classes=1: with one class the loss is always 0"
-    assert capsys.readouterr().out.splitlines()[-1] == note
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == note
+    assert "\nsettings:\n  --config.model.num_classes=1\n" in out
     _, out, _ = check(tmp_path / "train", data__eval_split="none")
     assert out.endswith("\nhealthy\n")
+    assert "num_classes" not in out
 
 
-def test_settings_without_a_readable_image_contain_no_statistics(check, tmp_path):
+def test_no_settings_are_printed_without_a_readable_image(check, tmp_path):
     """Mean and standard deviation of no pixels would be 0."""
     for name in ("c0", "c1"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         (tmp_path / "photos" / name / "a.png").write_text("no image")
     code, out, _ = check(tmp_path / "photos", data__eval_split="none")
     assert code == 4
-    assert "  --config.model.num_classes=2\n" in out
+    assert "settings:" not in out
     assert "data.mean" not in out
     assert "data.std" not in out
 
