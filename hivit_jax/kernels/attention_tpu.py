@@ -3,10 +3,9 @@
 The forward and the backward pass are one kernel each.
 
 Shapes: x is [B*N, C], with N tokens per image. Tokens attend to tokens of the same
-image. C is a multiple of 128, and heads are 32, 64 or 128 wide. The forward pass
-saves x, and with `Plan.keep` also q, k and v, which are otherwise recomputed. The
-backward pass always recomputes the outputs of the heads, because it computes the
-probabilities anyway.
+image. C is a multiple of 128, and heads are 32, 64 or 128 wide. The forward pass saves
+x, and, depending on `Plan.num_saved`, also q, k and v, and the outputs of the heads. The
+backward pass recomputes the arrays that were not saved.
 
 An optional bias [heads, N, N] is added to the scores of every image. The bias and the
 sum of its gradient stay in VMEM while a core processes its images.
@@ -27,11 +26,14 @@ linear layers count:
 | pass               | bytes | operations |
 |--------------------|-------|------------|
 | forward            | 4 C   | 8 C C      |
-| forward with keep  | 10 C  | 8 C C      |
+| forward, 1 saved   | 10 C  | 8 C C      |
+| forward, 2 saved   | 12 C  | 8 C C      |
 | backward           | 6 C   | 22 C C     |
-| backward with keep | 12 C  | 16 C C     |
+| backward, 1 saved  | 12 C  | 16 C C     |
+| backward, 2 saved  | 14 C  | 16 C C     |
 
-A decoder block of mae_hivit_base moves 1 MB per image, or 2.2 MB with `keep`, and is
+The second saved array also avoids one product of scores and v. A decoder block of
+mae_hivit_base moves 1 MB per image, or 2.6 MB if two arrays are saved, and is
 compute-bound in both cases. Without the kernel, the scores of the block's 16 heads
 would move 55 MB.
 """
@@ -79,13 +81,13 @@ def attention_block(
         have no gradient.
       plan: `rows` must be a multiple of N, so that blocks hold whole images.
     """
-    return _run(x, weights, bias, branch_scale, replace(plan, keep=False))[0]
+    return _run(x, weights, bias, branch_scale, replace(plan, num_saved=0))[0]
 
 
 def _run(x, weights, bias, branch_scale, plan):
     """Return (output [B*N, C], saved).
 
-    With `plan.keep`, `saved` is one array, q, k and v [B*N, 3C]; otherwise ().
+    `saved`: the first `plan.num_saved` of qkv [B*N, 3C] and the heads' outputs [B*N, C].
     """
     tokens, rows = plan.tokens, plan.rows
     width, dtype = x.shape[1], x.dtype
@@ -126,8 +128,8 @@ def _run(x, weights, bias, branch_scale, plan):
         groups.for_each(attend)
         y = dot(heads_out[...].astype(dtype), weights[4][...]) + weights[5][...]
         out_refs[0][...] = (x.astype(F32) + scale_branch(y)).astype(dtype)
-        if plan.keep:
-            out_refs[1][...] = qkv[...].astype(dtype)
+        for ref, array in zip(out_refs[1:], scratch, strict=False):
+            ref[...] = array[...].astype(dtype)
 
     scratch = [pltpu.VMEM((rows, 3 * width), F32), pltpu.VMEM((rows, width), F32)]
     (out, *saved), _ = over_rows(
@@ -136,7 +138,7 @@ def _run(x, weights, bias, branch_scale, plan):
         [x],
         [*weights, *biases],
         scratch=scratch,
-        extra_widths=[3 * width] if plan.keep else [],
+        extra_widths=[3 * width, width][: plan.num_saved],
         branch_scale=branch_scale,
         flops=x.size * (8 * width + 4 * tokens),
         name="attention_block",
@@ -151,7 +153,7 @@ def _forward(x, weights, bias, branch_scale, plan):
 
 def _backward(plan, residuals, gradient):
     x, weights, bias, branch_scale, saved = residuals
-    tokens, rows, keep = plan.tokens, plan.rows, plan.keep
+    tokens, rows, num_saved = plan.tokens, plan.rows, plan.num_saved
     width, dtype = x.shape[1], x.dtype
     head_width, groups = width // plan.heads, Groups(rows, tokens)
     heads_per_tile, biases = LANES // head_width, []
@@ -166,7 +168,7 @@ def _backward(plan, residuals, gradient):
         scale, _, qkv_w, _, proj_w, _ = weights
         x, dout = row_refs[0][...], row_refs[1][...]
         dy = scale_branch(dout).astype(dtype)
-        x_hat, inverse, n = _restore(x, row_refs[2:], weights, plan.eps, qkv)
+        x_hat, inverse, n = _restore(x, row_refs[2:], weights, plan.eps, scratch)
         dheads_out[...] = dot(dy, proj_w[...], (1, 1))
 
         def attend(window, inside, score_mask, slot):
@@ -183,9 +185,10 @@ def _backward(plan, residuals, gradient):
                 p, ds, *gradients = _tile_gradients(*arrays, mask, inside, head_width)
                 if biases:
                     sums[6][first_bias + tile] += ds
-                tile_out = merge_heads(dot(p, v, (0, 0)), head_width)
-                tile_out = jnp.where(inside, tile_out, heads_out[window, columns])
-                heads_out[window, columns] = tile_out
+                if num_saved < 2:
+                    tile_out = merge_heads(dot(p, v, (0, 0)), head_width)
+                    tile_out = jnp.where(inside, tile_out, heads_out[window, columns])
+                    heads_out[window, columns] = tile_out
                 for part, new in enumerate(gradients):
                     columns = pl.ds(part * width + tile * LANES, LANES)
                     qkv[window, columns] = jnp.where(inside, new, qkv[window, columns])
@@ -204,7 +207,7 @@ def _backward(plan, residuals, gradient):
         [*weights, *biases],
         [pltpu.VMEM((rows, n * width), F32) for n in (3, 1, 1)],
         branch_scale=branch_scale,
-        flops=x.size * ((16 if keep else 22) * width + 12 * tokens),
+        flops=x.size * ((16 if num_saved else 22) * width + 12 * tokens),
         name="attention_block_gradient",
     )
     return dx, Weights(*sums[:6]), bias_vjp(sums[6])[0] if biases else None, None
@@ -260,11 +263,12 @@ def _project(x, weights, eps, qkv):
     return x_hat, inverse, n
 
 
-def _restore(x, saved, weights, eps, qkv):
-    """Write q, k, v to `qkv` from `saved`; call `_project` if nothing is saved."""
+def _restore(x, saved, weights, eps, scratch):
+    """Copy `saved` to the scratch arrays; call `_project` if nothing is saved."""
     if not saved:
-        return _project(x, weights, eps, qkv)
-    qkv[...] = saved[0][...].astype(F32)
+        return _project(x, weights, eps, scratch[0])
+    for ref, array in zip(scratch, saved, strict=False):
+        ref[...] = array[...].astype(F32)
     return layer_norm(x, weights[0][...], weights[1][...], eps)
 
 

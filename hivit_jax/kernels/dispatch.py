@@ -64,8 +64,8 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> ResidualFn | None:
     if rows is None or max_rows < LANES:
         return None
     flops = 2 * width * hidden  # of a matrix product, per row
-    keep = target.should_keep(2 * flops, 5 * flops, flops, width, 2 * hidden)
-    plan = replace(plan, rows=rows, keep=keep)
+    num_saved = int(target.should_save(2 * flops, 5 * flops, flops, width, 2 * hidden))
+    plan = replace(plan, rows=rows, num_saved=num_saved)
     return lambda branch_scale: target.run(
         mlp_block, x, (weights,), plan, (branch_scale,)
     )
@@ -112,12 +112,16 @@ def attention(
     projection_flops, score_flops = 2 * width**2, 2 * tokens * width * heads_per_tile
     forward = 4 * projection_flops + 2 * score_flops
     backward = 11 * projection_flops + 6 * score_flops
-    keep = target.should_keep(forward, backward, 3 * projection_flops, width, 6 * width)
+    num_saved, flops = 0, 3 * projection_flops
+    if target.should_save(forward, backward, flops, width, 6 * width):
+        # Saves the outputs of the heads too if it takes longer to recompute than to
+        # write them. The limit saves memory where recomputing costs little.
+        num_saved = 1 + (score_flops > target.balance * 2 * width)
     weights = _weights(x.dtype, norm, qkv, proj)
     plan = Plan(
         norm.epsilon,
         rows=rows,
-        keep=keep,
+        num_saved=num_saved,
         interpret=target.interpret,
         heads=heads,
         tokens=tokens,

@@ -3,22 +3,22 @@
 The forward and the backward pass are one kernel each.
 
 Shapes: x [T, C]. C and the hidden width H are multiples of 128, and T is a multiple of
-`Plan.rows`. The forward pass saves x. With `Plan.keep` it also saves the output of fc1;
-otherwise the backward pass recomputes this output.
+`Plan.rows`. The forward pass saves x. With `Plan.num_saved` it also saves the output of
+fc1; otherwise the backward pass recomputes this output.
 
 Roofline per row in bfloat16; the weights are read once:
 
 | pass               | bytes     | operations |
 |--------------------|-----------|------------|
 | forward            | 4 C       | 4 C H      |
-| forward with keep  | 4 C + 2 H | 4 C H      |
+| forward, saved     | 4 C + 2 H | 4 C H      |
 | backward           | 6 C       | 10 C H     |
-| backward with keep | 6 C + 2 H | 8 C H      |
+| backward, saved    | 6 C + 2 H | 8 C H      |
 
 By this model, at half of the peak bandwidth of a v5e (480 operations per byte),
 recomputing is faster in both stem stages of hivit_base (C=128, H=384 and C=256, H=768),
 and saving is faster in the main stage (C=512, H=2048). There the kernel is
-compute-bound even with `keep`: its forward pass does 683 operations per byte.
+compute-bound even with the saved array: its forward pass does 683 operations per byte.
 """
 
 from dataclasses import replace
@@ -49,13 +49,13 @@ def mlp_block(
       branch_scale: [B] float32, factor of each image's branch; None: 1. An image is
         T / B consecutive rows. The factors have no gradient.
     """
-    return _run(x, weights, branch_scale, replace(plan, keep=False))[0]
+    return _run(x, weights, branch_scale, replace(plan, num_saved=0))[0]
 
 
 def _run(x, weights, branch_scale, plan):
     """Return (output [T, C], saved).
 
-    With `plan.keep`, `saved` is one array, the output of fc1 [T, H]; otherwise ().
+    With `plan.num_saved`, `saved` is one array, the output of fc1 [T, H]; otherwise ().
     """
     hidden_width = weights.w1.shape[1]
 
@@ -66,7 +66,7 @@ def _run(x, weights, branch_scale, plan):
         g = hidden * normal_cdf(hidden, x.dtype)
         y = scale_branch(dot(g.astype(x.dtype), w2) + b2)
         out_refs[0][...] = (x.astype(F32) + y).astype(x.dtype)
-        if plan.keep:
+        if plan.num_saved:
             out_refs[1][...] = hidden.astype(x.dtype)
 
     (out, *saved), _ = over_rows(
@@ -74,7 +74,7 @@ def _run(x, weights, branch_scale, plan):
         plan,
         [x],
         weights,
-        extra_widths=[hidden_width] if plan.keep else [],
+        extra_widths=[hidden_width] * plan.num_saved,
         branch_scale=branch_scale,
         flops=4 * x.size * hidden_width,
         name="mlp_block",
@@ -97,7 +97,7 @@ def _backward(plan, residuals, gradient):
         dy = dy32.astype(dtype)
         scale, bias, w1, b1, w2, _ = weights
         x_hat, inverse_std, normed = layer_norm(x, scale[...], bias[...], plan.eps)
-        if plan.keep:
+        if plan.num_saved:
             hidden = row_refs[2][...].astype(F32)
         else:
             hidden = dot(normed, w1[...]) + b1[...]
@@ -124,7 +124,7 @@ def _backward(plan, residuals, gradient):
         weights,
         weights,
         branch_scale=branch_scale,
-        flops=(8 if plan.keep else 10) * x.size * weights.w1.shape[1],
+        flops=(8 if plan.num_saved else 10) * x.size * weights.w1.shape[1],
         name="mlp_block_gradient",
     )
     return dx, Weights(*sums), None

@@ -29,15 +29,16 @@ class Plan:
     eps: epsilon of the LayerNorm.
     rows: rows of a block, the part of x that is in VMEM at a time; must divide the
       rows of x. TPU kernels only.
-    keep: save intermediate arrays for the backward pass, which otherwise recomputes
-      them; TPU kernels only.
+    num_saved: number of intermediate arrays that are saved for the backward pass, which
+      recomputes the others; TPU kernels only. MLP: 1 saves the output of fc1.
+      Attention: 1 saves q, k and v; 2 also saves the outputs of the heads.
     interpret: run as plain JAX operations, on any backend.
     heads, tokens: attention heads, and tokens of an image; attention only.
     """
 
     eps: float
     rows: int = 0
-    keep: bool = False
+    num_saved: int = 0
     interpret: bool = False
     heads: int = 1
     tokens: int = 1

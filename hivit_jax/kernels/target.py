@@ -40,8 +40,8 @@ class Target:
         """True if kernels run as plain JAX operations."""
         return self.platform == "cpu"
 
-    def should_keep(
-        self, forward: int, backward: int, recompute: int, width: int, kept: int
+    def should_save(
+        self, forward: int, backward: int, recompute: int, width: int, saved: int
     ) -> bool:
         """Return True if saving arrays is faster than recomputing them.
 
@@ -50,15 +50,15 @@ class Target:
           recompute: operations per row of the backward pass that saving avoids.
           width: elements of a row. The forward pass moves two arrays of this width, the
             backward pass three.
-          kept: bytes that are saved per row.
+          saved: bytes that are saved per row.
         """
 
         def time(operations, moved):
             return max(operations, self.balance * moved)
 
         if_recomputed = time(forward, 4 * width) + time(backward, 6 * width)
-        if_saved = time(forward, 4 * width + kept)
-        if_saved += time(backward - recompute, 6 * width + kept)
+        if_saved = time(forward, 4 * width + saved)
+        if_saved += time(backward - recompute, 6 * width + saved)
         return if_saved < if_recomputed
 
     def run(

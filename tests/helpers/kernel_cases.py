@@ -30,9 +30,9 @@ class Case(NamedTuple):
       include weights and biases of two linear layers, and may include the bias of
       attention scores.
     plain: (*inputs, branch_scale) -> [T, C]; branch_scale is [images] or None.
-    fused: (*inputs, branch_scale, keep, interpret) -> [T, C], one kernel.
+    fused: (*inputs, branch_scale, num_saved, interpret) -> [T, C], one kernel.
     images: number of images that the rows belong to.
-    keeps: True if the kernel implements `Plan.keep`.
+    max_saved: largest `Plan.num_saved` of the kernel.
     """
 
     platform: str
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     plain: Callable
     fused: Callable
     images: int
-    keeps: bool = True
+    max_saved: int = 1
 
 
 def random_arrays(*shapes, dtype=jnp.float32):
@@ -128,12 +128,12 @@ def plain_norm(x, scale, bias, branch_scale=None):
 
 
 def norm(rows, width):
-    def fused(x, scale, bias, branch_scale=None, keep=False, **options):
+    def fused(x, scale, bias, branch_scale=None, num_saved=0, **options):
         x, normalized = skip_and_norm(x, scale, bias, Plan(EPS, **options))
         return add_branch(x, normalized, branch_scale)
 
     shapes = [(rows, width), (width,), (width,)]
-    return Case("gpu", shapes, plain_norm, fused, rows // 8, keeps=False)
+    return Case("gpu", shapes, plain_norm, fused, rows // 8, max_saved=0)
 
 
 def attention(images, tokens, width, heads, block, bias=False):
@@ -145,7 +145,7 @@ def attention(images, tokens, width, heads, block, bias=False):
     shapes = shapes_of(images * tokens, width, 3 * width, width)
     shapes += [(heads, tokens, tokens)] * bias
     plain = partial(plain_attention, heads=heads, tokens=tokens)
-    return Case("tpu", shapes, plain, fused, images)
+    return Case("tpu", shapes, plain, fused, images, max_saved=2)
 
 
 CASES = {
@@ -218,7 +218,7 @@ def relative_errors(function, inputs, cotangent, truth, jit):
     ]
 
 
-def assert_bfloat16_errors(case, jit, keep, interpret):
+def assert_bfloat16_errors(case, jit, num_saved, interpret):
     """Check that a kernel in bfloat16 is about as exact as plain JAX in bfloat16.
 
     The errors of the output and of all gradients are relative to float32. Each may
@@ -229,7 +229,7 @@ def assert_bfloat16_errors(case, jit, keep, interpret):
     inputs, cotangent = in_bfloat16(inputs), cotangent.astype(jnp.bfloat16)
     float32_inputs = [x.astype(jnp.float32) for x in inputs]
     truth = output_and_gradients(case.plain, float32_inputs, cotangent)
-    fused = partial(case.fused, keep=keep, interpret=interpret)
+    fused = partial(case.fused, num_saved=num_saved, interpret=interpret)
     fused_errors, plain_errors = (
         relative_errors(function, inputs, cotangent, truth, jit)
         for function in (fused, case.plain)

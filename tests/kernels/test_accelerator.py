@@ -43,13 +43,13 @@ def one_device_and_default_precision():
 STAGES = {"stem": norm(25088, 128), "main stage": norm(1568, 512)}
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("num_saved", [0, 1, 2])
 @pytest.mark.parametrize("name", [*CASES, *STAGES])
-def test_kernels_on_accelerators_are_about_as_exact_as_plain(name, keep):
+def test_kernels_on_accelerators_are_about_as_exact_as_plain(name, num_saved):
     case = (CASES | STAGES)[name]
-    if case.platform != jax.default_backend() or keep and not case.keeps:
+    if case.platform != jax.default_backend() or num_saved > case.max_saved:
         pytest.skip("no such kernel on this backend")
-    assert_bfloat16_errors(case, jax.jit, keep, interpret=False)
+    assert_bfloat16_errors(case, jax.jit, num_saved, interpret=False)
 
 
 @jax.custom_vjp

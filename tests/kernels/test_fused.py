@@ -145,28 +145,26 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, with_bias, monkeypat
     assert calls[1:] == [(None, tokens)]
 
 
-# (drop some images, save residuals). Kernels that cannot save residuals ignore the
-# second value and skip the second case.
-DROP_AND_KEEP = [(False, False), (False, True), (True, True)]
+# (drop some images, number of saved arrays, which a kernel may limit)
+DROP_AND_SAVED = [(False, 0), (False, 1), (True, 2)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "drop", "keep"),
+    ("name", "drop", "num_saved"),
     [
-        (name, drop, keep)
+        pair
         for name, case in CASES.items()
-        for drop, keep in DROP_AND_KEEP
-        if case.keeps or drop == keep
+        for pair in {(name, d, min(n, case.max_saved)): 0 for d, n in DROP_AND_SAVED}
     ],
 )
-def test_fused_equals_plain(name, drop, keep):
+def test_fused_equals_plain(name, drop, num_saved):
     """Output and all gradients of each kernel agree in float32 over several blocks."""
     case = CASES[name]
     inputs, cotangent = random_inputs(case)
     scale = drop_path_factors(case.images) if drop else None
     plain = partial(case.plain, branch_scale=scale)
-    fused = partial(case.fused, branch_scale=scale, keep=keep, interpret=True)
+    fused = partial(case.fused, branch_scale=scale, num_saved=num_saved, interpret=True)
     expected = jax.jit(partial(output_and_gradients, plain))(inputs, cotangent)
     actual = fast_jit(partial(output_and_gradients, fused))(inputs, cotangent)
     for a, b in zip(actual, expected, strict=True):
@@ -176,15 +174,15 @@ def test_fused_equals_plain(name, drop, keep):
 @pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "keep"),
+    ("name", "num_saved"),
     [
-        *(("mlp", True), ("mlp", False), ("norm on GPUs", False)),
-        *(("attention of 49", True), ("attention of 49", False)),
-        *(("bias of 49", True), ("bias of 49", False)),
+        *(("mlp", 1), ("mlp", 0), ("norm on GPUs", 0)),
+        *(("attention of 49", 2), ("attention of 49", 1), ("attention of 49", 0)),
+        *(("bias of 49", 2), ("bias of 49", 0)),
     ],
 )
-def test_kernels_in_bfloat16_are_about_as_exact_as_plain(name, keep):
-    assert_bfloat16_errors(CASES[name], fast_jit, keep, interpret=True)
+def test_kernels_in_bfloat16_are_about_as_exact_as_plain(name, num_saved):
+    assert_bfloat16_errors(CASES[name], fast_jit, num_saved, interpret=True)
 
 
 @pytest.mark.extras
@@ -195,23 +193,23 @@ def test_kernels_in_bfloat16_are_about_as_exact_as_plain(name, keep):
 def test_gpu_compiler_accepts_layer_norm(width):
     """Forward and backward pass are one kernel each."""
     case = norm(1024, width)
-    text = compiled_text(case, devices_of("h100:1")[0], False, GPU_OPTIONS)
+    text = compiled_text(case, devices_of("h100:1")[0], 0, GPU_OPTIONS)
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
 
 
 @pytest.mark.extras
 @pytest.mark.skipif(not find_spec("libtpu"), reason="needs the TPU compiler")
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("num_saved", [0, 1])
 @pytest.mark.parametrize(
     "case", [mlp(1024, 128, 256, 512), attention(16, 49, 128, 2, 784)]
 )
-def test_tpu_compiler_accepts_mlp_and_attention(case, keep):
+def test_tpu_compiler_accepts_mlp_and_attention(case, num_saved):
     """Forward and backward pass are one kernel each."""
-    text = compiled_text(case, devices_of("v5e:2x4")[0], keep)
+    text = compiled_text(case, devices_of("v5e:2x4")[0], num_saved)
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
-def compiled_text(case, device, keep, options=None):
+def compiled_text(case, device, num_saved, options=None):
     """Compile a kernel and its gradients in bfloat16 for a device; return the HLO."""
     mesh = Mesh(np.array([device]), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -220,7 +218,7 @@ def compiled_text(case, device, keep, options=None):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         (in_bfloat16(inputs), cotangent),
     )
-    fused = partial(case.fused, keep=keep, interpret=False)
+    fused = partial(case.fused, num_saved=num_saved, interpret=False)
     with jax.set_mesh(mesh):
         lowered = jax.jit(partial(output_and_gradients, fused)).lower(inputs, cotangent)
     return lowered.compile(options).as_text()
@@ -257,7 +255,7 @@ def test_residuals_are_saved_if_moving_is_faster_than_recomputing():
         ):
             product_flops = 2 * width * hidden
             flops = 2 * product_flops, 5 * product_flops, product_flops
-            assert tpu.should_keep(*flops, width, 2 * hidden) == is_saved, (
+            assert tpu.should_save(*flops, width, 2 * hidden) == is_saved, (
                 balance,
                 width,
             )
