@@ -4,7 +4,7 @@ The forward and the backward pass are one kernel each.
 
 Shapes: x is [B*N, C], with N tokens per image. Tokens attend to tokens of the same
 image. C is a multiple of 128, and heads are 32, 64 or 128 wide. The forward pass saves
-x, and, depending on `Plan.num_saved`, also q, k and v, and the outputs of the heads. The
+x and, depending on `Plan.num_saved`, also q, k and v, and the outputs of the heads. The
 backward pass recomputes the arrays that were not saved.
 
 An optional bias [heads, N, N] is added to the scores of every image. The bias and the
@@ -87,7 +87,7 @@ def attention_block(
 def _run(x, weights, bias, branch_scale, plan):
     """Return (output [B*N, C], saved).
 
-    `saved`: the first `plan.num_saved` of qkv [B*N, 3C] and the heads' outputs [B*N, C].
+    saved: the first `plan.num_saved` of qkv [B*N, 3C] and the heads' outputs [B*N, C].
     """
     tokens, rows = plan.tokens, plan.rows
     width, dtype = x.shape[1], x.dtype

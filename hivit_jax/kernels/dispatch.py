@@ -118,14 +118,7 @@ def attention(
         # write them. The limit saves memory where recomputing costs little.
         num_saved = 1 + (score_flops > target.balance * 2 * width)
     weights = _weights(x.dtype, norm, qkv, proj)
-    plan = Plan(
-        norm.epsilon,
-        rows=rows,
-        num_saved=num_saved,
-        interpret=target.interpret,
-        heads=heads,
-        tokens=tokens,
-    )
+    plan = Plan(norm.epsilon, rows, num_saved, target.interpret, heads, tokens)
 
     def run(branch_scale):
         if branch_scale is not None and windows is not None:
