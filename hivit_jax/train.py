@@ -88,10 +88,8 @@ def train(
     # --- State: restored, initialized from a pretrained model, or new ---------------
     dataset, keep = asdict(task.data), config.keep_checkpoints
     checkpoints = manager.Checkpoints(workdir, keep, task.best, dataset)
-    steps = checkpoints.steps()
-    check_same_on_all_processes(
-        {"config": config, "dataset's size": images_per_epoch, "checkpoints": steps}
-    )
+    sizes = {"dataset's size": images_per_epoch, "checkpoints": checkpoints.steps()}
+    check_same_on_all_processes({"config": config} | sizes)
     check_resumption(config, dataset, checkpoints)
     if restored := checkpoints.restore_newest(training.state):
         step, state = restored
