@@ -13,7 +13,7 @@ Hardware: a CPU. Cost: 1 to 2 minutes on 2 cores.
 def get_config() -> dict:
     """Return the keys that differ from the defaults."""
     run = dict(task="classify", label_smoothing=0.1, batch_size=25, total_steps=360)
-    intervals = dict(log_every=120, eval_every=180, checkpoint_every=360)
+    intervals = dict(log_every=120, eval_every=120, checkpoint_every=360)
     # The 8x8 digits are resized to 16x16, so a 4x4 unit covers 2x2 original pixels.
     model = dict(name="hivit_tiny", image_size=16, in_channels=1, patch_size=4)
     model |= dict(embed_dim=64, depths=(1, 1, 4), num_heads=2, dtype="float32")

@@ -12,7 +12,7 @@ Expected: 82 % top-1. Hardware: a CPU. Cost: 1 to 2 minutes on 2 cores.
 def get_config() -> dict:
     """Return the keys that differ from the defaults."""
     run = dict(task="linear_probe", batch_size=50, total_steps=300)
-    intervals = dict(log_every=100, eval_every=300, checkpoint_every=300)
+    intervals = dict(log_every=100, eval_every=100, checkpoint_every=300)
     # The 8x8 digits are resized to 16x16, so a 4x4 unit covers 2x2 original pixels.
     # Pretraining uses no relative positions, so the probe uses none.
     model = dict(name="hivit_tiny", image_size=16, in_channels=1, patch_size=4)

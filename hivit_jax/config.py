@@ -17,7 +17,7 @@ from ml_collections.config_dict import FieldReference
 from hivit_jax import models, recipes, tasks
 from hivit_jax.aliases import probable_keys, unknown_key
 from hivit_jax.common_keys import KEYS, SCHEDULES_OF_KEY
-from hivit_jax.errors import ConfigError, run_command
+from hivit_jax.errors import ChannelsError, ConfigError, run_command
 from hivit_jax.keys import TYPE_NAMES, Key, field_keys, show
 from hivit_jax.models.config import RunOptions
 from hivit_jax.paths import with_absolute_paths
@@ -263,11 +263,8 @@ def _check(values: Mapping[str, Any], task: type[tasks.Task]) -> None:
                 f"expected {expected}"
             )
     for name in ("data.mean", "data.std"):
-        if len(values[name]) != values["model.in_channels"]:
-            raise ConfigError(
-                f"{name}={values[name]}; expected one number per channel "
-                f"(model.in_channels={values['model.in_channels']})"
-            )
+        if len(values[name]) != (channels := values["model.in_channels"]):
+            raise ChannelsError(name, values[name], channels)
     if values["optimizer.lr_batch"]:
         rate, batch_size = values["optimizer.base_learning_rate"], values["batch_size"]
         peak = rate * batch_size / values["optimizer.lr_batch"]

@@ -37,6 +37,19 @@ class MissingDirectory(ConfigError):
     """`data.dir` is not set, or does not exist."""
 
 
+class ChannelsError(ConfigError):
+    """`data.mean` or `data.std` does not have one number per channel."""
+
+    def __init__(self, key: str, values: tuple, channels: int):
+        super().__init__(
+            f"{key}={values}; expected one number per channel "
+            f"(model.in_channels={channels})\npython -m hivit_jax.tools.check_data "
+            "with the same flags prints data.mean and data.std; with init_from, use "
+            "those of the pretraining"
+        )
+        self.channels = channels
+
+
 class ResourceError(ConfigError):
     """Memory or disk space is exhausted."""
 

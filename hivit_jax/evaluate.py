@@ -27,6 +27,7 @@ from hivit_jax.distributed.sharding import (
     state_shardings,
 )
 from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.initial import warn_of_pixels
 from hivit_jax.progress import Progress, counted
 from hivit_jax.reporting import console, metrics
 from hivit_jax.tree import leaf_name, split_params
@@ -180,6 +181,7 @@ def evaluate_checkpoint(
       ConfigError: the checkpoint contains another model, or a model of other classes.
     """
     pretrained = load.read_for(config.model, checkpoint or workdir)
+    warn_of_pixels(pretrained, config)
     needs_labels = tasks.find(config.task).needs_labels
     classes = pretrained.info.get("class_names", ()) if needs_labels else ()
     source = open_source(config.data, "test", classes)

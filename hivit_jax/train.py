@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 from flax import nnx
@@ -18,7 +17,7 @@ from hivit_jax.config import complete_saved, due_after, record_text, step_option
 from hivit_jax.data.prefetch import defer_error, prefetch_to_device, raise_error
 from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.distributed.processes import check_same_on_all_processes
-from hivit_jax.distributed.sharding import make_mesh, replicate, shardings_of
+from hivit_jax.distributed.sharding import make_mesh, replicate
 from hivit_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -28,16 +27,15 @@ from hivit_jax.errors import (
     LocalDataError,
     ResourceError,
 )
+from hivit_jax.initial import initial_state, read_pretrained
 from hivit_jax.paths import open_path, with_absolute_paths
 from hivit_jax.progress import counted
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.training.early_stopping import check_progress
 from hivit_jax.training.schedule import make_schedule, skip_steps
-from hivit_jax.training.step import State, Training, prepare
-from hivit_jax.weights import adapt
-from hivit_jax.weights.initial import read_initial
-from hivit_jax.xla.compile import announce, compile_steps
+from hivit_jax.training.step import prepare
+from hivit_jax.xla.compile import compile_steps
 
 
 @resources.raise_resource_errors()
@@ -66,6 +64,7 @@ def train(
     """
     # --- Task, mesh, train step: shapes only ----------------------------------------
     workdir = open_path(workdir)
+    pretrained = read_pretrained(config, workdir)
     task = inputs.make_task(config)
     config = task.config  # with the dataset's number of classes
     notes = inputs.check_splits(config, task)
@@ -89,10 +88,8 @@ def train(
     # --- State: restored, initialized from a pretrained model, or new ---------------
     dataset, keep = asdict(task.data), config.keep_checkpoints
     checkpoints = manager.Checkpoints(workdir, keep, task.best, dataset)
-    steps = checkpoints.steps()
-    check_same_on_all_processes(
-        {"config": config, "dataset's size": images_per_epoch, "checkpoints": steps}
-    )
+    sizes = {"dataset's size": images_per_epoch, "checkpoints": checkpoints.steps()}
+    check_same_on_all_processes({"config": config} | sizes)
     check_resumption(config, dataset, checkpoints)
     if restored := checkpoints.restore_newest(training.state):
         step, state = restored
@@ -102,7 +99,7 @@ def train(
             state, step = skip_steps(state, skipped), step + skipped
             log(f"first_epoch=1: skipped one epoch, to step {step:,}")
     else:
-        step, state = 0, initial_state(config, task, training)
+        step, state = 0, initial_state(config, task, training, pretrained)
     frozen, writer = evaluate.put_frozen(task, mesh), None
     stop_early = partial(check_progress, workdir, config.early_stopping, task.best)
     finished = step >= total_steps or stop_early(step)[0]
@@ -217,27 +214,6 @@ def start_record(config: Any, workdir: Path, step: int) -> metrics.Writer:
     record.add_start(workdir, record_text(config))
     settings = record.flatten(config.to_dict())
     return metrics.Writer(workdir, step, settings, config.wandb_project)
-
-
-def initial_state(config: Any, task: tasks.Task, training: Training) -> State:
-    """Return the state of a new run, initialized from `init_from` if set."""
-    pretrained = None
-    if config.init_from:
-        log(f"reading the pretrained model {config.init_from} ...")
-        pretrained = read_initial(config.model, config.init_from)
-    init = jax.jit(training.init, out_shardings=shardings_of(training.state))
-    state = announce(init, "the initialization of the parameters")()
-    if pretrained:
-        state |= adapt.initialize_from(
-            pretrained,
-            nnx.eval_shape(task.build_model),
-            {name: state[name] for name in ("params", "model_state")},
-            fresh=task.fresh,
-            head_scale=task.head_scale,
-        )
-        if "ema" in state:
-            state["ema"] = jax.tree.map(jnp.copy, state["params"])
-    return state
 
 
 def check_resumption(

@@ -75,6 +75,7 @@ BAD_OVERRIDES = [
     (["data.name=digit"], ["data.name 'digit'", "'digits'?"]),
     (["data.train_examples=-1"], ["data.train_examples=-1", "at least 0"]),
     (["data.mean=(0.5,0.5)"], ["data.mean=(0.5, 0.5)", "model.in_channels=3"]),
+    (["model.in_channels=4"], ["data.mean=", "tools.check_data with the same flags"]),
 ]
 
 

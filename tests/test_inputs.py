@@ -507,7 +507,7 @@ def test_evaluations_warn_of_unmatched_exclusions(tmp_path, monkeypatch, capsys)
     (tmp_path / "list.txt").write_text("z.png\na/train.png\n")
     keys = dict(data__exclude=tmp_path / "list.txt", model__num_classes=0)
     cfg = folder_config(tmp_path / "own", **keys)
-    pretrained = SimpleNamespace(info={})
+    pretrained = SimpleNamespace(info={}, recipe={}, arguments={})
     monkeypatch.setattr(evaluate.load, "read_for", lambda *_: pretrained)
     monkeypatch.setattr(evaluate, "make_mesh", start)
     with pytest.raises(Started):

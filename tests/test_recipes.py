@@ -246,6 +246,9 @@ def test_old_recipes_have_the_recorded_values(name, source):
     if source == "digits_linear":
         # Today's recipe differs, because mesh.data=1 failed on several devices.
         expected["mesh/data"] = -1
+    # Today's recipes differ, so that their curves have two points before the end.
+    intervals = {"digits_finetune": 120, "digits_linear": 100}
+    expected["eval_every"] = intervals.get(source, expected["eval_every"])
     assert {key: actual.pop(key) for key in expected} == expected
     optimizer_keys = "schedule first_epoch lr_batch gamma power"
     data_keys = (

@@ -59,6 +59,14 @@ def find_checkpoints(path: str | Path) -> list[Path]:
     return found
 
 
+def has_checkpoint(path: str | Path) -> bool:
+    """Return True if `find_checkpoints` finds a checkpoint."""
+    try:
+        return bool(find_checkpoints(path))
+    except CheckpointError:
+        return False
+
+
 def _complete_steps(directory: Path) -> list[Path]:
     """Return the complete checkpoints in a directory, newest first."""
     steps = [p for p in directory.glob("*") if p.name.isdigit() and is_complete(p)]

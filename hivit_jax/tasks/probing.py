@@ -19,6 +19,7 @@ from hivit_jax.data.sources.relabel import check_labels
 from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.sharding import BATCH, make_mesh, on_mesh, state_shardings
 from hivit_jax.errors import ConfigError
+from hivit_jax.initial import check_initial
 from hivit_jax.progress import Progress, counted
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
@@ -149,6 +150,7 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
     for warning in unmatched_exclusions(config.data, inputs.used_splits(config)):
         log(f"warning: {warning}")
     pretrained = load.read_for(config.model, config.init_from)
+    check_initial(pretrained, config)
     model = nnx.eval_shape(task.build_model)
     graphdef = split_params(model)[0]
 

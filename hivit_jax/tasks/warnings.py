@@ -4,16 +4,19 @@ from typing import Any
 
 from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.data.sources.splits import NO_EVALUATION
+from hivit_jax.flags import config_flag
 from hivit_jax.progress import counted
 from hivit_jax.training.schedule import peak_learning_rate
 
 # Usual range of AdamW's peak learning rate. With a smaller peak the weights hardly
 # change; with a larger peak the loss usually diverges.
 ADAM_PEAKS = (1e-6, 0.05)
-# Up to these values, no warning is logged if a run has fewer steps or a split has fewer
-# images, as with the recipes for small folders of images. A run of 500 steps is over
-# soon, and repeated images in a batch of 64 get different crops.
-HARMLESS_INTERVALS = {"log_every": 50, "eval_every": 500, "checkpoint_every": 500}
+# A run of fewer steps is a trial, whose curves need no points before its end.
+TRIAL_STEPS = 20
+MIN_POINTS = 2  # of a curve, before the end of the run
+# No warning is logged if a run has fewer steps, because it is over soon, or if a split
+# has fewer images, because repeated images in a batch of 64 get different crops.
+HARMLESS_CHECKPOINT_INTERVAL = 500
 HARMLESS_BATCH = 64
 
 
@@ -59,18 +62,7 @@ def _length_warnings(
             f"batch_size={config.batch_size} exceeds the {num_images:,} training "
             "images: a batch contains some images several times"
         )
-    evaluated = config.data.eval_split != NO_EVALUATION
-    end_only = "is evaluated" if evaluated else "draws its curves and figures"
-    for name, consequence in (
-        ("log_every", "logs only its last step"),
-        ("eval_every", f"{end_only} only at its end"),
-        ("checkpoint_every", "saves only its last step, so a killed run is lost"),
-    ):
-        if config[name] > max(total_steps, HARMLESS_INTERVALS[name]):
-            found.append(
-                f"{name}={config[name]} exceeds the {counted(total_steps, 'step')} of "
-                f"the run, which {consequence}"
-            )
+    found += _interval_warnings(config, total_steps)
     decay = optimizer.ema_decay
     initial_weight = decay**total_steps
     if decay and initial_weight > 0.5:
@@ -78,6 +70,30 @@ def _length_warnings(
             f"optimizer.ema_decay={decay:g}: after {counted(total_steps, 'step')}, the "
             f"initial parameters still have a weight of {initial_weight:.0%} in the "
             "averaged parameters, which evaluation uses"
+        )
+    return found
+
+
+def _interval_warnings(config: Any, total_steps: int) -> list[str]:
+    """Return warnings about intervals that are too long for the length of the run."""
+    evaluated = config.data.eval_split != NO_EVALUATION
+    verb = "is evaluated" if evaluated else "draws its curves and figures"
+    steps, found = counted(total_steps, "step"), []
+    for name, action in (("log_every", "logs"), ("eval_every", verb)):
+        points = (total_steps - 1) // config[name]  # before the end
+        if total_steps < TRIAL_STEPS or points >= MIN_POINTS:
+            continue
+        problem, when = f"exceeds the {steps} of the run, which", "only at its end"
+        if config[name] <= total_steps:
+            problem = f"is long for the {steps} of the run, which"
+            when = "only once before its end" if points else when
+        flag = config_flag(name, total_steps // 10)
+        found.append(f"{name}={config[name]} {problem} {action} {when}; try {flag}")
+    interval = config.checkpoint_every
+    if interval > max(total_steps, HARMLESS_CHECKPOINT_INTERVAL):
+        found.append(
+            f"checkpoint_every={interval} exceeds the {steps} of the run, which saves "
+            "only its last step, so a killed run is lost"
         )
     return found
 

@@ -27,7 +27,7 @@ from hivit_jax.data.loader import Loader, available_cores
 from hivit_jax.data.order import samples_at
 from hivit_jax.data.sources.splits import Selection
 from hivit_jax.data.transforms import Transform
-from hivit_jax.errors import ConfigError, Parser, run_command
+from hivit_jax.errors import ChannelsError, ConfigError, Parser, run_command
 from hivit_jax.models import Model
 from hivit_jax.progress import counted
 from hivit_jax.reporting import figures
@@ -207,6 +207,19 @@ def written_lines(
     return [f"written: {file} ({text})" for file, text in contents.items() if file]
 
 
+def load_config(path: str, overrides: Sequence[str]) -> Any:
+    """Load a config. If mean or std have the wrong length, replaces them.
+
+    The report does not depend on these values; it contains the right ones.
+    """
+    try:
+        return configs.load(path, overrides)
+    except ChannelsError as error:
+        values = (0.5,) * error.channels
+        flags = [f"--config.data.{name}={values}" for name in ("mean", "std")]
+        return configs.load(path, [*overrides, *flags])
+
+
 def run(argv: Sequence[str] | None) -> None:
     """Check the dataset of the recipe on the command line."""
     parser = Parser(
@@ -239,7 +252,7 @@ def run(argv: Sequence[str] | None) -> None:
         "group that are in both splits",
     )
     flags, overrides = parser.parse_known_args(argv)
-    config = configs.load(flags.config, overrides)
+    config = load_config(flags.config, overrides)
     if flags.sample < 0:
         raise ConfigError(f"--sample={flags.sample}; expected at least 0")
     Selection(0.5, flags.group).check("")  # raises an error for an invalid pattern

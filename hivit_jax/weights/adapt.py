@@ -1,7 +1,7 @@
 """Initialize a model from a pretrained model, also of another task or size."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -104,20 +104,7 @@ def adapt(
       ConfigError: an array is missing, or its shape differs and it cannot be resized.
     """
     arrays, report = match_arrays(pretrained, model, fresh)
-    if report.shape_mismatch:
-        name = report.shape_mismatch[0]
-        expected = list(named_leaves(split(model)[1])[name].shape)
-        raise ConfigError(
-            f"{pretrained.path} is a different model: {name} has shape "
-            f"{list(pretrained.params[name].shape)}; expected {expected}"
-            f"{_size_flags(pretrained, model)}"
-        )
-    if count := len(report.missing):
-        raise ConfigError(
-            f"{pretrained.path}: {count} {'array is' if count == 1 else 'arrays are'} "
-            f"missing, the first is {report.missing[0]}. Refusing to initialize from it"
-            f"{_size_flags(pretrained, model)}"
-        )
+    check_fit(pretrained, model, report)
     if isinstance(model, Model):
         source_eps = configure(**pretrained.arguments)[1].layer_norm_eps
         if source_eps != (eps := model.config.layer_norm_eps):
@@ -130,8 +117,38 @@ def adapt(
     return arrays
 
 
-def _size_flags(pretrained: Pretrained, model: nnx.Module) -> str:
-    """Return the end of an error message: flags of the sizes that differ; or ""."""
+def check_fit(
+    pretrained: Pretrained,
+    model: nnx.Module,
+    report: LoadReport,
+    pixel_flags: Sequence[str] = (),
+) -> None:
+    """Raise ConfigError if a report contains missing or mismatched arrays.
+
+    Args:
+      report: result of `match_arrays`.
+      pixel_flags: flags that the message contains in addition to those of the sizes.
+    """
+    if report.shape_mismatch:
+        name = report.shape_mismatch[0]
+        expected = list(named_leaves(split(model)[1])[name].shape)
+        raise ConfigError(
+            f"{pretrained.path} is a different model: {name} has shape "
+            f"{list(pretrained.params[name].shape)}; expected {expected}"
+            f"{_flags_text(pretrained, model, pixel_flags)}"
+        )
+    if count := len(report.missing):
+        raise ConfigError(
+            f"{pretrained.path}: {count} {'array is' if count == 1 else 'arrays are'} "
+            f"missing, the first is {report.missing[0]}. Refusing to initialize from it"
+            f"{_flags_text(pretrained, model, pixel_flags)}"
+        )
+
+
+def _flags_text(
+    pretrained: Pretrained, model: nnx.Module, pixel_flags: Sequence[str]
+) -> str:
+    """Return the end of an error message: flags that differ; "" for equal sizes."""
     if not isinstance(model, Model):
         return ""
     saved, flags = configure(**pretrained.arguments)[1], []
@@ -144,7 +161,9 @@ def _size_flags(pretrained: Pretrained, model: nnx.Module) -> str:
         flags.append(config_flag(f"model.{key}", value))
     if not flags:
         return ""
-    return f"\nThe saved model has other sizes; its flags are {' '.join(flags)}"
+    different = "sizes and pixel values" if pixel_flags else "sizes"
+    text = " ".join([*flags, *pixel_flags])
+    return f"\nThe saved model has other {different}; its flags are {text}"
 
 
 def match_arrays(

@@ -33,12 +33,20 @@ def test_recipes_give_no_warnings(name):
 
 @pytest.mark.parametrize("images", [10, 20, 50, 100, 200])
 @pytest.mark.parametrize("name", ["folder_mae", "folder_finetune", "folder_linear"])
-def test_recipes_for_folders_give_no_warnings_for_small_folders(name, images):
-    """Runs may be shorter than the intervals, and datasets smaller than the batch."""
+def test_small_folders_give_only_warnings_about_curves(name, images):
+    """Datasets may be smaller than the batch.
+
+    With the printed flags, even these warnings disappear.
+    """
     if name == "folder_linear" and images < 50:
         pytest.skip("the warning about the learning rate of short probes is justified")
     config = configs.load(name)
     task = create(config, DatasetInfo({"train": images, "test": 9}, NAMES))
+    lines = task.warnings(*inputs.count_steps(config, images))
+    assert all(line.startswith(("eval_every=", "log_every=")) for line in lines)
+    assert lines or images == 200
+    config = configs.load(name, [line.partition("; try ")[2] for line in lines])
+    task = create(config, task.data)
     assert task.warnings(*inputs.count_steps(config, images)) == []
 
 
@@ -47,8 +55,8 @@ USUAL = ["model.num_classes=9", "batch_size=50", "data.train_examples=0"]
 
 
 def test_usual_settings_give_no_warnings():
-    """Batches may contain all images, and intervals may be as long as the run."""
-    limits = ["batch_size=291", "eval_every=1000", "checkpoint_every=1000"]
+    """Batches may contain all images, and checkpoints may be as rare as the runs."""
+    limits = ["batch_size=291", "eval_every=499", "checkpoint_every=1000"]
     assert warnings(RECIPE, *USUAL) == []
     assert warnings(RECIPE, *USUAL, *limits) == []
     assert warnings(RECIPE, *USUAL, "optimizer.ema_decay=0.99") == []
@@ -63,8 +71,14 @@ def test_usual_settings_give_no_warnings():
         (["eval_every=1251"], ["which is evaluated only at its end"]),
         (
             ["eval_every=1251", "data.eval_split=none"],
-            ["eval_every=1251", "which draws its curves and figures only at its end"],
+            ["eval_every=1251", "draws its curves and figures only at its end; try"],
         ),
+        (
+            ["eval_every=500"],
+            ["is long for the 1,000 steps of the run, which is evaluated only once"],
+        ),
+        (["eval_every=1000"], ["evaluated only at its end; try --config.eval_every=1"]),
+        (["log_every=500"], ["log_every=500", "logs only once before its end; try "]),
         (["checkpoint_every=1251"], ["checkpoint_every=1251", "killed run is lost"]),
         (["log_every=2000"], ["log_every=2000"]),
         (["model.num_classes=1000"], ["num_classes=1000 exceeds the 9 classes"]),
@@ -93,6 +107,13 @@ def test_unusual_setting_gives_one_line(overrides, fragments):
     assert "\n" not in line
     for fragment in fragments:
         assert fragment in line
+
+
+def test_trials_of_a_few_steps_give_no_warnings():
+    """A run of 19 steps is a trial."""
+    usual = [*USUAL, "eval_every=200", "optimizer.warmup_epochs=1"]
+    assert warnings(RECIPE, *usual, steps=19) == []
+    assert "eval_every=200 exceeds" in "".join(warnings(RECIPE, *usual, steps=20))
 
 
 def test_single_class_gives_a_warning():

@@ -414,7 +414,6 @@ def test_tiles_of_four_bands_require_channels_and_dtype(check, tmp_path):
         path.parent.mkdir(exist_ok=True, parents=True)
         np.save(path, tile if k else tile[..., :3])
     keys = dict(data__eval_split="none", model__in_channels=4)
-    keys |= dict(data__mean=(0.5,) * 4, data__std=(0.5,) * 4)
     code, out, err = check(root, **keys)
     assert code == 4
     assert f"{root}/c0/0.npy: expected 4 channels, found 3; set model.in_ch" in out
