@@ -77,7 +77,8 @@ def test_run_that_loses_access_resumes_bit_identically(
         bucket.answering = refuse
         code, _, err = run_training(workdir, "gs://bucket", reader)
         assert code == 4, err
-        lines = err.splitlines()
+        # tensorflow may warn that the process ends before its iterator.
+        lines = [line for line in err.splitlines() if "GeneratorDataset" not in line]
         assert lines[-2].startswith(
             "error: cannot access gs://bucket/noise_images/1.0.0/"
         )

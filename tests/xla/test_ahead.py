@@ -90,6 +90,9 @@ def test_report_of_a_tpu_step_follows_the_config(tmp_path):
 
     less_masked = mini_runs.compile_report(tmp_path, mask_ratio=0.25)
     expected = 6 * (training_macs(model, 0.25) - training_macs(model, 0.75))
+    # `units_to_cells` multiplies the 768 values of a unit by a permutation matrix. Of
+    # 16 units, 12 instead of 4 are visible.
+    expected += 2 * 768**2 * (12 - 4)
     # In a network this narrow, other operations cost almost as much as matrix products.
     added = less_masked["flops_per_image"] - report["flops_per_image"]
     assert expected < added < 1.7 * expected
