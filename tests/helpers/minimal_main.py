@@ -4,8 +4,8 @@ import sys
 
 import mini_runs
 
-from hivit_jax.main import main
+from hivit_jax.main import command
 
 if __name__ == "__main__":
     with mini_runs.minimal_output():
-        sys.exit(main())
+        sys.exit(command())
