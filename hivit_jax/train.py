@@ -102,7 +102,8 @@ def train(
         step, state = 0, initial_state(config, task, training, pretrained)
     frozen, writer = evaluate.put_frozen(task, mesh), None
     stop_early = partial(check_progress, workdir, config.early_stopping, task.best)
-    finished = step >= total_steps or stop_early(step)[0]
+    if finished := step >= total_steps or stop_early(step)[0]:
+        log(f"the run in {workdir} is finished; another --workdir starts a new run")
     missing = evaluate.is_evaluation_missing(config, task, workdir, step, total_steps)
     if not finished or missing:
         resources.check_disk(workdir, training.state)

@@ -132,8 +132,8 @@ def _labels_line(arrays: Mapping[str, np.ndarray], multi_label: bool) -> str:
         if multi_label:
             return "no labels: several labels per image are known only for a test split"
         return (
-            "no labels: expected class directories, found none; pass a directory that "
-            "contains one directory per class"
+            "no labels; to include labels, pass a directory that contains one "
+            "directory per class"
         )
     names = arrays["class_names"].tolist()
     return f"labels: {counted(len(names), 'class', 'classes')}, {listed(names, 5)}"

@@ -255,7 +255,10 @@ def load_pretrained(
 def build(pretrained: Pretrained, **overrides: Any) -> Model:
     """Return a model with pretrained parameters; overrides as in `load_pretrained`."""
     if guesses := [note for note in pretrained.notes if note.startswith("guessed: ")]:
-        log(f"{pretrained.path}: {'; '.join(guesses)}")
+        log(
+            f"{pretrained.path}: {'; '.join(guesses)}; to set a value, run "
+            "hivit_jax.tools.convert FILE NEW.safetensors --set KEY=VALUE"
+        )
     arguments = merge_arguments(pretrained.arguments, overrides)
     model = nnx.eval_shape(lambda: create_model(**arguments))
     model.info = make_info(model.config, **pretrained.info)

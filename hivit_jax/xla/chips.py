@@ -237,9 +237,11 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
             f"{name}:8"
         )
     if importlib.util.find_spec(PLUGINS[name].replace("-", "_")) is None:
+        extra = "cuda" if is_gpu else "tpu"
         raise ConfigError(
             f"topology={topology!r} needs the compiler in {PLUGINS[name]}, which is "
-            f"not installed; run pip install 'hivit-jax[{'cuda' if is_gpu else 'tpu'}]'"
+            f"not installed; run pip install 'hivit-jax[{extra}]'\n"
+            "--mode describe estimates the hours of a run without the compiler"
         )
     # Without this, JAX would initialize the accelerators of this machine.
     jax.config.update("jax_platforms", "cpu")

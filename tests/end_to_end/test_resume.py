@@ -149,6 +149,7 @@ def test_finished_run_only_evaluates(uninterrupted, options, environment):
     code, out, err = mini_runs.run_process(*arguments, **environment)
     assert code == 0, err
     assert not re.search(rf"^step \d+/{STEPS}|compiling the train", out, re.M)
+    assert f"the run in {workdir} is finished; another --workdir starts" in out
     evaluation = [line for line in first_out.splitlines() if "eval  loss" in line][-1]
     assert evaluation in out.splitlines()
     assert mini_runs.logged(workdir) == losses

@@ -89,7 +89,7 @@ def test_predictions_of_a_model_without_a_recipe_equal_its_logits(tmp_path, caps
     assert np.load(tmp_path / "a.npz")["features"].shape == (1, 64)
     assert "labels" not in np.load(tmp_path / "a.npz")
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("no labels: expected class directories, found none; pass ")
+    assert last.startswith("no labels; to include labels, pass a directory ")
 
 
 @pytest.mark.slow
