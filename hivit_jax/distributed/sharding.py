@@ -18,6 +18,8 @@ from hivit_jax.tree import leaf_name
 # nodes.
 AXES = ("replica", "data", "fsdp", "tensor")
 BATCH = PartitionSpec(("replica", "data", "fsdp"))
+# Axes whose devices store copies of the train state.
+COPIES = ("replica", "data")
 # Smaller arrays are not sharded over fsdp, because gathering them costs more than
 # sharding saves.
 MIN_SHARDED_SIZE = 2**13
@@ -188,6 +190,33 @@ def unshard_fsdp(params: Any) -> Any:
         ),
         params,
     )
+
+
+def num_copies() -> int:
+    """Return the number of devices that store the same part of the train state."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in COPIES)
+
+
+def shard_copies(tree: Any) -> Any:
+    """Shard each array of a pytree also over the devices that store copies of it.
+
+    A device takes a slice of its copy, without communication: in addition to
+    `param_spec`, the axes `COPIES` shard the first dimension that is divisible by their
+    size. Arrays smaller than `MIN_SHARDED_SIZE` stay replicated. A mesh must be set.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def shard(path, x):
+        spec = list(param_spec(leaf_name(path), x.shape, mesh))
+        if x.size >= MIN_SHARDED_SIZE:
+            for dim, axis in enumerate(spec):
+                if x.shape[dim] % (num_copies() * mesh.shape.get(axis, 1)) == 0:
+                    spec[dim] = (axis, *COPIES) if axis else COPIES
+                    break
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(shard, tree)
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any, zero: int = 3) -> Any:

@@ -18,6 +18,8 @@ from hivit_jax import rng
 from hivit_jax.data.shapes import batch_shapes
 from hivit_jax.distributed.sharding import (
     BATCH,
+    num_copies,
+    shard_copies,
     state_shardings,
     unshard_fsdp,
     with_shardings,
@@ -152,6 +154,8 @@ def make_train_step(
     if accumulate_steps > 1:
         gradient = accumulate_gradients(gradient, accumulate_steps)
 
+    update = make_update(optimizer, ema_decay, frozen_names)
+
     def train_step(state, frozen, batch, steps_done):
         params, batch_size = state["params"], len(batch["weight"])
         first_example = state["step"].astype(jnp.uint32) * batch_size
@@ -163,18 +167,12 @@ def make_train_step(
 
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-            new_state = {
-                "step": state["step"] + 1,
-                "params": optax.apply_updates(params, updates),
-                "model_state": model_state,
-                "opt_state": opt_state,
-            }
-            if ema_decay:
-                new_state["ema"] = update_average(
-                    state["ema"], new_state["params"], ema_decay, frozen_names
-                )
-            finite = jnp.isfinite(metrics["loss"] + norm) & all_finite(new_state)
+            new_state = checked = update(state, grads, model_state)
+            if num_copies() > 1:
+                # Each device checks only a slice of its copy. Reading all of the copy
+                # takes a third of the optimizer's time.
+                checked = update(*shard_copies((state, grads)), model_state)
+            finite = jnp.isfinite(metrics["loss"] + norm) & all_finite(checked)
             accepted = finite & (state["step"] == steps_done)
             state = jax.tree.map(
                 lambda new, old: jnp.where(accepted, new, old), new_state, state
@@ -188,6 +186,32 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def make_update(
+    optimizer: optax.GradientTransformation,
+    ema_decay: float = 0.0,
+    frozen_names: Collection[str] = (),
+) -> Callable:
+    """Return a function (state, gradients, new model state) -> new state."""
+
+    def update(state, grads, model_state):
+        updates, opt_state = optimizer.update(
+            grads, state["opt_state"], state["params"]
+        )
+        new_state = {
+            "step": state["step"] + 1,
+            "params": optax.apply_updates(state["params"], updates),
+            "model_state": model_state,
+            "opt_state": opt_state,
+        }
+        if ema_decay:
+            new_state["ema"] = update_average(
+                state["ema"], new_state["params"], ema_decay, frozen_names
+            )
+        return new_state
+
+    return update
 
 
 def all_finite(state: State) -> jax.Array:

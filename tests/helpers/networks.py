@@ -158,8 +158,11 @@ def training_macs(model, mask_ratio):
 class SquareTask:
     """Task whose loss is the squared output of a linear layer."""
 
+    def __init__(self, features=3):
+        self.features = features
+
     def build_model(self):
-        return nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+        return nnx.Linear(self.features, 1, rngs=nnx.Rngs(0))
 
     def loss(self, model, frozen, batch, keys):
         return {"loss": model(batch["x"])[:, 0] ** 2}

@@ -3,6 +3,8 @@
 A train step leaves the state unchanged if loss, gradient or new state is not finite.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import optax
 import pytest
 from networks import SquareTask
 
+from hivit_jax.distributed import sharding
 from hivit_jax.training.step import make_init, make_train_step
 from hivit_jax.tree import split_params
 
@@ -23,9 +26,11 @@ def optimizer_with_growing_state(start):
     return optax.GradientTransformation(lambda params: jnp.float32(start), update)
 
 
-def make_state_and_step(optimizer, schedule=lambda step: 0.1, ema_decay=0.5):
+def make_state_and_step(
+    optimizer, schedule=lambda step: 0.1, ema_decay=0.5, features=3
+):
     """Return the initial state and the jitted train step of a `SquareTask`."""
-    task = SquareTask()
+    task = SquareTask(features)
     graphdef = split_params(task.build_model())[0]
     step = make_train_step(
         task, graphdef, optimizer, schedule, seed=0, ema_decay=ema_decay
@@ -33,10 +38,10 @@ def make_state_and_step(optimizer, schedule=lambda step: 0.1, ema_decay=0.5):
     return make_init(task, optimizer, ema_decay)(), jax.jit(step)
 
 
-def make_batch(value=1.0):
-    """Return a batch of two examples, filled with a value."""
-    ones = np.ones(2, np.float32)
-    x = np.full((2, 3), value, np.float32)
+def make_batch(value=1.0, size=2, features=3):
+    """Return a batch of examples, filled with a value."""
+    ones = np.ones(size, np.float32)
+    x = np.full((size, features), value, np.float32)
     return {"x": x, "weight": ones, "unreadable": 0 * ones}
 
 
@@ -89,3 +94,30 @@ def test_step_with_a_non_finite_loss_is_not_counted():
     state, values = step(state, {}, make_batch(1e30), np.int32(0))
     assert not values["finite"]
     assert int(state["step"]) == 0
+
+
+@pytest.mark.parametrize("copies", ["data", "replica"])
+def test_each_device_checks_a_slice_of_the_new_state(copies, monkeypatch):
+    """On eight devices, a single parameter that overflows is found on any device.
+
+    Each device checks two of the 16 rows of the parameter, its EMA and its moments.
+    """
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 16)
+    optimizer = optax.chain(optax.scale_by_adam(), optax.scale(3e38))
+    initial, step = make_state_and_step(optimizer, features=16)
+    batch = make_batch(1e-20, size=8, features=16)
+    sizes = dict.fromkeys(sharding.AXES, 1) | {copies: 8}
+    with jax.set_mesh(sharding.make_mesh(sizes, batch_size=8)):
+        text = step.lower(initial, {}, batch, np.int32(0)).compile().as_text()
+        checked = re.findall(r"pred\[(.*?)\]\S* is-finite", text)
+        assert checked.count("2,1") == 4  # parameter, EMA and two moments
+        assert "16,1" not in checked
+        for row in (None, 0, 7, 15):
+            kernel = np.zeros((16, 1), np.float32)
+            kernel[row if row is not None else []] = -2e38
+            state = jax.tree.map(jnp.copy, initial)
+            state["params"] = state["params"] | {"kernel": jnp.asarray(kernel)}
+            state, values = step(state, {}, batch, np.int32(0))
+            assert values["finite"] == (row is None)
+            if row is not None:
+                np.testing.assert_array_equal(state["params"]["kernel"], kernel)
