@@ -29,7 +29,7 @@ def closed_form_probe(
     in float64, without random numbers.
 
     Args:
-      heartbeat: called after every batch.
+      heartbeat: called after every encoded batch.
 
     Returns:
       Fractions eval/top1 and, with at least `MIN_TOP5` classes, eval/top5; numbers of
@@ -41,7 +41,7 @@ def closed_form_probe(
     """
     config, mesh = probing.fit_to_devices(config)
     task = inputs.make_task(config, "train", "test")
-    encode = probing.make_encoder(config, task, mesh, unit_length=False)
+    encode = probing.make_encoder(config, task, mesh, normalize=False)
     train, test = (
         probing.encode_split(config, encode, mesh, split, heartbeat)
         for split in ("train", "test")
