@@ -25,9 +25,9 @@ from hivit_jax.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "few_labels.json"
-LABELS, SUBSETS = (50, 100, 500), range(5)
+LABEL_COUNTS, SUBSETS = (50, 100, 500), range(5)
 # Method -> (recipe, True to start from the pretrained encoder, warmup in images). The
-# warmup has 40 steps, or 10 steps in the linear probe.
+# warmup is 40 steps of 25 images, or 10 steps of 50 images in the linear probe.
 METHODS = {
     "finetuned": ("digits_finetune", True, 1000),
     "linear probe": ("digits_linear", True, 500),
@@ -48,34 +48,35 @@ def compare(workdir: Path, stop: Callable) -> None:
     run("digits_mae", pretrained, stop)
     results: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
 
-    def measure(method, labels, subset, title):
+    def measure(method, num_labels, subset, title):
         recipe, from_pretrained, warmup = METHODS[method]
         name = f"{method}_{title}_{subset}".replace(" ", "_")
         metrics = run(
             *(recipe, workdir / name, stop),
             **{
                 "init_from": pretrained if from_pretrained else "",
-                "data.train_examples": labels,
+                "data.train_examples": num_labels,
                 "data.subset": subset,
-                "optimizer.warmup_epochs": warmup / labels,
+                "optimizer.warmup_epochs": warmup / num_labels,
             },
         )
         results[method].setdefault(title, []).append(100 * metrics["eval/top1"])
 
     for method in METHODS:
-        for labels in LABELS:
+        for num_labels in LABEL_COUNTS:
             for subset in SUBSETS:
-                measure(method, labels, subset, str(labels))
+                measure(method, num_labels, subset, str(num_labels))
     for subset in SUBSETS:
         source = digits.Digits("train", 100, subset)
         data = configs.load(str(ROOT / "configs" / "digits_finetune.py")).data
-        # open_source caches sources, so training reads the labels shuffled here.
+        # Training uses these shuffled labels, because open_source returns the same
+        # cached source to it.
         cached = registry.open_source({**data, "subset": subset}, "train")
         cached.labels = np.random.RandomState(subset).permutation(source.labels)
         measure("finetuned", 100, subset, "100 shuffled")
 
     log(f"\n{'top-1 in %':<16}" + "".join(f"{method:>18}" for method in METHODS))
-    for title in (*map(str, LABELS), "100 shuffled"):
+    for title in (*map(str, LABEL_COUNTS), "100 shuffled"):
         cells = [mean_and_deviation(results[m].get(title, [])) for m in METHODS]
         log(f"{title + ' labels':<16}" + "".join(f"{cell:>18}" for cell in cells))
     RESULT.write_text(json.dumps(results, indent=2) + "\n")

@@ -180,7 +180,7 @@ def receive(pipe: Any, row: str) -> Any:
 
 
 def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> None:
-    """Raise HivitError if a twin's first loss differs from hivit_jax's."""
+    """Raise HivitError if the first losses of hivit_jax and a twin differ."""
     from hivit_jax.errors import HivitError
 
     expected = results.get(OURS, {}).get("loss")

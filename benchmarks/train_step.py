@@ -245,7 +245,7 @@ def run(argv: list[str] | None) -> None:
     parser = Parser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--config", default="mae_base", help="name or file of a recipe")
-    add("--batch", type=int, help="images per step; default: the recipe's")
+    add("--batch", type=int, help="images per step; default: batch_size of the recipe")
     add("--forward", action="store_true", help="run only the forward pass")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=20, help="steps per round")

@@ -8,8 +8,9 @@ same values, because none are published for them.
 Expected: base reaches 84.6 % top-1 after mae_base (published, not reproduced here).
 Hardware: any mesh. The official run used 8 GPUs, each with 2 microbatches of 64 images
 per step.
-Cost: the run trains on 128 million images. A train step (counted as three forward
-passes) takes, in GFLOP per image: tiny 27.5, small 54.3, base 94.9, large 383.4.
+Cost: the run trains on 128 million images. A train step (forward and backward, counted
+as three forward passes) takes, in GFLOP per image: tiny 27.5, small 54.3, base 94.9,
+large 383.4.
 """
 
 

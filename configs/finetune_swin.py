@@ -2,10 +2,10 @@
 
     hivit_jax --config finetune_swin:base --workdir runs/ft_swin
 
-Variants: tiny, small, base (default), large. `init_from` may also be a weight file of
-the official SimMIM code. Values: that code's, for finetuning models pretrained for 800
-epochs; tiny and small use base's. Expected: top-1 base 84.0, large 85.4 % (published,
-not reproduced here). Hardware: any mesh. Cost: 128 million images. A train step (three
+Variants: tiny, small, base (default), large. `init_from` may be an official file.
+Values: those of the official SimMIM code after 800 epochs; tiny and small: as base.
+Expected: top-1 base 84.0, large 85.4 % (published, not reproduced here). Hardware: any
+mesh. Cost: 128 million images. A train step (forward and backward, counted as three
 forward passes) takes, in GFLOP per image: tiny 26.9, small 52.4, base 92.6, large 215.
 """
 

@@ -6,8 +6,8 @@ Variants: tiny, small, base (default), large, huge; tiny and small use base's va
 Values: those of the official MAE guide. Hardware: any mesh.
 Expected: top-1 base 83.6, large 85.9, huge 86.9 % (published, not reproduced here).
 Cost: the run trains on 128 million images, large and huge on 64 million. A train step
-(counted as three forward passes) takes, in GFLOP per image: tiny 7.5, small 27.6, base
-105, large 369, huge 1004.
+(forward and backward, counted as three forward passes) takes, in GFLOP per image: tiny
+7.5, small 27.6, base 105, large 369, huge 1004.
 """
 
 

@@ -9,7 +9,8 @@ pretrained model. For tens of thousands of images, add
 Values: those of finetune with weaker augmentation and regularization. The peak learning
 rate is lower, roughly in proportion to the square root of the batch size.
 Expected: docs/small_data.md. Hardware: any mesh.
-Cost: 100 epochs. A train step takes 27.5 GFLOP per image for tiny.
+Cost: 100 epochs. A train step (forward and backward, counted as three forward passes)
+takes 27.5 GFLOP per image for tiny.
 """
 
 

@@ -7,8 +7,8 @@ images in DIR/CLASS; a tenth is held out. `--mode probe` has the same purpose an
 faster.
 Values: those of MAE's linear probe with small batches and larger crops. The learning
 rate is high, because a run has few steps.
-Expected: docs/small_data.md. Hardware: any mesh.
-Cost: 100 epochs. A train step takes 9.2 GFLOP per image for tiny.
+Expected: docs/small_data.md. Hardware: any mesh. Cost: 100 epochs. A train step
+(counted as one forward pass) takes 9.2 GFLOP per image for tiny.
 """
 
 

@@ -6,7 +6,8 @@ Variants: tiny (default), small, base. The recipe suits hundreds to tens of thou
 images in DIR; a tenth is held out. For tens of thousands, add
 `--config.total_epochs=100`.
 Values: a short schedule for small batches. Expected: docs/small_data.md. Hardware: any
-mesh. Cost: 400 epochs. A train step takes 31.1 GFLOP per image for tiny.
+mesh. Cost: 400 epochs. A train step (forward and backward, counted as three forward
+passes) takes 31.1 GFLOP per image for tiny.
 """
 
 

@@ -6,8 +6,8 @@ Values: those of the official self_supervised code, which trains in fp16 and spl
 batch into 2 microbatches of 2048 images.
 Expected: 84.6 % top-1 after finetuning (published, not reproduced here).
 Hardware: any mesh. A device needs 1.8 GiB on v5e:16x16 and 27.9 GiB on h100:8.
-Cost: the run trains on 2.05 billion images. A train step (counted as three forward
-passes) takes 47.5 GFLOP per image.
+Cost: the run trains on 2.05 billion images. A train step (forward and backward, counted
+as three forward passes) takes 47.5 GFLOP per image.
 """
 
 

@@ -7,8 +7,8 @@ differ only in the encoder.
 Expected: unknown, because no result is published.
 Hardware: any mesh. With the default mesh (no fsdp), a device needs 5.4 GiB on v5e:16x16
 and 51.1 GiB on h100:8.
-Cost: the run trains on 2.05 billion images. A train step (counted as three forward
-passes) takes 118 GFLOP per image.
+Cost: the run trains on 2.05 billion images. A train step (forward and backward, counted
+as three forward passes) takes 118 GFLOP per image.
 """
 
 

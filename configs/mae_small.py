@@ -6,8 +6,8 @@ Values: those of mae_base, because no values are published for HiViT-S. The mode
 differ only in the encoder.
 Expected: unknown, because no result is published.
 Hardware: any mesh. A device needs 1.4 GiB on v5e:16x16 and 23.9 GiB on h100:8.
-Cost: the run trains on 2.05 billion images. A train step (counted as three forward
-passes) takes 37.4 GFLOP per image.
+Cost: the run trains on 2.05 billion images. A train step (forward and backward, counted
+as three forward passes) takes 37.4 GFLOP per image.
 """
 
 

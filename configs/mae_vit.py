@@ -8,8 +8,9 @@ published for these sizes.
 Expected: top-1 after finetune_vit: base 83.6, large 85.9, huge 86.9 % (published, not
 reproduced here).
 Hardware: any mesh for tiny to large; mesh.fsdp > 1 for huge.
-Cost: the run trains on 2.05 billion images. A train step (counted as three forward
-passes) takes, in GFLOP per image: tiny 34, small 39, base 59, large 125, huge 291.
+Cost: the run trains on 2.05 billion images. A train step (forward and backward, counted
+as three forward passes) takes, in GFLOP per image: tiny 34, small 39, base 59, large
+125, huge 291.
 """
 
 

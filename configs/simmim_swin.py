@@ -2,10 +2,10 @@
 
     hivit_jax --config simmim_swin:base --workdir runs/simmim_swin_base
 
-Variants: tiny, small, base (default), large; base_100: base for 100 epochs.
-Values: those of the official SimMIM code. Hardware: any mesh. Expected: top-1 after
-finetune_swin: base 84.0, large 85.4, base_100 83.5 % (published, not reproduced here).
-Cost: 1.02 billion images; base_100: 0.13 billion. A train step (counted as three
+Variants: tiny, small, base (default), large; base_100: base for 100 epochs. Values: the
+official SimMIM code. Hardware: any mesh. Expected: top-1 after finetune_swin: base
+84.0, large 85.4, base_100 83.5 % (published, not reproduced here). Cost: 1.02 billion
+images; base_100: 0.13 billion. A train step (forward and backward, counted as three
 forward passes) takes, in GFLOP per image: tiny 20.1, small 38.8, base 68.3, large 157.
 """
 

@@ -6,8 +6,8 @@ Variants: tiny, small, base (default). Values: those of the official supervised 
 For the exact official schedule, add `--config.optimizer.schedule=cosine_from_start`.
 Expected: top-1 tiny 82.1, small 83.5, base 83.8 % (published, not reproduced here).
 Hardware: any mesh. The official runs used 8 GPUs with 128 images each.
-Cost: the run trains on 384 million images. A train step (counted as three forward
-passes) takes, in GFLOP per image: tiny 27.5, small 54.3, base 94.9.
+Cost: the run trains on 384 million images. A train step (forward and backward, counted
+as three forward passes) takes, in GFLOP per image: tiny 27.5, small 54.3, base 94.9.
 """
 
 

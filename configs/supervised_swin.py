@@ -5,8 +5,8 @@
 Variants: tiny, small, base (default). Values: those of the official Swin code.
 Expected: top-1 tiny 81.2, small 83.2, base 83.5 % (published, not reproduced here).
 Hardware: any mesh. The official runs used 8 GPUs with 128 images each.
-Cost: the run trains on 384 million images. A train step (counted as three forward
-passes) takes, in GFLOP per image: tiny 26.9, small 52.4, base 92.6.
+Cost: the run trains on 384 million images. A train step (forward and backward, counted
+as three forward passes) takes, in GFLOP per image: tiny 26.9, small 52.4, base 92.6.
 """
 
 

@@ -21,7 +21,9 @@ KEYS = {
     ),
     "log_every": Key(50, "steps between log lines", 1),
     "eval_every": Key(1251, "steps between evaluations; 1251: an ImageNet epoch", 1),
-    "checkpoint_every": Key(1251, "steps between checkpoints; a new best is saved", 1),
+    "checkpoint_every": Key(
+        1251, "steps between checkpoints; a new best is also saved when evaluated", 1
+    ),
     "keep_checkpoints": Key(3, "newest checkpoints to keep in addition to the best", 1),
     "early_stopping": Key(
         0, "end the run after this many evaluations without improvement; 0: never", 0
@@ -117,7 +119,7 @@ KEYS = {
             0, "training images of `digits` (0: all) or `synthetic` (0: 1,024)", 0
         ),
         "subset": Key(
-            0, "seed for selecting the `train_examples` images of `digits`", 0
+            0, "seed of the random subset of `train_examples` images of `digits`", 0
         ),
         "crop_scale": Key(
             (0.08, 1.0),
@@ -161,7 +163,7 @@ KEYS = {
         "value_range": Key(
             (),
             "values of black and white in images of more than 8 bits; (): 0 and the "
-            "largest value of the type, only for unsigned integers of up to 16 bits",
+            "largest value; only unsigned integers of up to 16 bits may use ()",
             item=float,
         ),
         "interpolation": Key("bicubic", "resize filter", choices=tuple(FILTER_RADIUS)),
@@ -194,14 +196,14 @@ KEYS = {
         "schedule": Key(
             "cosine",
             "learning rate curve after the warmup; `cosine_from_start`: the cosine "
-            "starts at step 0 instead of the end of the warmup, and the schedule lags "
-            "one step behind",
+            "starts at step 0 instead of the end of the warmup, and the whole schedule "
+            "is delayed by one step",
             choices=SCHEDULES,
         ),
         "first_epoch": Key(
             0,
-            "1: skip the first epoch of the schedule, and one epoch of training at "
-            "every resume, as the official self-supervised code does",
+            "1: the schedule runs one epoch ahead, and every resume skips one epoch of "
+            "training, as in the official self-supervised code",
             choices=(0, 1),
         ),
         "warmup_epochs": Key(

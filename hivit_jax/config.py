@@ -169,7 +169,7 @@ def to_markdown() -> str:
     sections |= {f"`{n}`": keys for n, keys in KEYS.items() if isinstance(keys, dict)}
     for family, name in FAMILIES.items():
         sections[f"`model` of {family}"] = model_keys(name)
-    sections |= {f"Task `{n}`": t.keys for n, t in tasks.TASKS.items() if t.keys}
+    sections |= {f"Task `{name}`": task.keys for name, task in tasks.TASKS.items()}
     lines = ["# Config keys", "", "Printed by `python -m hivit_jax.config`."]
     lines += ["This page lists every key that a recipe or a flag can set."]
     lines += ["A recipe sets the keys that differ from these defaults."]
@@ -177,6 +177,9 @@ def to_markdown() -> str:
     lines += ["Numbers must be finite."]
     lines += ["Integers without a stated maximum must be at most 2**31 - 1."]
     for title, section in sections.items():
+        if not section:
+            lines += ["", f"## {title}", "", "This task has no keys of its own."]
+            continue
         lines += ["", f"## {title}", "", "| key | default | values | meaning |"]
         lines += ["|---|---|---|---|"]
         for name, key in _flatten(section):

@@ -278,8 +278,10 @@ def _load(
     """
     local_size = local_size or len(local_positions(transform.batch_size))
     if not source.encoded:
-        classes = len(task.data.classes)
-        return synthetic_batches(transform, plan(), config.seed, local_size, classes)
+        num_classes = len(task.data.classes)
+        return synthetic_batches(
+            transform, plan(), config.seed, local_size, num_classes
+        )
     if config.data.reader == tf_data.READER:
         return _tf_reader(config, transform, source, plan, local_size).batches()
     loader = Loader(source, transform, config.seed, local_size, config.data.workers)

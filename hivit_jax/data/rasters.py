@@ -30,7 +30,7 @@ INSTALL_CODECS = "run pip install imagecodecs"
 
 
 class ChannelError(UnsuitableImageError):
-    """The number of channels in a file differs from the model's."""
+    """A file and the model have different numbers of channels."""
 
 
 def decode(

@@ -150,7 +150,7 @@ def normal_cdf_by_exp(x: jax.Array) -> jax.Array:
 
 
 def _artanh(x):
-    """Approximate artanh(2 cdf(x) - 1), where cdf is the normal distribution's."""
+    """Approximate artanh(2 cdf(x) - 1), with the cdf of the normal distribution."""
     square, y = jnp.square(x), TANH_FIT[-1]
     for coefficient in TANH_FIT[-2::-1]:
         y = y * square + coefficient

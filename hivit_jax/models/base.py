@@ -65,7 +65,7 @@ def make_info(
     multi_label: bool = False,
     **_: Any,
 ) -> ModelInfo:
-    """Return the info of a model; the defaults are ImageNet's.
+    """Return the info of a model; the defaults are for ImageNet.
 
     The config determines image size and channels. If mean and std are for another
     number of channels, each is replaced by its average. Class names are dropped if

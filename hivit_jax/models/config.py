@@ -23,10 +23,10 @@ class RunOptions:
     scan_blocks: compile one block per stage and run it in a loop. This shortens
       compilation. The blocks of a stage must be alike: `global_blocks` must be (), and
       Swin does not support this option.
-    kernels: backends with fused kernels, "auto" (TPUs and GPUs, only in bfloat16),
-      "fused" (also CPUs, in any dtype, slowly) or "plain" (none). See
-      `kernels.dispatch`. Forward-mode derivatives (`jax.jvp`, `jax.jacfwd`,
-      `jax.linearize`) require "plain" where a fused kernel would run.
+    kernels: use fused kernels on TPUs and GPUs in bfloat16 ("auto"), also on CPUs,
+      slowly, and in any dtype ("fused"), or nowhere ("plain"). See `kernels.dispatch`.
+      Forward-mode derivatives (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) require
+      "plain" where a fused kernel would run.
     """
 
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
@@ -51,8 +51,7 @@ class EncoderConfig:
     mlp_ratio: hidden width divided by width in the MLPs after attention.
     drop_path_rate: drop path rate of the last block. The rates of the blocks rise
       linearly from 0.
-    patch_size: side in pixels of a unit, the image area of a token of the last stage.
-      In HiViT, a unit consists of several cells.
+    patch_size: side in pixels of a unit (image area of a token of the last stage).
     layer_norm_eps: epsilon of every LayerNorm.
 
     Class attributes:
@@ -146,7 +145,8 @@ class HiViTConfig(EncoderConfig):
     num_heads: attention heads of the main stage.
     mlp_ratio: hidden width divided by width in the MLPs of the main stage.
     stem_mlp_ratio: hidden width divided by width in the MLPs of the stem.
-    inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
+    inner_patches: cells (image areas of first-stage tokens) per unit side, required to
+      be ``2 ** (len(depths) - 1)``.
     relative_position: relative position bias in the main stage.
     window_size: side of the attention windows of the main stage in units, or 0 for
       global attention. An image with at most this many units per side is one window.

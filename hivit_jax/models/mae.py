@@ -201,7 +201,7 @@ class MaskedAutoencoder(MaskedModel):
         the masked units, which costs 1.5 % less for mae_hivit_base.
 
         Args:
-          image_size: side or (height, width) in pixels; None: the model's.
+          image_size: side or (height, width) in pixels; None: size of the model.
           mask_ratio: fraction of units to mask.
           layer_norm_cost: cost per LayerNorm output element. The published numbers
             use 5, fvcore's rule. 0: LayerNorms do not count.

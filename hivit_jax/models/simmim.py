@@ -190,7 +190,7 @@ class SimMIM(MaskedModel):
         """Return the multiply-adds of one image's forward pass.
 
         Args:
-          image_size: side or (height, width) in pixels; None: the model's.
+          image_size: side or (height, width) in pixels; None: size of the model.
           mask_ratio: without effect, because all tokens are encoded.
           layer_norm_cost: as in `Classifier.macs`.
         """

@@ -61,9 +61,9 @@ class ViTClassifierConfig(ViTConfig):
     pooling: input of the head. "mean": mean of the units' tokens, then `fc_norm`, as in
       MAE's finetuning (official ``global_pool``). "token": the class token after
       `norm`, as in MAE's linear probe.
-    running_norm: a `BatchNorm` without scale and bias before the head, in place of
-      `fc_norm`, for a linear probe. The norm and its eps of 1e-6 follow MAE's
-      ``main_linprobe.py``.
+    running_norm: a `BatchNorm` without scale and bias before the head, for a linear
+      probe. With mean pooling it replaces `fc_norm`. The norm and its eps of 1e-6
+      follow MAE's ``main_linprobe.py``.
     """
 
     num_classes: int = setting(1000, low=0, high=10**7)

@@ -29,7 +29,7 @@ def closed_form_probe(
     in float64, without random numbers.
 
     Args:
-      heartbeat: called after every batch.
+      heartbeat: called after every encoded batch.
 
     Returns:
       Fractions eval/top1 and, with at least `MIN_TOP5` classes, eval/top5; numbers of
@@ -41,18 +41,18 @@ def closed_form_probe(
     """
     config, mesh = probing.fit_to_devices(config)
     task = inputs.make_task(config, "train", "test")
-    encode = probing.make_encoder(config, task, mesh, unit_length=False)
+    encode = probing.make_encoder(config, task, mesh, normalize=False)
     train, test = (
         probing.encode_split(config, encode, mesh, split, heartbeat)
         for split in ("train", "test")
     )
-    classes = max(len(task.data.classes), int(train[1].max()) + 1)
+    num_classes = max(len(task.data.classes), int(train[1].max()) + 1)
     console.log(f"fitting a linear classifier to {len(train[1]):,} images ...")
-    penalty, held_out_top1 = select_penalty(*train, classes)
-    top1, top5 = fit(*train, classes).accuracy(*test, penalty)
+    penalty, held_out_top1 = select_penalty(*train, num_classes)
+    top1, top5 = fit(*train, num_classes).accuracy(*test, penalty)
     count = len(test[1])
     values = {"eval/top1": top1, "eval/top5": top5, "eval/count": count}
-    if classes < MIN_TOP5:
+    if num_classes < MIN_TOP5:
         del values["eval/top5"]
     values["eval/unreadable"] = task.data.counts["test"] - count
     console.log(console.eval_line(f"probe  penalty {penalty:g}", values))
@@ -108,15 +108,15 @@ class Ridge(NamedTuple):
         return top1, top5
 
 
-def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Ridge:
+def fit(features: np.ndarray, labels: np.ndarray, num_classes: int) -> Ridge:
     """Fit the regression to features, float32 [n, D], and labels, int [n]."""
     count, dim = features.shape
     mean = features.mean(0, dtype=np.float64)
-    covariance, cross_covariance = np.zeros((dim, dim)), np.zeros((dim, classes))
+    covariance, cross_covariance = np.zeros((dim, dim)), np.zeros((dim, num_classes))
     for part in _chunks(count):
         x = features[part] - mean
         covariance += x.T @ x / count
-        cross_covariance += x.T @ np.eye(classes)[labels[part]] / count
+        cross_covariance += x.T @ np.eye(num_classes)[labels[part]] / count
     scale = np.sqrt(np.diag(covariance))
     scale[scale <= 1e-9 * np.abs(mean)] = 1.0  # constant features
     eigenvalues, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
@@ -126,12 +126,12 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Ridge:
         np.maximum(eigenvalues, 0),
         vectors,
         vectors.T @ (cross_covariance / scale[:, None]),
-        np.bincount(labels, minlength=classes) / count,
+        np.bincount(labels, minlength=num_classes) / count,
     )
 
 
 def select_penalty(
-    features: np.ndarray, labels: np.ndarray, classes: int
+    features: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> tuple[float, float]:
     """Return the best penalty, and its accuracy on the held-out images.
 
@@ -141,7 +141,7 @@ def select_penalty(
     held_out = held_out_images(labels)
     if not held_out.any():
         return DEFAULT_PENALTY, float("nan")
-    ridge = fit(features[~held_out], labels[~held_out], classes)
+    ridge = fit(features[~held_out], labels[~held_out], num_classes)
     held_out_set = features[held_out], labels[held_out]
     return max(
         ((penalty, ridge.accuracy(*held_out_set, penalty)[0]) for penalty in PENALTIES),

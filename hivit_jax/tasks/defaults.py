@@ -80,7 +80,8 @@ def check_value_range(value_range: tuple) -> None:
     if value_range and not (is_pair and finite[0] < finite[1]):
         raise ConfigError(
             f"data.value_range={value_range}; expected (LOW, HIGH), the values of "
-            "black and white in images with more than 8 bits, or () for 0 to 65535"
+            "black and white in images with more than 8 bits, or () for 0 to the "
+            "largest value"
         )
 
 

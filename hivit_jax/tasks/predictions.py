@@ -16,7 +16,7 @@ from hivit_jax.reporting.classes import ClassCounts, write_rows
 from hivit_jax.reporting.console import log
 
 SUFFIXES = (".csv", ".jsonl")
-MAX_RANK = 5  # maximum number of listed classes per image
+NUM_LISTED = 5  # maximum number of listed classes per image
 NUM_WORST = 24  # images in worst.png, the mistakes with the least probable true class
 Rows = Mapping[str, np.ndarray]
 
@@ -42,16 +42,16 @@ def write(
       OSError: a file cannot be written.
     """
     counts, worst = ClassCounts(names), []
-    ranks = range(min(MAX_RANK, len(names)))
+    ranks = range(min(NUM_LISTED, len(names)))
     pairs = [(_column("predicted", k), _column("probability", k)) for k in ranks]
     columns = ["file", *(name for pair in pairs for name in pair), "label", "error"]
     with _table_writer(out, columns) as add_row:
         for rows in batches:
             ranked = np.argsort(-rows["probabilities"], axis=1, kind="stable")
-            for row in _table_rows(rows, ranked[:, :MAX_RANK], names):
+            for row in _table_rows(rows, ranked[:, :NUM_LISTED], names):
                 add_row(row)
             evaluated = (rows["label"] >= 0) & (rows["error"] == "")
-            counts.add(rows["label"][evaluated], ranked[evaluated, :MAX_RANK])
+            counts.add(rows["label"][evaluated], ranked[evaluated, :NUM_LISTED])
             worst = sorted([*worst, *_mistakes(rows, ranked, evaluated)])[:NUM_WORST]
     if counts.images.sum():
         _write_evaluation(out, counts, worst, read_image)
@@ -84,14 +84,14 @@ def write_multi_label(
 
     with _table_writer(out, columns) as add_row:
         for rows in batches:
-            for k, (name, error) in enumerate(
+            for k, (file, error) in enumerate(
                 zip(rows["name"], rows["error"], strict=True)
             ):
                 if error:
-                    add_row({"file": name, "error": error})
+                    add_row({"file": file, "error": error})
                     continue
                 values = rows["probabilities"][k]
-                row = {"file": name, "predicted": join_names(values >= 0.5)}
+                row = {"file": file, "predicted": join_names(values >= 0.5)}
                 pairs = zip(columns[2:], values.tolist(), strict=False)
                 row |= {column: round(value, 6) for column, value in pairs}
                 if labeled:
@@ -166,10 +166,10 @@ def _table_rows(
     """Yield a row {column: value} for each image; empty columns are left out."""
     probabilities = np.take_along_axis(rows["probabilities"], ranked, 1).tolist()
     columns = [rows[key].tolist() for key in ("name", "label", "error")]
-    for name, label, error, classes, values in zip(
+    for file, label, error, classes, values in zip(
         *columns, ranked.tolist(), probabilities, strict=True
     ):
-        row = {"file": name}
+        row = {"file": file}
         if not error:
             for k, (index, value) in enumerate(zip(classes, values, strict=True)):
                 row[_column("predicted", k)] = names[index]

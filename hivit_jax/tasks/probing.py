@@ -39,13 +39,14 @@ def nearest_neighbors(
 ) -> dict[str, float | int]:
     """Classify each test image by its nearest training images, and log the accuracy.
 
-    The features of an image are the last tokens of the encoder in `config.init_from`,
-    averaged over the units and scaled to unit length. A neighbor votes for its class
-    with weight ``exp(cosine / temperature)``, as in DINO's ``eval_knn.py``.
+    The features of an image are the tokens of the last stage of the encoder in
+    `config.init_from`, averaged over the units and divided by their norm. A neighbor
+    votes for its class with weight ``exp(cosine / temperature)``, as in DINO's
+    ``eval_knn.py``.
 
     Args:
       neighbors: number of neighbors that vote.
-      heartbeat: called after every batch.
+      heartbeat: called after every encoded batch.
 
     Returns:
       Fractions knn/top1 and, with at least `MIN_TOP5` classes, knn/top5; and knn/count,
@@ -56,11 +57,11 @@ def nearest_neighbors(
     """
     config, mesh = fit_to_devices(config)
     task = inputs.make_task(config, "train", "test")
-    encode = make_encoder(config, task, mesh, unit_length=True)
+    encode = make_encoder(config, task, mesh, normalize=True)
     num_classes = max(len(task.data.classes), config.model.get("num_classes") or 0)
 
     @jax.jit
-    def classify(features, labels, train_features, train_labels):
+    def count_correct(features, labels, train_features, train_labels):
         cosine, indices = jax.lax.top_k(
             features @ train_features.T, min(neighbors, len(train_features))
         )
@@ -77,7 +78,7 @@ def nearest_neighbors(
     chunks, progress = [], Progress("nearest neighbors", count, write=log)
     for i in range(0, count, CHUNK):
         part = jax.device_put((features[i : i + CHUNK], labels[i : i + CHUNK]))
-        chunks.append(jax.device_get(classify(*part, *train_set)))
+        chunks.append(jax.device_get(count_correct(*part, *train_set)))
         progress.update(len(part[1]))
     accuracies = {
         name: float(np.concatenate([chunk[name] for chunk in chunks]).mean())
@@ -94,7 +95,9 @@ def fit_to_devices(config: Any) -> tuple[Any, Mesh]:
 
     The batch size is rounded up, because it has no effect on the result of a probe.
     """
-    # Every valid mesh can split a multiple of the number of devices.
+    # Without the factor, `make_mesh` could reject the batch size, which is rounded up
+    # only when the mesh is known. Every valid mesh can split a multiple of the number
+    # of devices.
     mesh = make_mesh(config.mesh, config.batch_size * jax.device_count())
     shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
     config = config.copy_and_resolve_references()
@@ -113,7 +116,7 @@ def encode_split(
 
     Args:
       encode: result of `make_encoder`.
-      heartbeat: called after every batch.
+      heartbeat: called after every encoded batch.
 
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
@@ -131,13 +134,14 @@ def encode_split(
     return features[weight > 0], labels[weight > 0]
 
 
-def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Callable:
+def make_encoder(config: Any, task: Task, mesh: Mesh, normalize: bool) -> Callable:
     """Return a function from a batch to (features, labels, weights, unreadable).
 
-    Features are float32 [B, E], the other arrays [B]. All arrays are replicated.
+    Features are float32 [B, E]. The other arrays, [B], are those of the batch. All
+    arrays are replicated.
 
     Args:
-      unit_length: divide the features of each image by their length.
+      normalize: divide the features of each image by their L2 norm.
 
     Raises:
       ConfigError: the images have no labels, or `data.multi_label` is set.
@@ -169,7 +173,7 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
         if num_class_tokens := model.config.class_tokens:
             tokens = tokens[:, num_class_tokens:]  # [B, N, E]
         features = tokens.astype(jnp.float32).mean(1)
-        if unit_length:
+        if normalize:
             features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
         return features, batch["label"], batch["weight"], batch["unreadable"]
 

@@ -45,10 +45,10 @@ TIMING_SECONDS = 3.0  # CPU-seconds to spend on measuring the loader's speed
 
 def split_report(split: Split, faults: dict[str, list[str]]) -> str:
     """Return the report on a split: sizes, findings, and the first lines per fault."""
-    n, k, classes = len(split.source), len(split.indices), len(split.source.classes)
+    n, k = len(split.source), len(split.indices)
     labels = "no classes"
     if split.source.labeled:
-        labels = counted(classes, "class", "classes")
+        labels = counted(len(split.source.classes), "class", "classes")
     lines = [f"{split.title}: {counted(n, 'image')}, {labels}"]
     lines[0] += f"; {counted(k, 'image')} checked" * (k < n)
     lines += ["", _row("", "min", "median", "max")]

@@ -145,6 +145,11 @@ def largest_batch(
 
     Args:
       report: `step_report` of the config's own batch size.
+
+    Returns:
+      "largest_batch_per_device": largest tried size that fits; 0: none.
+      "smallest_that_does_not_fit": smallest tried size that does not fit.
+      "compiles_of_the_search": number of compilations in addition to `report`.
     """
     config = config.copy_and_resolve_references()
     size, fits = report["batch_per_device"], report["fits"]

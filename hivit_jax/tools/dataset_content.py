@@ -101,8 +101,8 @@ def setting_lines(split: Split, has_head: bool) -> list[str]:
     data = split.config.data
     lines = []
     if split.source.labeled and has_head:
-        classes = len(split.source.classes)
-        lines.append(f"  {config_flag('model.num_classes', classes)}")
+        num_classes = len(split.source.classes)
+        lines.append(f"  {config_flag('model.num_classes', num_classes)}")
     if split.usable().any():
         statistics = split.summary.mean_and_std(pixel_scale(data))
         for name, values in zip(("mean", "std"), statistics, strict=True):

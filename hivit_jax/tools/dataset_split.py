@@ -135,12 +135,12 @@ class Split:
         Raises:
           LabelError: the label is invalid.
         """
-        classes = len(self.source.classes)
+        num_classes = len(self.source.classes)
         if not self.source.labeled:
             return 0
         if self.labels.ndim == 2:
-            return label_vector(label, classes)
-        if not 0 <= single_label(label) < classes:
+            return label_vector(label, num_classes)
+        if not 0 <= single_label(label) < num_classes:
             raise LabelError(str(label))
         return label
 

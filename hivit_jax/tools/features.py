@@ -33,7 +33,7 @@ IMAGE|DIRECTORY
               images; directories are searched recursively. Default: the test split of
               the training's dataset
 --pyramid     write the feature maps of all stages instead of pooled features
---batch_size  default: the training's batch size, at most 64
+--batch_size  default: batch_size of the training config, at most 64
 
 arrays of FILE.npz:
   features    float32 [N, D], the input of the classifier's head; for a masked

@@ -13,7 +13,7 @@ from hivit_jax.errors import ConfigError, DataError, first_line, require
 from hivit_jax.paths import expand
 from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 
-# Word in a file's name, or else in its directory's name, -> split.
+# Word in the name of a file, or else of its directory -> split.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
@@ -31,13 +31,13 @@ class Columns(NamedTuple):
     Attributes:
       image: name of the column of image files, or of structs with a field "bytes".
       label: name of the column of labels: numbers, texts, or lists of either.
-      names: class names; None: the metadata contains none.
+      class_names: class names in the metadata; None: there are none.
       several: True if the labels are lists.
     """
 
     image: str
     label: str
-    names: list[str] | None
+    class_names: list[str] | None
     several: bool
 
 
@@ -47,8 +47,9 @@ def convert(
     """Write the rows of parquet files to OUT/1.0.0, or resume writing them.
 
     The names of the files and directories determine the splits. Class names come from
-    the Hugging Face metadata; otherwise they are the numbers from 0 to the largest, or
-    the sorted texts, in the label column. Rows without image or label are left out.
+    the Hugging Face metadata. Without metadata, they are the sorted texts in the label
+    column or, if the column contains integers, the numbers from 0 to the largest. Rows
+    without image or valid label are left out.
 
     Args:
       pattern: a file, a directory that is searched recursively, or a glob pattern.
@@ -73,9 +74,9 @@ def convert(
         )
     files = _find_files(pattern)
     columns = _columns(files, label_column)
-    names = columns.names or _class_names(files, columns)
+    class_names = columns.class_names or _class_names(files, columns)
     features = tfds.features
-    label = features.ClassLabel(names=names)
+    label = features.ClassLabel(names=class_names)
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=name, version=VERSION, data_dir=str(directory / VERSION), module_name=""
     )
@@ -94,7 +95,7 @@ def convert(
     final = directory / VERSION
     if is_complete(final):
         info.read_from_directory(final)
-    label_of = {name: k for k, name in enumerate(names)}
+    label_of = {class_name: k for k, class_name in enumerate(class_names)}
     write_dataset(
         info, final, short_side, shard_size, lambda: _splits(files, columns, label_of)
     )
@@ -169,9 +170,9 @@ def _columns(files: dict[str, list[Path]], label_column: str) -> Columns:
                 or other.field(name).type != schema.field(name).type
             ):
                 raise DataError(f"{path}: expected column {name!r} as in {paths[0]}")
-    names, several = _names_of(features.get(label))
+    class_names, several = _names_of(features.get(label))
     several = several or hasattr(schema.field(label).type, "value_field")
-    return Columns(image, label, names, several)
+    return Columns(image, label, class_names, several)
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -210,11 +211,11 @@ def _as_list(value: Any) -> list[int | str] | None:
 def _class_names(files: dict[str, list[Path]], columns: Columns) -> list[str]:
     """Return class names that are derived from the labels in the files."""
     paths = [path for group in files.values() for path in group]
-    labels = [label for path in paths for label in _labels(path, columns) if label]
-    found = {name for label in labels for name in label if name is not None}
-    if found and all(type(name) is int for name in found):
+    rows = [labels for path in paths for labels in _labels(path, columns) if labels]
+    found = {label for labels in rows for label in labels if label is not None}
+    if found and all(type(label) is int for label in found):
         return [*map(str, range(max(found) + 1))]
-    if not found or not all(isinstance(name, str) for name in found):
+    if not found or not all(isinstance(label, str) for label in found):
         raise DataError(
             f"{paths[0]}: expected integers or texts in column {columns.label!r}, "
             f"found {next(iter(found), 'nothing')!r}"
@@ -222,11 +223,11 @@ def _class_names(files: dict[str, list[Path]], columns: Columns) -> list[str]:
     return sorted(found)
 
 
-def _class_indices(label: list | None, label_of: dict[str, int]) -> list[int] | None:
-    """Return the class indices of an image; None if a label is not a known class."""
-    if label is None:
+def _class_indices(labels: list | None, label_of: dict[str, int]) -> list[int] | None:
+    """Return the class indices of an image; None if a label is missing or unknown."""
+    if labels is None:
         return None
-    numbers = [label_of.get(x, -1) if isinstance(x, str) else x for x in label]
+    numbers = [label_of.get(x, -1) if isinstance(x, str) else x for x in labels]
     valid = all(n is not None and 0 <= n < len(label_of) for n in numbers)
     return [int(n) for n in numbers] if valid else None
 
@@ -236,17 +237,15 @@ def _splits(
 ) -> Splits:
     """Return the examples of each split and the number of its rows.
 
-    Splits in which no image has a label are left out.
+    Splits in which no row has a valid label are left out.
     """
     splits = {}
     for split, paths in files.items():
-        labels = [label for path in paths for label in _labels(path, columns)]
-        if all(_class_indices(label, label_of) is None for label in labels):
-            print(
-                f"split {split} is left out: none of {len(labels):,} rows has a label"
-            )
+        rows = [labels for path in paths for labels in _labels(path, columns)]
+        if all(_class_indices(labels, label_of) is None for labels in rows):
+            print(f"split {split} is left out: no valid label in {len(rows):,} rows")
             continue
-        splits[split] = _examples(paths, columns, label_of), len(labels)
+        splits[split] = _examples(paths, columns, label_of), len(rows)
     if not splits:
         raise DataError(f"no row of column {columns.label!r} has a valid label")
     return splits
@@ -255,15 +254,15 @@ def _splits(
 def _examples(
     files: Sequence[Path], columns: Columns, label_of: dict[str, int]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (key, example) of each row with image and label; print skipped rows."""
+    """Yield (key, example) of each row with image and valid label; print the others."""
     skipped = 0
     for file in files:
-        for number, (image, label) in enumerate(_rows(file, columns)):
+        for number, (image, value) in enumerate(_rows(file, columns)):
             content = image.get("bytes") if isinstance(image, dict) else image
             path = image.get("path") if isinstance(image, dict) else None
-            label = _class_indices(_as_list(label), label_of)
+            labels = _class_indices(_as_list(value), label_of)
             key = f"{file.name}[{number}]"
-            if not content or label is None:
+            if not content or labels is None:
                 reason = "no valid label" if content else "no image"
                 skipped += 1
                 if skipped <= MAX_LISTED:
@@ -274,7 +273,7 @@ def _examples(
                 key,
                 {
                     "image": io.BytesIO(content),
-                    "label": label if columns.several else label[0],
+                    "label": labels if columns.several else labels[0],
                     "file_name": name,
                 },
             )

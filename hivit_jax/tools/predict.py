@@ -32,7 +32,7 @@ IMAGE|DIRECTORY
               predictions.csv; for your own task, a directory. Images below a directory
               with the name of a class are labeled. With labels, accuracy, class table,
               confusion matrix and worst images are written beside the file
---batch_size  default: the training's batch size, at most 64
+--batch_size  default: batch_size of the training config, at most 64
 
 exit codes: 0 finished, 2 bad flag or path, 4 no image could be read,
             5 no usable checkpoint

@@ -1,8 +1,8 @@
 """Prepare a dataset: ``python -m hivit_jax.tools.prepare_data --manual_dir DIR``.
 
-Writes the examples of a TFDS dataset, in TFDS's order, or the rows of parquet files
-(``--from FILES --out DIR``) as array_record shards. TFDS reads the shards without
-tensorflow.
+Writes array_record shards, which TFDS reads without tensorflow. The shards contain the
+examples of a TFDS dataset, in TFDS's order, or with ``--from FILES --out DIR`` the rows
+of parquet files.
 After an interruption, this command resumes after the last complete shard, whereas
 TFDS's own preparation starts over.
 """
@@ -87,7 +87,7 @@ def prepare(
     manual_dir, data_dir = map(os.path.expanduser, (manual_dir, data_dir))
     builder = _open_builder(name, data_dir)
     final = Path(builder.data_dir)
-    totals = {} if is_complete(final) else _check_tars(builder, manual_dir)
+    totals = {} if is_complete(final) else _check_manual_files(builder, manual_dir)
 
     def splits() -> Splits:
         generators = _generators(builder, manual_dir)
@@ -129,14 +129,17 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
-    """Check ImageNet's tar files for faults that make TFDS omit or mislabel images.
+def _check_manual_files(builder: Any, manual_dir: str) -> dict[str, int]:
+    """Check the directory of manual downloads, and ImageNet's tar files in it.
+
+    The tar files are checked for faults that make TFDS omit or mislabel images. Other
+    files are not checked.
 
     Returns:
-      The number of images of each split, where it is known.
+      {split: number of images} of the splits of which the number is known.
 
     Raises:
-      ConfigError: `manual_dir` or a tar file is missing.
+      ConfigError: `manual_dir` is needed but missing, or lacks a tar file.
       DataError: a tar file is damaged or has unexpected entries.
     """
     instructions = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
@@ -161,12 +164,13 @@ def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
             reason = f"not a valid tar file (truncated?): {error}"
             raise DataError(f"{tar} is {reason}") from error
         if tar.name == TRAIN:
-            classes = {f"{wnid}.tar" for wnid in builder.info.features["label"].names}
-            if unexpected := sorted(set(names) - classes):
+            wnids = builder.info.features["label"].names
+            class_tars = {f"{wnid}.tar" for wnid in wnids}
+            if unexpected := sorted(set(names) - class_tars):
                 raise DataError(
                     f"{tar}: expected WNID.tar of known classes, found {unexpected[0]}"
                 )
-            if builder.name == "imagenet2012" and len(names) == len(classes):
+            if builder.name == "imagenet2012" and len(names) == len(class_tars):
                 totals["train"] = 1_281_167
         else:
             for i, name in enumerate(names, 1):
@@ -205,9 +209,9 @@ def _generators(builder: Any, manual_dir: str) -> dict[str, Iterable]:
 
 
 def _check_reachable(resource: Any) -> Any:
-    """Check that the server of a TFDS resource answers; return the resource.
+    """Check that the server of a TFDS resource can be reached; return the resource.
 
-    HTTP errors are ignored, because TFDS handles them.
+    Other errors, such as those of HTTP and of certificates, are left to TFDS.
 
     Raises:
       DataError: the server cannot be reached.

@@ -37,8 +37,8 @@ IMAGE|DIRECTORY
               images; directories are searched recursively. Of a directory with more
               than 16 images, 16 evenly spaced images are drawn. Images that cannot
               be read are skipped
---mask_ratio  fraction of units to mask; default: the training config's, or 0.75 if
-              there is no training config
+--mask_ratio  fraction of units to mask; default: mask_ratio of the training config,
+              or 0.75 if there is no training config
 --statistics  source of the mean and standard deviation that convert predictions of
               normalized pixels back to pixels. unit: each true unit, which the model
               does not see; visible: the average over the visible units

@@ -33,7 +33,7 @@ def make_schedule(
     - cosine: a cosine from the peak at the end of the warmup down to the minimum.
     - cosine_from_start: as in the official ``supervised/lr_scheduler.py`` (timm). The
       cosine starts at step 0, so the learning rate jumps down at the end of the warmup.
-      The whole schedule lags one step behind.
+      The whole schedule is delayed by one step.
     - multistep: the peak, multiplied by `gamma` at each of the `milestones`, in epochs
       (torch's ``MultiStepLR``).
     - polynomial: ``minimum + (peak - minimum) * (1 - step / total_steps) ** power``.

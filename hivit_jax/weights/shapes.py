@@ -76,6 +76,6 @@ def registered(model_class: type[Model], arguments: Mapping[str, Any]) -> list[s
 
 
 def with_name(model_class: type[Model], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Add a name to arguments: the first `registered` one, or else the class's."""
+    """Add a name to arguments: the first `registered` name, or `model_class.name`."""
     name = next(iter(registered(model_class, arguments)), model_class.name)
     return dict(name=name) | arguments

@@ -19,16 +19,24 @@ def roofline(
     all-reduce sends its bytes twice: in a reduce-scatter and in an all-gather.
 
     Args:
+      chip: peak rates of a chip, which may consist of several JAX devices.
       images: images per step and device.
       flops: operations per image.
       hbm_bytes: bytes of HBM traffic per image.
       collectives: result of `cost.collectives`, for one device.
+
+    Returns:
+      "images_per_second_per_chip": the upper bound.
+      "bound": name of the slowest of the three: "arithmetic", "memory" or "network".
+      "seconds_per_step": {name: time of this part alone}.
+      "peaks": values of `chip`.
     """
-    sent = chip.devices * sum(
+    devices_per_chip = chip.devices
+    sent = devices_per_chip * sum(
         entry["bytes_per_step"] * (2 if entry["kind"] == "all-reduce" else 1)
         for entry in collectives
     )
-    images_per_chip = images * chip.devices
+    images_per_chip = images * devices_per_chip
     seconds = {
         "arithmetic": flops * images_per_chip / chip.flops,
         "memory": hbm_bytes * images_per_chip / chip.bandwidth,

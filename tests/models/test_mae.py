@@ -71,11 +71,12 @@ def test_prediction_ignores_masked_pixels():
         mini("mae_hivit_base"), lambda model, images: model(images, noise=noise)
     )
     out = run(images)
-    masked = positions.unpatchify(jnp.repeat(out.mask[..., None], 768, -1), (4, 4), 16)
-    changed = run(images + masked)
+    unit_masks = jnp.repeat(out.mask[..., None], 768, -1)
+    pixel_mask = positions.unpatchify(unit_masks, (4, 4), 16)
+    changed = run(images + pixel_mask)
     assert_array_equal(out.pred, changed.pred)
     assert_array_equal(out.latent, changed.latent)
-    changed_visible = run(images + (1 - masked))
+    changed_visible = run(images + (1 - pixel_mask))
     assert np.abs(out.pred - changed_visible.pred).max() > 0.01
 
 
@@ -142,7 +143,7 @@ def test_sample_without_visible_units_has_uniform_attention():
 
 
 @pytest.mark.slow
-def test_targets_mean_and_scale_restore_the_pixels():
+def test_mean_and_scale_convert_targets_to_pixels():
     images = random_array((2, 64, 64, 3)) * 0.3 + 0.5
     units = np.asarray(positions.patchify(images, 16), np.float64)
     model = mini("mae_hivit_base")

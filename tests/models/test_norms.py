@@ -63,16 +63,16 @@ def test_statistics_are_model_state_and_not_parameters():
 
 def test_examples_of_weight_0_are_ignored():
     """A batch in which all examples have weight 0 changes no statistics."""
-    unpadded, padded = BatchNorm(6), BatchNorm(6)
+    reference, padded = BatchNorm(6), BatchNorm(6)
     weight = np.float32([1] * 5 + [0] * 11)
-    expected = unpadded(IMAGES[:5], jnp.ones(5))
+    expected = reference(IMAGES[:5], jnp.ones(5))
     assert_allclose(padded(IMAGES, weight)[:5], expected, rtol=1e-5, atol=1e-6)
-    assert_allclose(padded.mean[...], unpadded.mean[...], rtol=1e-6)
-    assert_allclose(padded.var[...], unpadded.var[...], rtol=1e-6)
-    before = np.array(unpadded.mean[...]), np.array(unpadded.var[...])
-    assert np.isfinite(unpadded(IMAGES, jnp.zeros(16))).all()
-    assert_array_equal(unpadded.mean[...], before[0])
-    assert_array_equal(unpadded.var[...], before[1])
+    assert_allclose(padded.mean[...], reference.mean[...], rtol=1e-6)
+    assert_allclose(padded.var[...], reference.var[...], rtol=1e-6)
+    before = np.array(padded.mean[...]), np.array(padded.var[...])
+    assert np.isfinite(padded(IMAGES, jnp.zeros(16))).all()
+    assert_array_equal(padded.mean[...], before[0])
+    assert_array_equal(padded.var[...], before[1])
 
 
 class Network(nnx.Module):

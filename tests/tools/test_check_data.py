@@ -662,7 +662,7 @@ def test_invalid_label_vectors_are_findings(healthy, monkeypatch):
     assert split.labels.tolist() == [[1, 0, 1], [1, 0, 0], *[[-1] * 3] * 4]
     found = split.findings[dataset_split.BAD_LABEL]
     assert [*found] == [2, 3, 4, 5]
-    assert "at most 3 values 0 or 1, found [0, 2, 0]" in found[2]
+    assert "of length at most 3, found [0, 2, 0]" in found[2]
     assert found[5] == "expected labels from 0 to 2, found [0, -1]"
     assert dataset_split.OTHER_VALUES not in split.findings
 

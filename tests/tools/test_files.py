@@ -1,4 +1,4 @@
-"""Tests of configs for models that were saved without a training config."""
+"""Tests of models saved without a training config: config, `predict`, `features`."""
 
 from dataclasses import replace
 
@@ -57,10 +57,11 @@ def test_config_of_finds_the_task_of_other_families(name, task):
 
 
 @pytest.mark.slow
-def test_predictions_of_a_model_without_a_recipe_equal_its_logits(tmp_path, capsys):
-    """`predict` rejects a model without a head, but `features` accepts it.
+def test_model_without_a_recipe_predicts_the_argmax_and_softmax(tmp_path, capsys):
+    """`predict` writes the most probable class and its probability.
 
-    `predict` rejects a masked autoencoder before it compiles a program.
+    It rejects a model without a head, and a masked autoencoder before it compiles a
+    program. `features` accepts the model without a head.
     """
     model = mini(depths=(1, 1, 1), num_classes=2)
     model.info = replace(model.info, class_names=("cat", "dog"))
@@ -95,13 +96,17 @@ def test_predictions_of_a_model_without_a_recipe_equal_its_logits(tmp_path, caps
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
 def test_class_folders_label_the_features_of_an_encoder(name, tmp_path, capsys):
-    """The number of the user's classes may exceed `num_classes` of the model."""
+    """Directories are classes, also more than `num_classes` of the model.
+
+    An image outside of the class directories has the label -1.
+    """
     model = mini(name, **({} if "mae" in name else dict(depths=(1, 1, 1))))
     hivit_jax.save_pretrained(model, tmp_path / "model")
-    files = ["ant/0.png", "bee/0.png", "bee/1.png", "loose.png", *"cde"]
-    for file in [f"photos/{x}" if "." in x else f"photos/{x}/0.png" for x in files]:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise_image(40, 40, 3)).save(tmp_path / file)
+    images = ["ant/0.png", "bee/0.png", "bee/1.png", "c/0.png", "d/0.png", "e/0.png"]
+    for image in [*images, "loose.png"]:
+        path = tmp_path / "photos" / image
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise_image(40, 40, 3)).save(path)
     flags = [f"--checkpoint={tmp_path / 'model'}", f"--out={tmp_path / 'a.npz'}"]
     assert features.main([*flags, str(tmp_path / "photos")]) == 0
     arrays = np.load(tmp_path / "a.npz")

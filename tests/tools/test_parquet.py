@@ -72,7 +72,7 @@ def test_class_names_and_splits_are_converted(tmp_path, capsys):
     prefix = "skipped train-00000-of-00002.parquet"
     assert [f"{prefix}[{k}]: no image" for k in (2, 3)] == lines[1:3]
     assert f"{prefix}[4]: no valid label" in lines
-    assert lines[0] == "split test is left out: none of 1 rows has a label"
+    assert lines[0] == "split test is left out: no valid label in 1 rows"
     assert lines[-1] == (
         f"to train on it: --config.data.name=birds --config.data.dir={tmp_path}"
     )

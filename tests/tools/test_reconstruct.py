@@ -45,15 +45,14 @@ def write_noise(path, size=(120, 90)):
 def test_command_draws_a_row_of_panels_per_image(saved, tmp_path, capsys):
     images = [write_noise(tmp_path / name) for name in ("a.png", "b.jpg")]
     out = tmp_path / "out.png"
-    flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, *images]
-    flags = [str(flag) for flag in flags]
-    assert command.main(flags) == 0
+    flags = ["--checkpoint", str(saved / "mae_hivit_base"), "--out", str(out)]
+    assert command.main([*flags, *map(str, images)]) == 0
     expected = out.read_bytes()
     (tmp_path / "photos").mkdir()
     for path in images:
         (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "photos" / "aa.png").write_text("no image")  # is skipped
-    assert command.main([*flags[:4], str(tmp_path / "photos")]) == 0
+    assert command.main([*flags, str(tmp_path / "photos")]) == 0
     assert out.read_bytes() == expected
     printed, err = capsys.readouterr()
     assert err.startswith(f"cannot read {tmp_path / 'photos' / 'aa.png'}: ")
@@ -64,9 +63,8 @@ def test_command_draws_a_row_of_panels_per_image(saved, tmp_path, capsys):
     with Image.open(out) as image:
         # Two rows of four panels are wider than high, and higher than one row.
         assert image.width > image.height > 300
-    assert (
-        command.main([str(x) for x in (*flags, *images, "--statistics=visible")]) == 0
-    )
+    flags.append("--statistics=visible")
+    assert command.main([*flags, *map(str, images)]) == 0
     assert "of the visible units" in capsys.readouterr().out
 
 
@@ -143,7 +141,10 @@ def test_panels_use_mean_std_and_mask_ratio_of_the_recipe(tmp_path):
 
 @pytest.mark.slow
 def test_visible_statistics_predict_the_mean_of_the_visible_units(tmp_path):
-    """Each unit is flat: its standard deviation is 0, so its mean is the prediction."""
+    """The predicted pixels are the average of the visible units' means.
+
+    Each unit is flat. Its standard deviation is 0, so the model's output has no effect.
+    """
     save_constant_model(
         tmp_path, RECIPE | {"data": {"mean": (0.0,) * 3, "std": (1.0,) * 3}}
     )
@@ -235,7 +236,7 @@ def test_predictions_are_scaled_by_statistics_of_units():
     ],
 )
 def test_titles_name_the_source_of_brightness(normalized, note, monkeypatch):
-    """The figures of a run and of the command have the same note."""
+    """The title of a run's figure depends on `norm_pix_loss`."""
     titles = []
     monkeypatch.setattr(
         figures, "reconstructions", lambda _, title: titles.append(title)

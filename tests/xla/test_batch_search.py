@@ -38,7 +38,10 @@ def test_search_finds_almost_the_largest_batch(monkeypatch, start_size, limit):
 
 
 def test_search_tries_only_even_microbatches(monkeypatch):
-    """Each microbatch has an even size, because Mixup pairs its images."""
+    """Each device has an even part of a microbatch, because Mixup pairs its images.
+
+    The batch has three microbatches, so the size per device is a multiple of 6.
+    """
     config = mini_runs.classifier(batch_size=96, optimizer__accumulate_steps=3)
     start = {"batch_size": 96, "batch_per_device": 12, "fits": False, "topology": ""}
     tried = []

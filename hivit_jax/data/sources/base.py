@@ -30,7 +30,8 @@ class DatasetInfo:
       counts: number of examples of each split, "train" and "test".
       classes: class names in the order of the labels.
       encoded: True if examples are read and decoded; False if batches are synthetic.
-      class_counts: number of training examples of each class; () if unknown.
+      class_counts: number of training examples of each class; () if unknown, or if
+        the labels are vectors.
     """
 
     counts: Mapping[str, int]
@@ -88,8 +89,8 @@ class Source:
     def sample(self, index: int) -> dict[str, Any]:
         """Return an example before decoding.
 
-        For images it is {"image": bytes of the file, "label": int}. With
-        `data.multi_label`, the label is a vector as returned by `multi_hot`.
+        An example of an image dataset is {"image": bytes of the file, "label": int}.
+        With `data.multi_label`, the label is a vector as returned by `multi_hot`.
 
         Raises:
           Exception: an error of any type if the example cannot be read.
@@ -125,7 +126,11 @@ class Source:
         return None
 
     def size(self, index: int) -> tuple[int, int]:
-        """Return (height, width) of an image. Reads the file header once."""
+        """Return (height, width) of an image. The result is cached.
+
+        The image is not decoded. If `_image_file` returns a path, only the header of
+        the file is read.
+        """
         from PIL import Image
 
         # The cache is created here because a subclass need not call `__init__`.
@@ -145,7 +150,9 @@ class Source:
         return f"example {index}"
 
     def class_counts(self) -> tuple[int, ...]:
-        """Return the number of examples of each class; () if the labels are unknown.
+        """Return the number of examples of each class.
+
+        Returns () if the labels are unknown or are vectors.
 
         Labels below 0 are not counted; the loader raises an error when it reads one.
         """
@@ -160,15 +167,15 @@ class Source:
         ordered = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
         parts = [f"{count:,} {reason}" for reason, count in ordered[:8]]
         if others := sum(count for _, count in ordered[8:]):
-            parts.append(f"{others:,} with other endings")
+            parts.append(f"{others:,} for other reasons")
         return ", ".join(parts)
 
 
 class DerivedSource(Source):
     """Source that reads its examples from another source.
 
-    A subclass defines `source_index` if its examples have other indices, and changes
-    attributes after the call of `__init__`.
+    A subclass overrides `source_index` if its examples have other indices. Its
+    `__init__` calls `super().__init__` first and then changes attributes.
     """
 
     def __init__(self, source: Source):
@@ -241,17 +248,17 @@ def multi_hot(labels: Sequence[int] | int, num_classes: int) -> np.ndarray:
     return vector
 
 
-def label_vector(label: Any, num_labels: int) -> np.ndarray:
-    """Return the vector of an image's labels, extended with 0 to uint8 [num_labels].
+def label_vector(label: Any, num_classes: int) -> np.ndarray:
+    """Return the vector of an image's labels, extended with 0 to uint8 [num_classes].
 
     Raises:
       LabelError: the vector is too long, or contains a value other than 0 and 1.
     """
     given = np.array(label)
-    if given.ndim != 1 or len(given) > num_labels or not np.isin(given, (0, 1)).all():
+    if given.ndim != 1 or len(given) > num_classes or not np.isin(given, (0, 1)).all():
         raise LabelError(
-            f"data.multi_label=True: expected a label of at most {num_labels} values 0 "
-            f"or 1, found {given.tolist()}; multi_hot in hivit_jax.data.sources.base "
-            "converts class indices"
+            "data.multi_label=True: expected a label vector of zeros and ones, of "
+            f"length at most {num_classes}, found {given.tolist()}; multi_hot in "
+            "hivit_jax.data.sources.base converts class indices"
         )
-    return np.pad(given.astype(np.uint8), (0, num_labels - len(given)))
+    return np.pad(given.astype(np.uint8), (0, num_classes - len(given)))

@@ -45,7 +45,7 @@ class Paths(Source):
         self._files: list[str] = []
         label_of, labels = {name: k for k, name in enumerate(self.classes)}, []
         directories: list[str] = []
-        for path in (Path(expand(str(path))) for path in paths):
+        for path in (Path(expand(str(each))) for each in paths):
             files = [str(path)]
             if path.is_dir():
                 images = Images(path)

@@ -98,13 +98,14 @@ def test_index_is_cached_until_a_directory_changes(root, cache_directory, monkey
     make(root, "train/n05/e.png")
     assert len(folder.Folder(str(root), "train").classes) == 4
     assert len(walks) == 3 + 4  # one per class, of three and then four classes
-    # The index is rebuilt if it has another version, is damaged or cannot be saved.
+    # An index without classes and a damaged index are rebuilt.
     with np.load(index_file) as index:
-        other_version = {name: index[name] for name in index if name != "classes"}
-    np.savez(index_file, **other_version)
+        without_classes = {name: index[name] for name in index if name != "classes"}
+    np.savez(index_file, **without_classes)
     assert len(folder.Folder(str(root), "train")) == 7
     index_file.write_bytes(b"PK damaged")
     assert len(folder.Folder(str(root), "train")) == 7
+    # The folder is also read if no index can be saved.
     index_file.unlink()
     (cache_directory / "hivit_jax").rmdir()
     (cache_directory / "hivit_jax").write_text("a file")
@@ -198,8 +199,8 @@ def test_hidden_and_system_names_are_ignored(root):
     }
 
 
-def test_parents_of_data_dir_may_be_hidden(tmp_path):
-    """data.dir may be inside a hidden directory, because the user has named it."""
+def test_named_paths_may_be_hidden(tmp_path):
+    """A path that the user names, and its parents, may have hidden or system names."""
     root = tmp_path / ".cache" / "lost+found"
     make(root, "train/a/0.png", "val/a/0.png")
     assert len(folder.Folder(str(root), "train")) == 1
@@ -253,7 +254,7 @@ def test_folder_index_of_an_earlier_version_is_not_used(root, cache_directory):
     assert folder.Folder(str(root), "train").labels.tolist() == [0, 0, 0, 1, 2]
 
 
-def test_class_with_only_hidden_images_is_an_error(root):
+def test_class_whose_files_are_all_ignored_is_an_error(root):
     make(root, "train/n05/._a.png", "train/n05/a.heic")
     with pytest.raises(DataError) as error:
         folder.Folder(str(root), "train")
