@@ -154,7 +154,8 @@ def make_train_step(
     if accumulate_steps > 1:
         gradient = accumulate_gradients(gradient, accumulate_steps)
 
-    update = make_update(optimizer, ema_decay, frozen_names)
+    # Without jit, the two calls of the function would be traced and lowered separately.
+    update = jax.jit(make_update(optimizer, ema_decay, frozen_names))
 
     def train_step(state, frozen, batch, steps_done):
         params, batch_size = state["params"], len(batch["weight"])
