@@ -10,7 +10,7 @@ TEXT ...` selects the cells whose names contain any TEXT. The jobs are:
 - pretrain: the train step of pretraining at 224x224, by masked autoencoding for HiViT
   and ViT, and by SimMIM for Swin. "Swin-B 192" is Swin-B at 192x192, the size in the
   official recipe of SimMIM.
-- classify: finetuning, its train step at 224x224. In hivit_jax, this step includes
+- classify: the train step of finetuning at 224x224. In hivit_jax, this step includes
   drop path, Mixup, CutMix and random erasing; in PyTorch, it does not.
 - inference: the forward pass of the classifier.
 

@@ -15,10 +15,10 @@ are:
 
 The dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU, malloc keeps
 freed memory in the hivit_jax process, as in training with hivit_jax. With
-`--keep_memory`, it keeps freed memory in the PyTorch processes too. Every row of the table is a separate process. In each
-of `--rounds` rounds, the processes take turns on the same cores: each process runs
-`--steps` steps while the others sleep. The benchmark needs torch in addition to the
-packages of benchmarks/train_step.py.
+`--keep_memory`, malloc keeps freed memory in the PyTorch processes too. Every row of
+the table is a separate process. In each of `--rounds` rounds, the processes take turns
+on the same cores: each process runs `--steps` steps while the others sleep. The
+benchmark needs torch in addition to the packages of benchmarks/train_step.py.
 
 The first step of the PyTorch HiViT-B uses the weights, images, and masks or labels of
 hivit_jax's first step. The losses of both first steps must match. The images are

@@ -203,8 +203,8 @@ KEYS = {
         ),
         "first_epoch": Key(
             0,
-            "number of the first epoch; 1: the schedule runs one epoch ahead, and every "
-            "resume skips an epoch, as in the official self-supervised code",
+            "number of the first epoch; 1: the schedule runs one epoch ahead, and each "
+            "resume skips one epoch, as in the official self-supervised code",
             choices=(0, 1),
         ),
         "warmup_epochs": Key(

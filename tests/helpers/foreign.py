@@ -91,7 +91,7 @@ def timm_swin_state(state):
 
 
 def write_directory(path, state, config, processor=None):
-    """Write a model directory like timm or `transformers`; return its path.
+    """Write a model directory in the layout of timm or `transformers`; return its path.
 
     Args:
       config: content of config.json.

@@ -34,7 +34,7 @@ MINI_MAES = ["mae_mini", "mae_mini_rpe", "mae_mini_nohifeat", "mae_mini_nohifeat
 
 
 def intermediate_arrays(model, images, ids_keep=None):
-    """Run our model; return its intermediate arrays by name, laid out as golden data."""
+    """Run our model; return its intermediate arrays with golden names and shapes."""
     encoder, recorded = model.encoder, {}
     batch_size, inner = images.shape[0], encoder.config.inner_patches
     num_kept = (
@@ -185,7 +185,7 @@ def test_hivit_base_mae_reproduces_official_outputs_and_gradients():
 
 @pytest.mark.slow
 def test_every_hivit_layer_norm_has_the_official_eps():
-    """The inputs of the norms have low variance, so that a wrong eps changes outputs."""
+    """For inputs of low variance, eps=1e-5 in a single norm changes outputs by 1e-3."""
     arrays, parts = golden("lowvar_eps"), FIXTURES["lowvar_eps"]["shrunk_suffixes"]
     images = jnp.asarray(reference.images("mini64", 3, 64))
     config = {
@@ -227,7 +227,7 @@ def test_loss_of_a_given_prediction_equals_the_official_loss(norm_pix_loss):
 
 
 @pytest.mark.slow
-def test_features_with_relative_positions_equal_official_features():
+def test_features_with_relative_positions_equal_the_official_ones():
     model, _ = reference.build_fixture("features_mini_rpe")
     arrays = golden("features_mini_rpe")
     images = jnp.asarray(reference.images("mini64", 3, 64))
