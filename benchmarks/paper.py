@@ -58,9 +58,9 @@ from benchmarks.paper_tables import (
 from benchmarks.peer_rows import OURS, load_recipe, start_recipe, start_torch
 from benchmarks.peers import (
     add_flags,
-    prepare,
     receive,
-    run_facts,
+    set_defaults,
+    shared_facts,
     start_row,
     time_rows,
 )
@@ -139,7 +139,7 @@ def measure(names: list[str], args: argparse.Namespace) -> Results:
             "run": run,  # cells with equal values were interleaved
             "model_flops_per_image": flops,
             "model_flop_utilization": flops_per_second / peak if peak else None,
-            **run_facts(args),
+            **shared_facts(args),
         }
     return results
 
@@ -184,7 +184,7 @@ def measure_all(cells: list[str], args: argparse.Namespace) -> None:
     """Measure all missing cells, print the table and draw the figure."""
     from hivit_jax.platforms import use_cpu
 
-    prepare(args, GPU_BATCH)
+    set_defaults(args, GPU_BATCH)
     use_cpu()  # only in this process; the processes of the cells use the device
     if not importlib.util.find_spec("torch"):
         print("torch is not installed; only the cells of hivit_jax are measured")

@@ -9,22 +9,22 @@ compiled, and with ViT-B and Swin-B in PyTorch (benchmarks/torch_peers.py). The 
 are:
 
 - pretrain: the train step of mae_base. ViT-B is trained by MAE, Swin-B by SimMIM.
-- classify: the train step of finetune:base with drop path, Mixup, CutMix and random
-  erasing disabled.
+- classify: finetuning, the train step of finetune:base without drop path, Mixup,
+  CutMix and random erasing.
 - inference: the forward pass of the classifier.
 
-The dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU, the
-hivit_jax process keeps freed memory, as in training. With `--keep_memory`, the PyTorch
-processes keep freed memory too. Every row of the table is a separate process. In each
-of `--rounds` rounds, the processes take turns on the same cores: each process runs
-`--steps` steps while the others sleep. The benchmark needs torch in addition to the
-packages of benchmarks/train_step.py.
+The dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU, malloc keeps
+freed memory in the hivit_jax process, as in training with hivit_jax. With
+`--keep_memory`, malloc keeps freed memory in the PyTorch processes too. Every row of
+the table is a separate process. In each of `--rounds` rounds, the processes take turns
+on the same cores: each process runs `--steps` steps while the others sleep. The
+benchmark needs torch in addition to the packages of benchmarks/train_step.py.
 
 The first step of the PyTorch HiViT-B uses the weights, images, and masks or labels of
 hivit_jax's first step. The losses of both first steps must match. The images are
 already on the device. PyTorch receives normalized images. hivit_jax receives uint8
 images, normalizes them in every step and, in training, flips them. The results are
-written to results/peers_{task}_{cpu,gpu}.json.
+written to results/peers_TASK_DEVICE.json.
 """
 
 import argparse
@@ -58,24 +58,24 @@ TOLERANCE = {"cpu": 1e-5, "gpu": 1e-2}  # relative difference of the first losse
 
 
 def start_row(
-    start: Callable[[], PreparedRow], keep_memory: bool, args: argparse.Namespace
+    prepare_row: Callable[[], PreparedRow], keep_memory: bool, args: argparse.Namespace
 ) -> Any:
     """Start the process of a row and return the pipe to its `worker`.
 
     Args:
-      start: function of `benchmarks.peer_rows` that prepares a program.
+      prepare_row: function of `benchmarks.peer_rows` that prepares a program.
       keep_memory: make malloc keep freed memory, if the process runs on a CPU.
     """
     context = multiprocessing.get_context("spawn")
     pipe, worker_pipe = context.Pipe()
-    arguments = start, keep_memory, args, worker_pipe
+    arguments = prepare_row, keep_memory, args, worker_pipe
     context.Process(target=worker, args=arguments, daemon=True).start()
     worker_pipe.close()  # so that recv fails if the process ends
     return pipe
 
 
 def worker(
-    start: Callable[[], PreparedRow],
+    prepare_row: Callable[[], PreparedRow],
     keep_memory: bool,
     args: argparse.Namespace,
     pipe: Any,
@@ -92,7 +92,7 @@ def worker(
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         if keep_memory:
             keep_freed_memory()
-    run, peak_memory, facts = start()
+    run, peak_memory, facts = prepare_row()
     pipe.send(facts)
     while count := pipe.recv():
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -112,11 +112,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         first_step = Path(folder) / "first_step.npz"
         for row in args.rows:  # sorted: if hivit_jax is selected, it is the first row
             if row == OURS:
-                start = partial(start_ours, args, first_step)
+                prepare_row = partial(start_ours, args, first_step)
             else:
-                start = partial(start_torch, *TORCH[row], args, first_step)
+                prepare_row = partial(start_torch, *TORCH[row], args, first_step)
             keep_memory = row == OURS or args.keep_memory
-            pipes[row] = start_row(start, keep_memory, args)
+            pipes[row] = start_row(prepare_row, keep_memory, args)
             # On a CPU, the rows start one after another. On a GPU, the benchmark waits
             # only for the first row, because the others read the file that it writes.
             if args.device == "cpu" or row == args.rows[0]:
@@ -227,8 +227,8 @@ def add_flags(add: Callable, gpu_batch: int) -> None:
     add("--torch_mode", default="default", help="mode of torch.compile")
 
 
-def prepare(args: argparse.Namespace, gpu_batch: int) -> None:
-    """Set defaults of batch and steps, and environment variables of the rows."""
+def set_defaults(args: argparse.Namespace, gpu_batch: int) -> None:
+    """Set defaults of batch and steps, and the environment variables of the rows."""
     cpu = args.device == "cpu"
     args.batch = args.batch or (8 if cpu else gpu_batch)
     args.steps = args.steps or (2 if cpu else 20)
@@ -238,7 +238,7 @@ def prepare(args: argparse.Namespace, gpu_batch: int) -> None:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
-def run_facts(args: argparse.Namespace) -> dict[str, Any]:
+def shared_facts(args: argparse.Namespace) -> dict[str, Any]:
     """Return the facts that all rows of a run share."""
     cpu = args.device == "cpu"
     return {
@@ -264,13 +264,13 @@ def run(argv: list[str] | None) -> None:
     add_flags(add, GPU_BATCH)
     args = parser.parse_args(argv)
     args.rows = sorted(args.rows, key=(OURS, *TORCH).index)
-    prepare(args, GPU_BATCH)
+    set_defaults(args, GPU_BATCH)
     results = compare(args)
     print(table(results, args.device == "cpu"))
     result = {
         "task": args.task,
         "device": args.device,
-        **run_facts(args),
+        **shared_facts(args),
         "torch_mode": args.torch_mode,
         "torch_keeps_memory": args.keep_memory,
         "rows": results,

@@ -2,8 +2,8 @@
 
     hivit_jax --config finetune:base --workdir runs/ft --config.init_from=runs/mae_base
 
-Variants: tiny, small, base (default), large. `init_from` may be an official file.
-Values: those of the official self_supervised code for base. The other sizes use the
+Variants: tiny, small, base (default), large. `init_from` may be an official weight
+file. Values: as in the official self_supervised code for base. The other sizes use the
 same values, because none are published for them.
 Expected: base reaches 84.6 % top-1 after mae_base (published, not reproduced here).
 Hardware: any mesh. The official run used 8 GPUs, each with 2 microbatches of 64 images

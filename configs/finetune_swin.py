@@ -2,11 +2,11 @@
 
     hivit_jax --config finetune_swin:base --workdir runs/ft_swin
 
-Variants: tiny, small, base (default), large. `init_from` may be an official file.
-Values: those of the official SimMIM code after 800 epochs; tiny and small: as base.
-Expected: top-1 base 84.0, large 85.4 % (published, not reproduced here). Hardware: any
-mesh. Cost: 128 million images. A train step (forward and backward, counted as three
-forward passes) takes, in GFLOP per image: tiny 26.9, small 52.4, base 92.6, large 215.
+Variants: tiny, small, base (default), large. `init_from` may be an official weight
+file. Values: as in the official SimMIM code for models pretrained for 800 epochs; tiny,
+small: as base. Hardware: any mesh. Expected: top-1 base 84.0, large 85.4 % (published,
+not reproduced here). Cost: 128 million images. A train step (counted as three forward
+passes) takes, in GFLOP per image: tiny 26.9, small 52.4, base 92.6, large 215.
 """
 
 

@@ -3,7 +3,7 @@
     hivit_jax --config finetune_vit:base --workdir runs/ft_vit
 
 Variants: tiny, small, base (default), large, huge; tiny and small use base's values.
-Values: those of the official MAE guide. Hardware: any mesh.
+Values: as in the official MAE guide. Hardware: any mesh.
 Expected: top-1 base 83.6, large 85.9, huge 86.9 % (published, not reproduced here).
 Cost: the run trains on 128 million images, large and huge on 64 million. A train step
 (forward and backward, counted as three forward passes) takes, in GFLOP per image: tiny

@@ -6,7 +6,7 @@ Variants: tiny (default), small, base. The recipe suits hundreds to tens of thou
 images in DIR/CLASS; a tenth is held out. `--config.init_from=runs/mae` starts from a
 pretrained model. For tens of thousands of images, add
 `--config.total_epochs=30 --config.eval_every=1000`.
-Values: those of finetune with weaker augmentation and regularization. The peak learning
+Values: as in finetune with weaker augmentation and regularization. The peak learning
 rate is lower, roughly in proportion to the square root of the batch size.
 Expected: docs/small_data.md. Hardware: any mesh.
 Cost: 100 epochs. A train step (forward and backward, counted as three forward passes)

@@ -5,7 +5,7 @@
 Variants: tiny (default), small, base. The recipe suits hundreds to tens of thousands of
 images in DIR/CLASS; a tenth is held out. `--mode probe` has the same purpose and is
 faster.
-Values: those of MAE's linear probe with small batches and larger crops. The learning
+Values: as in MAE's linear probe with small batches and larger crops. The learning
 rate is high, because a run has few steps.
 Expected: docs/small_data.md. Hardware: any mesh. Cost: 100 epochs. A train step
 (counted as one forward pass) takes 9.2 GFLOP per image for tiny.

@@ -3,7 +3,7 @@
     hivit_jax --config linear:base --workdir runs/lp --config.init_from=runs/mae_base
 
 Variants: tiny, small, base (default), large.
-Values: those of MAE's linear probe. LARS without weight decay trains a linear layer on
+Values: as in MAE's linear probe. LARS without weight decay trains a linear layer on
 the mean-pooled, frozen features, after BatchNorm without scale and bias.
 Expected: unknown, because the HiViT paper reports no linear probe. Hardware: any mesh.
 Cost: the run trains on 115 million images. A train step (counted as one forward pass)

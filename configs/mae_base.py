@@ -2,7 +2,7 @@
 
     hivit_jax --config mae_base --workdir runs/mae_base
 
-Values: those of the official self_supervised code, which trains in fp16 and splits a
+Values: as in the official self_supervised code, which trains in fp16 and splits a
 batch into 2 microbatches of 2048 images.
 Expected: 84.6 % top-1 after finetuning (published, not reproduced here).
 Hardware: any mesh. A device needs 1.8 GiB on v5e:16x16 and 27.9 GiB on h100:8.

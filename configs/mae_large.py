@@ -2,7 +2,7 @@
 
     hivit_jax --config mae_large --workdir runs/mae_large
 
-Values: those of mae_base, because no values are published for HiViT-L. The models
+Values: as in mae_base, because no values are published for HiViT-L. The models
 differ only in the encoder.
 Expected: unknown, because no result is published.
 Hardware: any mesh. With the default mesh (no fsdp), a device needs 5.4 GiB on v5e:16x16

@@ -2,7 +2,7 @@
 
     hivit_jax --config mae_small --workdir runs/mae_small
 
-Values: those of mae_base, because no values are published for HiViT-S. The models
+Values: as in mae_base, because no values are published for HiViT-S. The models
 differ only in the encoder.
 Expected: unknown, because no result is published.
 Hardware: any mesh. A device needs 1.4 GiB on v5e:16x16 and 23.9 GiB on h100:8.

@@ -2,7 +2,7 @@
 
     hivit_jax --config mae_tiny --workdir runs/mae_tiny
 
-Values: those of mae_base, because no values are published for HiViT-T. The models
+Values: as in mae_base, because no values are published for HiViT-T. The models
 differ only in the encoder.
 Expected: unknown, because no result is published.
 Hardware: any mesh. A device needs 1.0 GiB on v5e:16x16 and 18.6 GiB on h100:8.

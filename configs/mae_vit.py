@@ -2,7 +2,7 @@
 
     hivit_jax --config mae_vit:base --workdir runs/mae_vit_base
 
-Variants: tiny, small, base (default), large, huge. Values: those of the official MAE
+Variants: tiny, small, base (default), large, huge. Values: as in the official MAE
 code for base, large and huge; tiny and small use the same values, because none are
 published for these sizes.
 Expected: top-1 after finetune_vit: base 83.6, large 85.9, huge 86.9 % (published, not

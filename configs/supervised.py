@@ -2,7 +2,7 @@
 
     hivit_jax --config supervised:tiny --workdir runs/tiny
 
-Variants: tiny, small, base (default). Values: those of the official supervised code.
+Variants: tiny, small, base (default). Values: as in the official supervised code.
 For the exact official schedule, add `--config.optimizer.schedule=cosine_from_start`.
 Expected: top-1 tiny 82.1, small 83.5, base 83.8 % (published, not reproduced here).
 Hardware: any mesh. The official runs used 8 GPUs with 128 images each.

@@ -2,7 +2,7 @@
 
     hivit_jax --config supervised_swin:tiny --workdir runs/swin_tiny
 
-Variants: tiny, small, base (default). Values: those of the official Swin code.
+Variants: tiny, small, base (default). Values: as in the official Swin code.
 Expected: top-1 tiny 81.2, small 83.2, base 83.5 % (published, not reproduced here).
 Hardware: any mesh. The official runs used 8 GPUs with 128 images each.
 Cost: the run trains on 384 million images. A train step (forward and backward, counted

@@ -9,7 +9,7 @@ from hivit_jax.models.config import HiViTConfig
 SCHEDULES = ("cosine", "cosine_from_start", "multistep", "polynomial", "constant")
 # Tasks (`Task.keys`) and models (`config.model_keys`) add their own keys.
 KEYS = {
-    "task": Key("", "a task named below, or `module:Class` for your own task"),
+    "task": Key("", "name of a task, or `module:Class` for your own task"),
     "seed": Key(
         0, "seed of parameters, image order, augmentation and masks", 0, 2**63 - 1
     ),
@@ -109,9 +109,8 @@ KEYS = {
         ),
         "balance": Key(
             0.0,
-            "1: training uses all classes equally often; 0: all images equally often; "
-            "between 0 and 1: a class of k images in proportion to "
-            "`k ** (1 - balance)`",
+            "training uses a class of k images in proportion to `k ** (1 - balance)`; "
+            "0: all images equally often; 1: all classes equally often",
             0,
             1,
         ),
@@ -119,7 +118,9 @@ KEYS = {
             0, "training images of `digits` (0: all) or `synthetic` (0: 1,024)", 0
         ),
         "subset": Key(
-            0, "seed of the random subset of `train_examples` images of `digits`", 0
+            0,
+            "`digits`: seed that selects the `train_examples` images at random",
+            0,
         ),
         "crop_scale": Key(
             (0.08, 1.0),
@@ -163,7 +164,7 @@ KEYS = {
         "value_range": Key(
             (),
             "values of black and white in images of more than 8 bits; (): 0 and the "
-            "largest value; only unsigned integers of up to 16 bits may use ()",
+            "type's largest value; only unsigned integers of up to 16 bits may use ()",
             item=float,
         ),
         "interpolation": Key("bicubic", "resize filter", choices=tuple(FILTER_RADIUS)),
@@ -202,8 +203,8 @@ KEYS = {
         ),
         "first_epoch": Key(
             0,
-            "1: the schedule runs one epoch ahead, and every resume skips one epoch of "
-            "training, as in the official self-supervised code",
+            "number of the first epoch; 1: the schedule runs one epoch ahead, and each "
+            "resume skips one epoch, as in the official self-supervised code",
             choices=(0, 1),
         ),
         "warmup_epochs": Key(
@@ -284,8 +285,8 @@ KEYS = {
         ),
         "zero": Key(
             3,
-            "3: `fsdp` shards parameters and optimizer state; 1: only the optimizer "
-            "state",
+            "ZeRO stage; 3: `fsdp` shards parameters and optimizer state; 1: only the "
+            "optimizer state",
             choices=(1, 3),
         ),
     },

@@ -80,7 +80,8 @@ class Key:
     def convert(self, value: Any) -> Any:
         """Convert a value to the type of the key.
 
-        Converts NumPy numbers and arrays, lists to tuples, and paths to text.
+        NumPy numbers and arrays become Python numbers and tuples. Lists become tuples,
+        and paths become text.
 
         Raises:
           TypeError: the value has another type.
@@ -121,7 +122,7 @@ class Key:
             expected = self._range_text(name.rpartition(".")[2])
             if self.choices:
                 expected = " or ".join(map(repr, self.choices))
-            elif limit := self._exceeded_type_limit(value):
+            elif limit := self._violated_type_limit(value):
                 expected = limit
             raise ConfigError(f"{name}={show(value)}; expected {expected}")
 
@@ -129,8 +130,8 @@ class Key:
     def _is_integer(self) -> bool:
         return int in (self.value_type, self.item)
 
-    def _exceeded_type_limit(self, value: Any) -> str:
-        """Return the limit of int32 or float32 that a value exceeds, as text, or ""."""
+    def _violated_type_limit(self, value: Any) -> str:
+        """Return the limit of int32 or float32 that a value violates, or ""."""
         for x in value if isinstance(value, tuple) else (value,):
             if not isinstance(x, (int, float)):
                 continue

@@ -55,7 +55,10 @@ def check_module(name, words):
 
 
 def check_flags(path, words):
-    """Check that the text of a program contains the names of all flags."""
+    """Check that the text of a program contains the names of its flags.
+
+    Flags ``--config...`` and flags after ``--`` are not checked.
+    """
     text = path.read_text()
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
     # Flags after "--" belong to the command that a script starts.

@@ -13,7 +13,7 @@ from hivit_jax.data.rasters import read_values
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.sources.file_index import OUTSIDE
 from hivit_jax.data.sources.registry import open_source
-from hivit_jax.data.sources.relabel import MAX_CLASSES, is_numbered
+from hivit_jax.data.sources.relabel import MAX_LISTED_CLASSES, is_numbered
 from hivit_jax.errors import UNAVAILABLE
 from hivit_jax.progress import counted, listed
 
@@ -116,7 +116,7 @@ def _without_images(split: str, names: Sequence[str]) -> list[str]:
         return []
     return [
         f"the {split} has no image of {counted(len(names), 'class', 'classes')}: "
-        f"{listed(names, MAX_CLASSES)}"
+        f"{listed(names, MAX_LISTED_CLASSES)}"
     ]
 
 

@@ -1,4 +1,8 @@
-"""Attention where no fused kernel runs the whole branch."""
+"""Dot-product attention of q, k and v.
+
+Layers call `dot_product_attention` if no kernel of `dispatch.attention` runs the whole
+residual branch: norm, qkv, attention and output projection.
+"""
 
 import math
 
@@ -20,10 +24,10 @@ def dot_product_attention(
     """Return the attention output, [B, N, heads, head_width], the shape of q, k and v.
 
     The kernel of `dispatch.long_attention` is used if it supports the arguments.
-    Otherwise CPUs use `unnormalized_softmax`. GPUs use `cudnn_attention`, which saves
-    no scores for the backward pass, if q is bfloat16, the head width is a multiple of 8
-    up to 128, all images share the bias, and there is no mask. All other cases use
-    `jax.nn.dot_product_attention`.
+    Otherwise CPUs use `unnormalized_softmax`. GPUs use `cudnn_attention` if q is
+    bfloat16, the head width is a multiple of 8 up to 128, all images share the bias,
+    and there is no mask. cuDNN saves no scores for the backward pass. All other cases
+    use `jax.nn.dot_product_attention`.
 
     Args:
       bias, mask: see `unnormalized_softmax`.
@@ -34,8 +38,8 @@ def dot_product_attention(
         return out
     if target.platform() == "cpu":
         weights, sums = unnormalized_softmax(q, k, bias, mask)
-        # Normalizes the product instead of the weights, so that the backward pass sums
-        # over rows of the output instead of rows of scores.
+        # Divides the product instead of the weights, so that the gradient of a query's
+        # sum adds head_width values of the output instead of N values of the weights.
         operands = "bhqk,bhkd->bhqd", weights.astype(v.dtype), jnp.swapaxes(v, 1, 2)
         out = jnp.einsum(*operands, preferred_element_type=jnp.float32) / sums
         return jnp.swapaxes(out, 1, 2).astype(v.dtype)

@@ -2,7 +2,7 @@
 
 `attention_tpu` keeps the bias of all heads and the weights of the whole residual branch
 (normalization, qkv and output projection) in VMEM, which limits it to about 600 tokens
-with a bias. This kernel computes only ``softmax(q k' / sqrt(head_width) + bias) v``,
+with a bias. This kernel computes only ``softmax(q k^T / sqrt(head_width) + bias) v``,
 for one tile of 128 lanes at a time, which contains one head or several narrower heads.
 The bias of these heads and the sum of its gradient stay in VMEM while a core processes
 all images. So HBM traffic for the bias does not depend on the number of images.
@@ -11,9 +11,10 @@ VMEM holds, for one head, the scores between a block of queries and all keys. Th
 the softmax needs no running maximum, and the backward pass can recompute the softmax
 without saved maxima or sums. Only q, k, v and the bias are saved.
 
-Queries, keys and values are tiles [N, 128] of arrays [B, N, C], so that no array is
-transposed. To compute one head of a tile, the lanes of the tile's other heads are set
-to 0 in q and in the gradient of the output, as in `attention_tpu`.
+The N tokens of an image are padded to N', a multiple of 128. Queries, keys and values
+are tiles [N', 128] of arrays [B, N', C], so that no array is transposed. To compute one
+head of a tile, the lanes of the tile's other heads are set to 0 in q and in the
+gradient of the output, as in `attention_tpu`.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from hivit_jax.kernels.numerics import F32, Plan, dot
 def flash_attention(
     q: jax.Array, bias: jax.Array, k: jax.Array, v: jax.Array, plan: Plan
 ) -> jax.Array:
-    """Return ``softmax(q k' / sqrt(head_width) + bias) v``, [B*N, C].
+    """Return ``softmax(q k^T / sqrt(head_width) + bias) v``, [B*N, C].
 
     Images and heads are computed independently.
 
@@ -46,7 +47,7 @@ def flash_attention(
     """
     tokens = plan.tokens
     padding, none = (0, padded_tokens(tokens) - tokens), (0, 0)
-    # [B, N', C] each, where N' is a multiple of 128.
+    # [B, N', C] each.
     arrays = [jnp.pad(x.reshape(k.shape), (none, padding, none)) for x in (q, k, v)]
     # Without this bias, queries would attend to the padding.
     bias = jnp.pad(bias, (none, none, padding), constant_values=MASKED)
@@ -78,25 +79,25 @@ def vmem_bytes(tokens: int, rows: int, head_width: int, itemsize: int) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, bias, plan):
-    """Run the forward pass: [B, N, C] -> [B, N, C], where N is a multiple of 128."""
+    """Run the forward pass, [B, N', C] -> [B, N', C]."""
     head_width, dtype = _head_width(q, plan), q.dtype
 
     def kernel(q_ref, k_ref, v_ref, bias_ref, out_ref):
         k, v = k_ref[0], v_ref[0]
 
         @partial(_for_each_block, q_ref, plan.rows)
-        def _(rows):
-            q = q_ref[0, rows, :]
+        def _(block):
+            q = q_ref[0, block, :]
             out = row_sums = jnp.ones(q.shape, F32)
             for index, lanes in enumerate(head_lanes(head_width)):
                 q_head = jnp.where(lanes, q, 0)
-                p = _exponentials(q_head, k, bias_ref[index, rows, :], head_width)
+                p = _exponentials(q_head, k, bias_ref[index, block, :], head_width)
                 # The output is divided by the row sums below, after the heads are
                 # merged, because a tile then needs one division instead of one per
                 # head.
                 out = jnp.where(lanes, dot(p.astype(dtype), v), out)
                 row_sums = jnp.where(lanes, p.sum(-1, keepdims=True), row_sums)
-            out_ref[0, rows, :] = (out / row_sums).astype(dtype)
+            out_ref[0, block, :] = (out / row_sums).astype(dtype)
 
     return _call(kernel, plan, [q, k, v], bias)[0]
 
@@ -121,21 +122,21 @@ def _backward(plan, saved, gradient):
             dbias_ref[...] = jnp.zeros_like(dbias_ref)
 
         @partial(_for_each_block, q_ref, plan.rows)
-        def _(rows):
-            q, dout = q_ref[0, rows, :], dout_ref[0, rows, :]
+        def _(block):
+            q, dout = q_ref[0, block, :], dout_ref[0, block, :]
             dq = jnp.zeros(q.shape, F32)
             for index, lanes in enumerate(head_lanes(head_width)):
                 q_head, dout_head = (jnp.where(lanes, x, 0) for x in (q, dout))
-                p = _exponentials(q_head, k, bias_ref[index, rows, :], head_width)
+                p = _exponentials(q_head, k, bias_ref[index, block, :], head_width)
                 p = p * (1 / p.sum(-1, keepdims=True))
                 dp = dot(dout_head, v, (1, 1))
                 ds = p * (dp - (dp * p).sum(-1, keepdims=True))
-                dbias_ref[index, rows, :] += ds
+                dbias_ref[index, block, :] += ds
                 ds, p = ds.astype(dtype), p.astype(dtype)
                 dq = jnp.where(lanes, dot(ds, k) * factor, dq)
                 dk_sum[...] += dot(ds, q_head, (0, 0)) * factor
                 dv_sum[...] += dot(p, dout_head, (0, 0))
-            dq_ref[0, rows, :] = dq.astype(dtype)
+            dq_ref[0, block, :] = dq.astype(dtype)
 
         dk_ref[0] = dk_sum[...].astype(dtype)
         dv_ref[0] = dv_sum[...].astype(dtype)
@@ -154,13 +155,13 @@ def _head_width(q, plan):
 
 
 def _exponentials(q, k, bias, head_width):
-    """Return the exponentials of the scores, [rows, N]; the largest of a row is 1."""
+    """Return the exponentials of the scores, [rows, N']; the largest of a row is 1."""
     scores = dot(q, k, (1, 1)) * np.float32(head_width**-0.5) + bias
     return jnp.exp(scores - scores.max(-1, keepdims=True))
 
 
 def _for_each_block(ref: jax.Array, block_size: int, run: Callable) -> None:
-    """Call run(slice of rows) for each block of rows of a ref [1, N, 128]."""
+    """Call run(slice of rows) for each block of rows of a ref [1, N', 128]."""
 
     def body(i, _):
         run(pl.ds(pl.multiple_of(i * block_size, block_size), block_size))
@@ -180,10 +181,10 @@ def _call(
 
     Args:
       kernel: called with the refs of the arrays, the bias, the outputs and scratch.
-      arrays: [B, N, C] each; a call receives [1, N, 128] of each.
-      bias: [heads, N, N]; a call receives the bias of the tile's heads.
+      arrays: [B, N', C] each; a call receives [1, N', 128] of each.
+      bias: [heads, N', N']; a call receives the bias of the tile's heads.
       backward: return the gradients of q, k, v and the bias. False: return one array
-        [B, N, C].
+        [B, N', C].
     """
     images, tokens, width = arrays[0].shape
     heads_per_tile = LANES // _head_width(arrays[0], plan)
@@ -192,10 +193,10 @@ def _call(
         (heads_per_tile, tokens, tokens), lambda tile, image: (tile, 0, 0)
     )
     shape = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
-    shapes, specs, products = [shape], [array_spec], 2
+    shapes, specs, num_products = [shape], [array_spec], 2
     if backward:
         shapes = [*3 * [shape], jax.ShapeDtypeStruct(bias.shape, bias.dtype)]
-        specs, products = [*3 * [array_spec], bias_spec], 5
+        specs, num_products = [*3 * [array_spec], bias_spec], 5
     moved = [*arrays, bias, *shapes]
     return pl.pallas_call(
         kernel,
@@ -206,8 +207,9 @@ def _call(
         scratch_shapes=scratch,
         compiler_params=compiler_params(plan.interpret),
         cost_estimate=pl.CostEstimate(
-            # `products` matrix products per head have an [N, N] operand or result.
-            flops=2 * products * images * tokens**2 * width * heads_per_tile,
+            # For each head, the kernel computes `num_products` matrix products with an
+            # operand or a result [N', N'].
+            flops=2 * num_products * images * tokens**2 * width * heads_per_tile,
             transcendentals=images * plan.heads * tokens**2,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
         ),

@@ -194,4 +194,4 @@ class Model(nnx.Module):
     def _grid(self, image_size: int | Sequence[int] | None) -> positions.Grid:
         """Return the grid of units for an image size; None: the model's image size."""
         size = image_size or self.config.image_size
-        return positions.check_grid(size, self.config.patch_size)
+        return positions.image_grid(size, self.config.patch_size)

@@ -108,7 +108,7 @@ class Classifier(Model):
         LayerNorms. It excludes activations, biases and softmax.
 
         Args:
-          image_size: side or (height, width) in pixels; None: size of the model.
+          image_size: side or (height, width) in pixels; None: as in the config.
           layer_norm_cost: cost per LayerNorm output element. The published numbers
             use 5, fvcore's rule. 0: LayerNorms do not count.
         """

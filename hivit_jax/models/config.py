@@ -9,7 +9,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import dispatch
 from hivit_jax.keys import check_fields, setting
 from hivit_jax.models.arguments import check_heads
-from hivit_jax.models.positions import Grid, check_grid
+from hivit_jax.models.positions import Grid, image_grid
 from hivit_jax.models.windows import Windows, make_windows
 
 
@@ -101,7 +101,7 @@ class EncoderConfig:
     @property
     def grid(self) -> Grid:
         """Numbers of units along the height and the width of an image."""
-        return check_grid(self.image_size, self.patch_size)
+        return image_grid(self.image_size, self.patch_size)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

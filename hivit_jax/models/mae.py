@@ -2,7 +2,8 @@
 
 With HiViT, the model follows the official ``models_mae_hivit.py``: there is no class
 token, and by default the latent comes from all stages. Only the visible units are
-embedded and encoded. For units and cells see `positions`.
+embedded, whereas the official code embeds all units and then drops the masked units.
+For units and cells see `positions`.
 """
 
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ class MaskedAutoencoder(MaskedModel):
           ConfigError: an array has another shape, or `mask_ratio` leaves no visible
             unit or is outside (0, 1).
         """
-        kept = self.check_noise(images, noise, mask_ratio)
+        kept = self.num_visible(images, noise, mask_ratio)
         ids_shuffle, ids_restore, mask = random_masking(noise, kept)
         latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
         pred = positions.gather_tokens(self.decode(latent, ids_shuffle), ids_restore)
@@ -104,7 +105,7 @@ class MaskedAutoencoder(MaskedModel):
         For the arguments see `__call__`. Training uses this method, because it skips
         the visible units in the last MLP and in the output layer of the decoder.
         """
-        kept = self.check_noise(images, noise, mask_ratio)
+        kept = self.num_visible(images, noise, mask_ratio)
         ids_shuffle = random_masking(noise, kept)[0]
         latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
         # [B, N - K, P*P*C]
@@ -132,17 +133,19 @@ class MaskedAutoencoder(MaskedModel):
         with jax.named_scope("latent"):
             if self.config.multi_scale:
                 width, inner = self.config.embed_dim, self.config.inner_patches
-                # 4E, 2E, E
-                widths = [width * inner >> level for level in range(len(stages))]
+                # Values per unit: 4E, 2E, E
+                values_per_unit = [
+                    width * inner >> level for level in range(len(stages))
+                ]
                 per_unit = [
                     x.reshape(*ids_keep.shape, n)
-                    for x, n in zip(stages, widths, strict=True)
+                    for x, n in zip(stages, values_per_unit, strict=True)
                 ]
                 latent = jnp.concatenate(per_unit, axis=-1)
             return self.norm(latent)
 
     @accepts_explicit_axes
-    @jax.named_scope("latent")
+    @jax.named_scope("latent")  # region of `decoder_embed` in `xla.cost`
     def decode(
         self, latent: jax.Array, ids: jax.Array, *, masked_only: bool = False
     ) -> jax.Array:
@@ -160,10 +163,10 @@ class MaskedAutoencoder(MaskedModel):
         width = self.decoder_embed.in_features
         check_shape("latent", latent, "[B, K, width]", latent.shape[0], None, width)
         x = self.decoder_embed(latent)  # [B, K, D], or [B, 1+K, D] with a class token
-        batch, encoded, dim = x.shape
+        batch, num_encoded, dim = x.shape
         mask_tokens = jnp.broadcast_to(
             self.mask_token[...].astype(x.dtype),
-            (batch, class_tokens + units - encoded, dim),
+            (batch, class_tokens + units - num_encoded, dim),
         )
         # The tokens stay in the order of `ids`, so that the masked tokens are a slice.
         # Any order gives the same prediction of a unit, because positions come only
@@ -173,8 +176,9 @@ class MaskedAutoencoder(MaskedModel):
         table_rows = ids
         if class_tokens:
             table_rows = jnp.pad(ids + class_tokens, ((0, 0), (class_tokens, 0)))
-        x = jnp.concatenate([x, mask_tokens], axis=1) + table[table_rows]  # [B, N, D]
-        start = encoded if masked_only else class_tokens  # first token to predict
+        # [B, N, D], or [B, 1+N, D] with a class token
+        x = jnp.concatenate([x, mask_tokens], axis=1) + table[table_rows]
+        start = num_encoded if masked_only else class_tokens  # first token to predict
 
         def run_last(block, x, **options):
             x = block.add_attention(x, **options)
@@ -185,7 +189,7 @@ class MaskedAutoencoder(MaskedModel):
             if blocks:
                 x = run_blocks(blocks, x, self.run_options)
             x = run_blocks([last], x, self.run_options, apply=run_last)
-        with jax.named_scope("loss"):
+        with jax.named_scope("loss"):  # region of the output layer in `xla.cost`
             return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
 
     def macs(
@@ -201,7 +205,7 @@ class MaskedAutoencoder(MaskedModel):
         the masked units, which costs 1.5 % less for mae_hivit_base.
 
         Args:
-          image_size: side or (height, width) in pixels; None: size of the model.
+          image_size: side or (height, width) in pixels; None: as in the config.
           mask_ratio: fraction of units to mask.
           layer_norm_cost: cost per LayerNorm output element. The published numbers
             use 5, fvcore's rule. 0: LayerNorms do not count.

@@ -17,7 +17,7 @@ from hivit_jax.models.masking import count_visible_units
 
 
 class MAEOutput(NamedTuple):
-    """Output of a masked model for N units, K of them visible.
+    """Output of a masked model for N units of P x P pixels, K of them visible.
 
     loss: float32 scalar, mean error over the masked units of the batch; NaN for an
       empty batch.
@@ -39,12 +39,12 @@ class MaskedModel(Model):
     """Base class of models that predict the pixels of masked units.
 
     Attributes:
-      error: elementwise function of prediction minus target.
+      elementwise_error: function of prediction minus target.
       count_visible: function (units, mask_ratio) that returns the number of visible
         units, or raises ConfigError for an invalid ratio.
     """
 
-    error: Callable[[jax.Array], jax.Array] = staticmethod(jnp.square)
+    elementwise_error: Callable[[jax.Array], jax.Array] = staticmethod(jnp.square)
     count_visible: Callable[[int, float], int] = staticmethod(count_visible_units)
 
     @property
@@ -55,12 +55,16 @@ class MaskedModel(Model):
     @property
     def unit_grid(self) -> positions.Grid:
         """Numbers of units along the height and the width of an image."""
-        return positions.check_grid(self.config.image_size, self.unit_size)
+        return positions.image_grid(self.config.image_size, self.unit_size)
 
-    def check_noise(
+    def num_visible(
         self, images: jax.Array, noise: jax.Array, mask_ratio: float
     ) -> int:
-        """Check the shape of the noise and return the number of visible units."""
+        """Return the number of visible units of an image.
+
+        Raises:
+          ConfigError: the noise has another shape than [B, N], or the ratio is invalid.
+        """
         rows, columns = self.unit_grid
         check_shape("noise", noise, "[B, N]", images.shape[0], rows * columns)
         return self.count_visible(rows * columns, mask_ratio)
@@ -70,6 +74,8 @@ class MaskedModel(Model):
         self, images: jax.Array, ids: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return targets [B, N, P*P*C], and mean and scale of each unit [B, N, 1].
+
+        P is `unit_size`.
 
         The pixels of the units are ``targets * scale + mean``. With `norm_pix_loss`,
         scale is ``sqrt(unbiased variance + 1e-6)``. Otherwise, mean is 0 and scale is
@@ -102,7 +108,7 @@ class MaskedModel(Model):
         """
         targets = self.targets(images, ids)[0]
         check_shape("pred", pred, "[B, N, P*P*C]", *targets.shape)
-        return self.error(pred - targets).mean(-1)
+        return self.elementwise_error(pred - targets).mean(-1)
 
     def output(
         self, images: jax.Array, pred: jax.Array, mask: jax.Array, latent: jax.Array

@@ -22,7 +22,7 @@ MAX_PERMUTED = 2048
 Grid = tuple[int, int]  # units or tokens along the height and along the width
 
 
-def check_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
+def image_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
     """Return the grid of an image.
 
     Raises:

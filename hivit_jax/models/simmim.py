@@ -54,7 +54,7 @@ class SimMIMConfig(SwinConfig):
                 f"patch_size={self.patch_size}"
             )
         for side in (self.mask_patch_size, self.stride):
-            positions.check_grid(self.image_size, side)
+            positions.image_grid(self.image_size, side)  # raises ConfigError
 
     @property
     def unit_size(self) -> int:
@@ -73,7 +73,7 @@ class SimMIM(MaskedModel):
     name, description = "simmim_swin_base", "a masked image model"
     architecture = "SimMIM (Xie et al., CVPR 2022) on Swin"
     encoder_class = Swin
-    error = staticmethod(jnp.abs)
+    elementwise_error = staticmethod(jnp.abs)
     count_visible = staticmethod(simmim_visible_units)
 
     def __init__(
@@ -137,7 +137,7 @@ class SimMIM(MaskedModel):
     @accepts_explicit_axes
     def mask(self, images: jax.Array, noise: jax.Array, mask_ratio: float) -> jax.Array:
         """Return the mask of the units, [B, N] float32: 0 visible, 1 masked."""
-        visible = self.check_noise(images, noise, mask_ratio)
+        visible = self.num_visible(images, noise, mask_ratio)
         # `random_masking` keeps the units with the lowest noise; SimMIM masks them.
         return 1 - random_masking(noise, noise.shape[1] - visible)[2]
 
@@ -165,7 +165,7 @@ class SimMIM(MaskedModel):
 
     @accepts_explicit_axes
     def decode(self, latent: jax.Array) -> jax.Array:
-        """Return the prediction of all units, float32 [B, N, P*P*C].
+        """Return the prediction of all units, float32 [B, N, P*P*C], P = `unit_size`.
 
         Args:
           latent: output of `encode`.
@@ -175,7 +175,7 @@ class SimMIM(MaskedModel):
         stride = self.config.stride
         if stride == self.unit_size:
             return pred
-        grid = positions.check_grid(self.config.image_size, stride)
+        grid = positions.image_grid(self.config.image_size, stride)
         return positions.patchify(
             positions.unpatchify(pred, grid, stride), self.unit_size
         )
@@ -190,7 +190,7 @@ class SimMIM(MaskedModel):
         """Return the multiply-adds of one image's forward pass.
 
         Args:
-          image_size: side or (height, width) in pixels; None: size of the model.
+          image_size: side or (height, width) in pixels; None: as in the config.
           mask_ratio: without effect, because all tokens are encoded.
           layer_norm_cost: as in `Classifier.macs`.
         """

@@ -13,7 +13,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models import configure
 from hivit_jax.models.masked import MaskedModel
-from hivit_jax.models.positions import check_grid
+from hivit_jax.models.positions import image_grid
 from hivit_jax.rng import Keys
 from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
 from hivit_jax.tasks.defaults import model_arguments
@@ -42,7 +42,7 @@ class MaskedAutoencoding(Task):
         """Raise ConfigError for an invalid config, such as an invalid `mask_ratio`."""
         super().check(config)
         model_class, model_config, _ = configure(**model_arguments(config))
-        units = math.prod(check_grid(model_config.image_size, model_config.unit_size))
+        units = math.prod(image_grid(model_config.image_size, model_config.unit_size))
         # `count_visible` raises ConfigError for a ratio that masks all units.
         if model_class.count_visible(units, config.mask_ratio) == units:
             raise ConfigError(

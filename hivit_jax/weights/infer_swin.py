@@ -3,7 +3,7 @@
 from typing import Any
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.models.positions import check_grid
+from hivit_jax.models.positions import image_grid
 from hivit_jax.models.simmim import SimMIM, SimMIMConfig
 from hivit_jax.models.swin_classifier import SwinClassifier
 from hivit_jax.weights.names.swin import MASK_TOKEN
@@ -75,7 +75,7 @@ def swin_arguments(
 def _windows_match(image_size: Any, patch_size: int, sides: list[int]) -> bool:
     """Return True if an image of this size has windows of `sides`, one per stage."""
     try:
-        grid = check_grid(image_size, patch_size)
+        grid = image_grid(image_size, patch_size)
     except (TypeError, ConfigError):
         return True  # keep an invalid size: `create_model` explains what is wrong
     for side in sides:

@@ -136,7 +136,7 @@ def test_array_records_of_a_bucket_equal_local_files(bucket, prepared):
 
 
 def test_class_folders_in_a_bucket_equal_local_folders(folder):
-    """Refused files end the run. data.cache is an error for class folders."""
+    """HTTP status 403 ends the run. data.cache is an error for class folders."""
     expected = batches(folder_config(folder))
     with serve(folder) as server:
         cfg = folder_config("gs://bucket")

@@ -18,7 +18,8 @@ GOLDEN = golden("randaugment")
 ALMOST_ONE = 1 - 2.0**-53  # the largest draw below 1
 
 
-# Second draws of an operation that, at probability 0.5, apply and omit the operation
+# Values of an operation's second draw. At probability 0.5, the first value applies the
+# operation and the second omits it.
 APPLIED, OMITTED = 0.0, 0.5
 
 
@@ -106,9 +107,10 @@ def test_operations_have_the_documented_distribution():
     names, magnitudes, signs = zip(*sum(chosen, []), strict=True)
     for name in OPERATIONS:
         assert names.count(name) / len(names) == pytest.approx(1 / 15, abs=0.008)
-    twice = [a[0] == b[0] for a, b in (pair for pair in chosen if len(pair) == 2)]
+    pairs = [pair for pair in chosen if len(pair) == 2]
+    same_operation = [first[0] == second[0] for first, second in pairs]
     # Operations are drawn with replacement.
-    assert np.mean(twice) == pytest.approx(1 / 15, abs=0.015)
+    assert np.mean(same_operation) == pytest.approx(1 / 15, abs=0.015)
     assert set(signs) == {1, -1}
     assert np.mean(signs) == pytest.approx(0, abs=0.03)
     # Magnitudes are clipped at 10, two standard deviations above 9.
@@ -119,8 +121,8 @@ def test_operations_have_the_documented_distribution():
     assert np.median(magnitudes) == pytest.approx(9, abs=0.02)
     below = magnitudes[magnitudes < 9] - 9  # this half is not clipped
     assert np.sqrt((below**2).mean()) == pytest.approx(0.5, abs=0.015)
-    names = np.unique(names, return_inverse=True)[1]
-    correlations = np.corrcoef([names, magnitudes, signs])
+    operation_indices = np.unique(names, return_inverse=True)[1]
+    correlations = np.corrcoef([operation_indices, magnitudes, signs])
     assert np.abs(correlations - np.eye(3)).max() < 0.03
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import state_files
 import torch_files
 
-# Official names -> names in the library `transformers`, in a block and elsewhere
+# Official names -> names in the library `transformers`. `BLOCK_NAMES`: modules of a
+# block; `NAMES`: modules and arrays outside of blocks.
 BLOCK_NAMES = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -90,7 +91,7 @@ def timm_swin_state(state):
 
 
 def write_directory(path, state, config, processor=None):
-    """Write a model directory as of timm or `transformers`; return its path.
+    """Write a model directory in the layout of timm or `transformers`; return its path.
 
     Args:
       config: content of config.json.
@@ -104,8 +105,8 @@ def write_directory(path, state, config, processor=None):
     return path
 
 
-def write(path, state):
+def write_official(path, weights):
     """Write a PyTorch file in the layout of the official code; return its path."""
     args = torch_files.Global("argparse", "Namespace")(state={"norm_pix_loss": True})
-    content = {"model": torch_files.with_tensors(state), "epoch": 3, "args": args}
+    content = {"model": torch_files.with_tensors(weights), "epoch": 3, "args": args}
     return torch_files.save(content, path)

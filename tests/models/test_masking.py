@@ -66,8 +66,8 @@ def test_units_with_equal_noise_keep_their_order():
     assert ids_restore.tolist() == [[0, 1, 2, 3, 4, 5], [3, 0, 4, 1, 5, 2]]
 
 
-def test_noise_of_infinity_or_nan_masks_units():
-    """Noise of -infinity keeps a unit visible. NaN sorts after infinity."""
+def test_noise_of_infinity_or_nan_is_sorted_last():
+    """NaN sorts after infinity, and -infinity sorts first."""
     noise = jnp.asarray([[np.inf, 0.5, -np.inf, np.nan, 0.1]])
     ids_shuffle, ids_restore, mask = random_masking(noise, 3)
     assert ids_shuffle.tolist() == [[2, 4, 1, 0, 3]]

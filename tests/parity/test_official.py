@@ -1,4 +1,4 @@
-"""Tests of the networks against outputs of the official code, in float32."""
+"""Tests of HiViT against outputs of the official code and MMPretrain, in float32."""
 
 from dataclasses import replace
 
@@ -33,9 +33,9 @@ from hivit_jax.weights.names.official import latent_order
 MINI_MAES = ["mae_mini", "mae_mini_rpe", "mae_mini_nohifeat", "mae_mini_nohifeat_rpe"]
 
 
-def official_stages(model, images, ids_keep=None):
-    """Return the intermediate arrays of the golden data, in the golden layout."""
-    encoder, stages = model.encoder, {}
+def intermediate_arrays(model, images, ids_keep=None):
+    """Run our model; return its intermediate arrays with golden names and shapes."""
+    encoder, recorded = model.encoder, {}
     batch_size, inner = images.shape[0], encoder.config.inner_patches
     num_kept = (
         encoder.absolute_pos_embed.shape[0] if ids_keep is None else ids_keep.shape[1]
@@ -44,7 +44,7 @@ def official_stages(model, images, ids_keep=None):
     def record(name, x, inner):
         count = len(x) // (batch_size * inner * inner)
         cells = tokens_to_map(x, (count, 1), inner)  # units stacked in one column
-        stages[name] = cells.reshape(batch_size, count, inner, inner, -1)
+        recorded[name] = cells.reshape(batch_size, count, inner, inner, -1)
 
     patches = patchify(images, encoder.config.patch_size)
     # The official code embeds all units and drops the masked ones after that.
@@ -66,7 +66,7 @@ def official_stages(model, images, ids_keep=None):
         x, inner = merge(x), inner // 2
         record(f"merge{stage}", x, inner)
     x = x.reshape(batch_size, num_kept, -1) + position
-    stages["pos_added"] = x
+    recorded["pos_added"] = x
     ids = jnp.arange(num_kept) if ids_keep is None else ids_keep
     index = relative_position_index(ids, encoder.grid)
     depth = len(encoder.stages[-1])
@@ -78,20 +78,20 @@ def official_stages(model, images, ids_keep=None):
     for block_index, block in enumerate(encoder.stages[-1]):
         x = block(x, relative_index=index)
         if block_index in names:
-            stages[names[block_index]] = x
+            recorded[names[block_index]] = x
     if hasattr(model, "fc_norm"):
-        stages["pooled"] = x.mean(1)
-        stages["fc_norm"] = model.fc_norm(stages["pooled"])
-    return stages
+        recorded["pooled"] = x.mean(1)
+        recorded["fc_norm"] = model.fc_norm(recorded["pooled"])
+    return recorded
 
 
-def check_stages(stages, arrays):
-    """Check means, deviations and slices of all stages against golden values."""
-    assert set(arrays["stage_names"]) == set(stages)
-    for stage_index, name in enumerate(arrays["stage_names"]):
-        x = np.asarray(stages[name])
-        assert_close(x.mean(), arrays["stage_mean"][stage_index], 2e-5)
-        assert_close(x.std(), arrays["stage_std"][stage_index], 2e-5)
+def check_intermediate_arrays(recorded, arrays):
+    """Check means, deviations and slices of recorded arrays against golden values."""
+    assert set(arrays["stage_names"]) == set(recorded)
+    for index, name in enumerate(arrays["stage_names"]):
+        x = np.asarray(recorded[name])
+        assert_close(x.mean(), arrays["stage_mean"][index], 2e-5)
+        assert_close(x.std(), arrays["stage_std"][index], 2e-5)
         assert_close(x.mean(tuple(range(x.ndim - 1))), arrays[f"chanmean/{name}"], 2e-5)
         selection = x if x.ndim == 2 else x[:, [0, 1, 17, -1]]
         selection = selection[..., : {2: None, 3: 16, 5: 8}[x.ndim]]
@@ -112,11 +112,11 @@ def test_classifier_reproduces_official_logits_and_stages(size):
     @jax.jit
     def run(params, images):
         model = nnx.merge(graphdef, params)
-        return model(images), official_stages(model, images)
+        return model(images), intermediate_arrays(model, images)
 
-    logits, stages = run(params, images)
+    logits, recorded = run(params, images)
     assert_close(logits, arrays["logits"], 2e-5)
-    check_stages(stages, arrays)
+    check_intermediate_arrays(recorded, arrays)
 
 
 @pytest.mark.extras
@@ -176,7 +176,8 @@ def test_hivit_base_mae_reproduces_official_outputs_and_gradients():
     assert_close(latent.mean((0, 1)), arrays["latent_chanmean"], 2e-5)
     ids_keep = random_masking(noise, 49)[0][:, :49]
     np.testing.assert_array_equal(ids_keep, arrays["ids_keep"])
-    check_stages(jax.jit(lambda i: official_stages(model, i, ids_keep))(images), arrays)
+    run = jax.jit(lambda images: intermediate_arrays(model, images, ids_keep))
+    check_intermediate_arrays(run(images), arrays)
 
     assert not gradients.pop("decoder_pos_embed").any()
     check_gradients(FIXTURES, "mae_base", gradients, 0, 1e-4, norm_rtol=1e-4)
@@ -184,7 +185,7 @@ def test_hivit_base_mae_reproduces_official_outputs_and_gradients():
 
 @pytest.mark.slow
 def test_every_hivit_layer_norm_has_the_official_eps():
-    """With low-variance weights, eps=1e-5 in a single norm changes outputs by 1e-3."""
+    """For inputs of low variance, eps=1e-5 in a single norm changes outputs by 1e-3."""
     arrays, parts = golden("lowvar_eps"), FIXTURES["lowvar_eps"]["shrunk_suffixes"]
     images = jnp.asarray(reference.images("mini64", 3, 64))
     config = {

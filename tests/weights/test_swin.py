@@ -13,7 +13,7 @@ import pytest
 import swin
 import torch_files
 import vit
-from foreign import write
+from foreign import write_official
 from networks import abstract_model, params_by_name
 from reference import golden
 
@@ -51,7 +51,7 @@ def check_params(pretrained, expected):
 def test_official_classifier_loads_bit_identically(tmp_path):
     """The shift masks of the file determine the image size."""
     state, params = with_buffers("swin_mini")
-    pretrained = read(write(tmp_path / "swin.pth", state))
+    pretrained = read(write_official(tmp_path / "swin.pth", state))
     check_params(pretrained, params)
     sizes = dict(image_size=64, depths=(2, 2), num_heads=(2, 4), window_size=4)
     assert pretrained.arguments.items() >= sizes.items()
@@ -98,7 +98,7 @@ def test_transformers_classifier_loads_bit_identically(tmp_path):
 @pytest.mark.slow
 def test_smaller_images_resize_only_tables_that_do_not_fit(tmp_path):
     state, params = with_buffers("swin_mini")
-    path = write(tmp_path / "swin.pth", state)
+    path = write_official(tmp_path / "swin.pth", state)
     assert read(path, image_size=(64, 48)).arguments["image_size"] == (64, 48)
     assert read(path, image_size=24).arguments["image_size"] == 64
     loaded = params_by_name(hivit_jax.load_pretrained(path, image_size=24))
@@ -113,13 +113,15 @@ def test_smaller_images_resize_only_tables_that_do_not_fit(tmp_path):
 
 def test_simmim_loads_with_another_image_and_mask_size(tmp_path):
     """The default mask size does not divide 48, so both sizes are passed."""
-    path = write(tmp_path / "simmim.pth", with_buffers("simmim_mini")[0])
+    path = write_official(tmp_path / "simmim.pth", with_buffers("simmim_mini")[0])
     sizes = dict(image_size=48, mask_patch_size=16)
     assert read(path, **sizes).arguments.items() >= sizes.items()
 
 
 def test_other_channels_of_simmim_need_a_new_decoder(tmp_path):
-    pretrained = read(write(tmp_path / "x.pth", with_buffers("simmim_mini")[0]))
+    pretrained = read(
+        write_official(tmp_path / "x.pth", with_buffers("simmim_mini")[0])
+    )
     name, config = swin.arguments("simmim_mini")
     model = abstract_model(name, **config | dict(in_channels=4))
     _, report = match_arrays(pretrained, model)
@@ -142,7 +144,7 @@ def test_class_names_without_numbers_are_refused(labels, tmp_path):
 def test_simmim_loads_bit_identically(program, tmp_path):
     state, params = with_buffers("simmim_mini")
     if program == "official":
-        path = write(tmp_path / "ckpt_epoch_99.pth", state)
+        path = write_official(tmp_path / "ckpt_epoch_99.pth", state)
     else:
         state = {n: a for n, a in state.items() if not n.endswith("attn_mask")}
         state = foreign.transformers_state(state, "swin")
@@ -162,7 +164,7 @@ def test_classifier_loads_a_simmim_file(tmp_path):
     Mask token and decoder are not used.
     """
     state, params = with_buffers("simmim_mini")
-    pretrained = read(write(tmp_path / "ckpt_epoch_99.pth", state))
+    pretrained = read(write_official(tmp_path / "ckpt_epoch_99.pth", state))
     sizes = dict(image_size=96, embed_dim=24, depths=(2, 2), num_heads=(2, 4))
     model = abstract_model("swin_base", **sizes, window_size=6)
     arrays, report = match_arrays(pretrained, model, fresh=("head/",))
@@ -198,7 +200,7 @@ def test_transformers_vit_mae_loads_bit_identically(tmp_path):
 
 def test_inspect_prints_the_guessed_image_size(tmp_path, capsys):
     state, _ = with_buffers("swin_mini")
-    path = str(write(tmp_path / "swin.pth", state))
+    path = str(write_official(tmp_path / "swin.pth", state))
     assert convert.main(["--inspect", path]) == 0
     out = capsys.readouterr().out
     assert "parameter names: official code or timm" in out

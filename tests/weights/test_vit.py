@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import state_files
 import vit
-from foreign import write
+from foreign import write_official
 from networks import abstract_model, params_by_name
 from reference import golden
 
@@ -25,7 +25,7 @@ HEADS = dict(num_heads=2)
 
 def test_pretraining_file_loads_bit_identically(tmp_path):
     state = vit.state_dict("mae_vit_mini")
-    path = write(tmp_path / "checkpoint-3.pth", state)
+    path = write_official(tmp_path / "checkpoint-3.pth", state)
     model = hivit_jax.load_pretrained(path, **HEADS, decoder_num_heads=2)
     assert isinstance(model, ViTMaskedAutoencoder)
     assert model.config.norm_pix_loss
@@ -38,7 +38,7 @@ def test_pretraining_file_loads_bit_identically(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["vit_cls_mini", "vit_cls_mini_token"])
 def test_finetuned_file_gives_the_official_logits(fixture, tmp_path):
-    path = write(tmp_path / "finetuned.pth", vit.state_dict(fixture))
+    path = write_official(tmp_path / "finetuned.pth", vit.state_dict(fixture))
     model = hivit_jax.load_pretrained(path, **HEADS)
     assert isinstance(model, ViTClassifier)
     assert model.config.pooling == vit.arguments(fixture)[1]["pooling"]
@@ -57,7 +57,7 @@ def test_classifier_loads_a_pretraining_file(pooling, tmp_path):
 
     Mean pooling does not use the file's `norm`.
     """
-    path = write(tmp_path / "full.pth", vit.state_dict("mae_vit_mini"))
+    path = write_official(tmp_path / "full.pth", vit.state_dict("mae_vit_mini"))
     pretrained = read(path, **HEADS)
     sizes = dict(image_size=96, embed_dim=64, depth=2, num_heads=2)
     model = abstract_model("vit_base", **sizes, pooling=pooling)

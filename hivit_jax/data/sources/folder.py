@@ -171,12 +171,12 @@ class Folder(FileSource):
     def record(self, index: int) -> Record | None:
         if storage.is_remote(self.root):
             return None
-        return Record(self.name(index), 0, -1, int(self.labels[index]))
+        return Record(self._records.file(index), 0, -1, int(self.labels[index]))
 
     def _image_file(self, index: int) -> Any:
         if storage.is_remote(self.root):
             return super()._image_file(index)
-        return self.name(index)
+        return self._records.file(index)
 
     def name(self, index: int) -> str:
         return self._records.file(index)

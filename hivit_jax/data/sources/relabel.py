@@ -15,7 +15,7 @@ from hivit_jax.data.sources.base import (
 from hivit_jax.errors import ConfigError
 from hivit_jax.progress import listed
 
-MAX_CLASSES = 5  # class names that an error or a note lists
+MAX_LISTED_CLASSES = 5  # class names that an error or a note lists
 
 
 class Relabeled(DerivedSource):
@@ -31,11 +31,12 @@ class Relabeled(DerivedSource):
     def __init__(self, source: Source, classes: Sequence[str], new_labels: np.ndarray):
         super().__init__(source)
         self.classes, self._new_labels = tuple(classes), new_labels
-        self.example_keys = ()  # because messages with these keys have the old labels
+        # Empty, because tf.train.Example records of `source` contain the old labels.
+        self.example_keys = ()
         if self.labels is not None:
             labels = np.asarray(self.labels)
             if labels.ndim == 2:
-                self.labels = self._vectors(labels)
+                self.labels = self._relabel_vectors(labels)
             else:  # an invalid label becomes -1; `sample` raises an error for it
                 valid = (labels >= 0) & (labels < len(new_labels))
                 self.labels = np.where(valid, new_labels[labels * valid], -1)
@@ -47,12 +48,12 @@ class Relabeled(DerivedSource):
         label, count = np.asarray(sample["label"]), len(self._new_labels)
         if label.ndim:
             vector = label_vector(label, count)
-            return sample | {"label": self._vectors(vector)}
+            return sample | {"label": self._relabel_vectors(vector)}
         if not 0 <= label < count:
             raise LabelError(f"expected a label from 0 to {count - 1}, found {label}")
         return sample | {"label": int(self._new_labels[label])}
 
-    def _vectors(self, vectors: np.ndarray) -> np.ndarray:
+    def _relabel_vectors(self, vectors: np.ndarray) -> np.ndarray:
         """Move the columns of labels [..., k] to their new places: [..., classes]."""
         new = np.zeros((*vectors.shape[:-1], len(self.classes)), np.uint8)
         used = self._new_labels >= 0
@@ -84,9 +85,9 @@ def check_labels(data: Any, source: Source) -> None:
 def match_classes(source: Source, classes: Sequence[str], directory: str) -> Source:
     """Return a source whose labels refer to the class names of a trained model.
 
-    Classes are matched by name. Labels stay unchanged if the source has numbers instead
-    of names, if the model has as many numbers as the source has names, or if the images
-    have no labels.
+    Classes are matched by name. Labels stay unchanged if the images have no labels, or
+    if the class names of the source are numbers. They also stay unchanged if the class
+    names of the model are numbers and source and model have equally many classes.
 
     Args:
       classes: class names of the model.
@@ -102,12 +103,12 @@ def match_classes(source: Source, classes: Sequence[str], directory: str) -> Sou
     new_labels = np.array([label_of.get(name, -1) for name in names])
     unknown = [names[k] for k in np.flatnonzero(_occurs(source) & (new_labels < 0))]
     if unknown:
-        same_number = len(names) == len(classes)
-        if not is_numbered(names) and not (is_numbered(classes) and same_number):
+        same_count = len(names) == len(classes)
+        if not is_numbered(names) and not (is_numbered(classes) and same_count):
             raise ConfigError(
                 f"data.dir={directory!r}: the model has no class {unknown[0]!r}; "
-                f"expected its {len(classes)} classes {listed(classes, MAX_CLASSES)}; "
-                f"found {len(unknown)} unknown\n"
+                f"expected its {len(classes)} classes "
+                f"{listed(classes, MAX_LISTED_CLASSES)}; found {len(unknown)} unknown\n"
                 "Rename the class as in the training's dataset, or leave its images out"
             )
         new_labels = np.arange(len(names))

@@ -75,7 +75,7 @@ class FileSource(Source):
     labels: np.ndarray
 
     def relative_paths(self) -> list[str]:
-        """Return the path of each example's file relative to `root`."""
+        """Return the path of each example's file; a path below `root` is relative."""
         raise NotImplementedError
 
 

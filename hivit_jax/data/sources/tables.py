@@ -85,32 +85,33 @@ class Table(FileSource):
         split_name: str = "",
         multi_label: bool = False,
     ):
-        rows = _read(file)
-        train_rows = rows if file == train_file else _read(train_file)
-        self.root, self.has_splits = str(file.parent), rows.splits is not None
-        self.labeled = train_rows.labels is not None
-        chosen = np.arange(len(rows.paths))
+        columns = _read(file)
+        train_columns = columns if file == train_file else _read(train_file)
+        self.root, self.has_splits = str(file.parent), columns.splits is not None
+        self.labeled = train_columns.labels is not None
+        chosen = np.arange(len(columns.paths))
         if self.has_splits:
-            chosen = _rows_of_split(file, rows.splits, split, split_name)
-            others = Counter(rows.splits)
-            del others[rows.splits[chosen[0]]]
+            chosen = _rows_of_split(file, columns.splits, split, split_name)
+            others = Counter(columns.splits)
+            del others[columns.splits[chosen[0]]]
             self.ignored = {f"of split {name!r}": n for name, n in others.items()}
         if not len(chosen):
             raise DataError(f"{file}: expected at least one image, found none\n{HINT}")
-        self._paths = [rows.paths[i] for i in chosen]
+        self._paths = [columns.paths[i] for i in chosen]
         self.labels = np.zeros(len(chosen), np.int32)
         if not self.labeled:
             return
-        if rows.labels is None:
+        if columns.labels is None:
             raise DataError(f"{file}: expected labels as in {train_file}, found none")
-        train_labels = _labels_of_rows(train_file, train_rows, multi_label)
+        train_labels = _labels_of_rows(train_file, train_columns, multi_label)
         self.classes, index_of = _classes(train_file, train_labels)
-        chosen_rows = Columns(self._paths, [rows.labels[i] for i in chosen], None)
-        if rows is train_rows:
+        texts = [columns.labels[i] for i in chosen]
+        if columns is train_columns:
             labels = [train_labels[i] for i in chosen]
         else:
-            labels = _labels_of_rows(file, chosen_rows, multi_label)
-        for path, text, names in zip(*chosen_rows[:2], labels, strict=True):
+            chosen_columns = Columns(self._paths, texts, None)
+            labels = _labels_of_rows(file, chosen_columns, multi_label)
+        for path, text, names in zip(self._paths, texts, labels, strict=True):
             if any(name not in index_of for name in names):
                 raise DataError(
                     f"{file}: {path} has the label {text!r}; expected one of the "
@@ -126,17 +127,21 @@ class Table(FileSource):
         return len(self._paths)
 
     def sample(self, index: int) -> dict[str, Any]:
-        with open(self.name(index), "rb", buffering=0) as file:
+        with open(self._path(index), "rb", buffering=0) as file:
             label = self.labels[index]
             return {"image": file.read(), "label": label if label.ndim else int(label)}
 
-    def _image_file(self, index: int) -> str:
-        return self.name(index)
-
-    def name(self, index: int) -> str:
+    def _path(self, index: int) -> str:
         return os.path.join(self.root, self._paths[index])
 
+    def _image_file(self, index: int) -> str:
+        return self._path(index)
+
+    def name(self, index: int) -> str:
+        return self._path(index)
+
     def relative_paths(self) -> list[str]:
+        """Return the paths as written, normalized. Absolute paths stay absolute."""
         return [os.path.normpath(path) for path in self._paths]
 
 
@@ -172,7 +177,7 @@ def _read(file: Path) -> Columns:
     header = lines[0] if lines else ""
     delimiter = max(",\t;", key=header.count)
     header, *rows = csv.reader(lines, delimiter=delimiter) if lines else [[]]
-    columns = {name.strip().lower(): k for k, name in enumerate(header)}
+    index_of = {name.strip().lower(): k for k, name in enumerate(header)}
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
             raise DataError(
@@ -181,14 +186,14 @@ def _read(file: Path) -> Columns:
             )
 
     def column(names: Sequence[str]) -> list[str] | None:
-        found = [columns[name] for name in names if name in columns]
+        found = [index_of[name] for name in names if name in index_of]
         return [row[found[0]].strip() for row in rows] if found else None
 
     paths = column(PATH_COLUMNS)
     if paths is None:
         raise DataError(
             f"{file}: expected a header with one of the columns "
-            f"{', '.join(PATH_COLUMNS)}; found {', '.join(columns) or 'nothing'}"
+            f"{', '.join(PATH_COLUMNS)}; found {', '.join(index_of) or 'nothing'}"
         )
     return Columns(paths, column(LABEL_COLUMNS), column(("split",)))
 
@@ -202,15 +207,15 @@ def _parse_list(lines: Sequence[str]) -> Columns:
     return Columns([p[0] for p in parts], [p[1] if p[1:] else "" for p in parts], None)
 
 
-def _labels_of_rows(file: Path, rows: Columns, multi_label: bool) -> list[list[str]]:
+def _labels_of_rows(file: Path, columns: Columns, multi_label: bool) -> list[list[str]]:
     """Split each text in the column of labels into the labels of one image.
 
     Raises:
       DataError: without `multi_label`, a label is empty or contains `SEPARATOR`.
     """
     if multi_label:
-        return [split_labels(text) for text in rows.labels]
-    for path, text in zip(rows.paths, rows.labels, strict=True):
+        return [split_labels(text) for text in columns.labels]
+    for path, text in zip(columns.paths, columns.labels, strict=True):
         if not text:
             raise DataError(
                 f"{file}: {path} has no label; expected a label in every row, or no "
@@ -221,7 +226,7 @@ def _labels_of_rows(file: Path, rows: Columns, multi_label: bool) -> list[list[s
                 f"{file}: {path} has the label {text!r}; set data.multi_label=True "
                 f"for several labels, separated by {SEPARATOR!r}"
             )
-    return [[text] for text in rows.labels]
+    return [[text] for text in columns.labels]
 
 
 def _classes(

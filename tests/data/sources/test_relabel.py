@@ -65,25 +65,27 @@ def test_vectors_of_labels_are_matched_by_name():
     assert labels_of(short) == [[0, 0, 1]]
 
 
-def test_relabeled_source_has_no_records_that_contain_labels():
-    """With `example_keys`, records contain the labels from before relabeling."""
+def test_relabeled_source_has_no_tf_example_records():
+    """The records of a source with `example_keys` contain the old labels."""
     source = Listed(["dog"], [0])
     source.example_keys = ("image", "label")
     assert match_classes(source, PETS, "DIR").record(0) is None
 
 
-def test_equal_classes_numbers_and_unlabeled_images_stay_unchanged():
-    equal, numbers = Listed([*PETS], [2, 0]), Listed(["0", "1", "2"], [2, 0])
+def test_labels_stay_unchanged_for_equal_or_numbered_classes_and_without_labels():
+    named, numbered = Listed([*PETS], [2, 0]), Listed(["0", "1", "2"], [2, 0])
     unlabeled = Listed(["other"], [0])
     unlabeled.labeled = False
-    for source in (equal, unlabeled, Listed((), [5])):
+    for source in (named, unlabeled, Listed((), [5])):
         assert match_classes(source, PETS, "DIR") is source
-    assert labels_of(match_classes(numbers, PETS, "DIR")) == [2, 0]
-    names = match_classes(Listed([*PETS], [2, 0]), ["0", "1", "2"], "DIR")
-    assert labels_of(names) == [2, 0]
-    # The model has more classes than the dataset, so that positions would be a guess.
+    assert labels_of(match_classes(numbered, PETS, "DIR")) == [2, 0]
+    assert labels_of(match_classes(named, ["0", "1", "2"], "DIR")) == [2, 0]
+
+
+def test_numbered_model_with_more_classes_than_a_named_dataset_is_an_error():
+    """The class number of a name is unknown, because the dataset lacks a class."""
     with pytest.raises(ConfigError, match="the model has no class 'bird'"):
-        match_classes(equal, ["0", "1", "2", "3"], "DIR")
+        match_classes(Listed([*PETS], [2, 0]), ["0", "1", "2", "3"], "DIR")
 
 
 def test_class_that_the_model_lacks_is_an_error():
@@ -107,7 +109,7 @@ def test_label_out_of_range_is_an_error(label):
 
 
 def test_test_split_is_opened_without_a_training_split(tmp_path):
-    """Given class names replace the training split of folders and of CSV files."""
+    """Folders and CSV files then need the class names as an argument."""
     lines = ["path,label"]
     for name in ("dog", "bird"):
         path = tmp_path / "flat" / name / "1.png"
