@@ -110,11 +110,10 @@ def test_workdir_beside_or_above_the_images_is_accepted(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, minimal_output):
     """Return the workdir of a finished run of one step."""
     workdir = tmp_path_factory.mktemp("finished")
-    with mini_runs.minimal_output():
-        assert main([*MINI, f"--workdir={workdir}", "--config.total_steps=1"]) == 0
+    assert main([*MINI, f"--workdir={workdir}", "--config.total_steps=1"]) == 0
     return workdir
 
 

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,14 +13,19 @@ import jax
 import numpy as np
 import pytest
 from flags import fast_compile_flag, virtual_devices_flag
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hivit_jax import config as configs
-from hivit_jax import evaluate, inputs
+from hivit_jax import evaluate, inputs, train
 from hivit_jax.checkpoints import read
+from hivit_jax.distributed import sharding
 from hivit_jax.distributed.sharding import make_mesh
+from hivit_jax.kernels import target
 from hivit_jax.main import main
+from hivit_jax.paths import PATH_KEYS
 from hivit_jax.reporting import figures, metrics
+from hivit_jax.tasks import Task
 from hivit_jax.training.schedule import make_schedule
 from hivit_jax.training.step import Training, prepare
 from hivit_jax.tree import named_leaves
@@ -117,12 +122,39 @@ def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
 
 @contextmanager
 def minimal_output() -> Iterator[None]:
-    """Context manager in which runs draw no figures and write no TensorBoard events."""
+    """Context manager in which runs draw no figures and write no TensorBoard events.
+
+    Runs of equal configs, datasets and meshes in this process share their programs.
+    Otherwise, most of a repeated run's time is tracing and lowering.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "prepare", call_once(train.prepare))
+        patch.setattr(evaluate, "make_eval_step", call_once(evaluate.make_eval_step))
         patch.setitem(sys.modules, "tensorboardX", None)
         patch.setattr(figures, "draw_run", lambda *_: None)
         patch.setattr(evaluate, "make_panels", lambda *_: lambda params: {})
         yield
+
+
+def call_once(build: Callable) -> Callable:
+    """Return a wrapper of a function that builds programs from a task and a mesh.
+
+    The wrapper calls the function once for each config without paths, dataset and mesh.
+    """
+    results = {}
+
+    def call(*arguments, **options):
+        task = next(x for x in arguments if isinstance(x, Task))
+        mesh = next(x for x in arguments if isinstance(x, Mesh))
+        state = target.platform(), sharding.MIN_SHARDED_SIZE
+        config = ConfigDict(task.config).copy_and_resolve_references()
+        config.update_from_flattened_dict(dict.fromkeys(PATH_KEYS, None))
+        key = configs.to_json(config), repr(task.data), mesh, *state
+        if key not in results:
+            results[key] = build(*arguments, **options)
+        return results[key]
+
+    return call
 
 
 def traced_step(config: ConfigDict) -> str:
