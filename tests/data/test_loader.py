@@ -182,8 +182,8 @@ def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
     ("multi_label", "label", "message"),
     [
         (False, [1, 0], r"one label per image, found \[1, 0\]; set data.multi_label"),
-        (True, [0, 2], r"values 0 or 1, found \[0, 2\]; multi_hot in"),
-        (True, 2, r"values 0 or 1, found 2; multi_hot in"),
+        (True, [0, 2], r"of length at most 10, found \[0, 2\]; multi_hot in"),
+        (True, 2, r"of length at most 10, found 2; multi_hot in"),
     ],
 )
 def test_label_of_wrong_form_is_an_error(
