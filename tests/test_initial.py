@@ -33,7 +33,7 @@ def load(recipe, *keys):
 def pretrained_by(config):
     """Return a description, without arrays, of a model trained with a config."""
     channels = {"in_channels": config.model.in_channels}
-    saved = Pretrained("runs/mae", "", channels, {}, [], [], {}, {}, {})
+    saved = Pretrained("runs/mae", "", channels, {}, [], [], [], {}, {}, {})
     return saved._replace(recipe=config.to_dict())
 
 

@@ -95,7 +95,7 @@ def inspect(
     rows = [", ".join(values[i : i + 5]) for i in range(0, len(values), 5)]
     count = sum(array.size for array in pretrained.params.values())
     lines = [pretrained.path, f"{title}: {count:,} parameters", *rows]
-    lines += pretrained.notes
+    lines += pretrained.notes + pretrained.guesses
     if unused := pretrained.unused:
         lines.append(f"unused entries: {len(unused)}, {listed(unused, 3)}")
     text = "\n  ".join(lines) + f"\nas {model.name}:\n"

@@ -36,7 +36,8 @@ class Pretrained(NamedTuple):
     label: name for log lines: ``step N`` for a checkpoint of a run, else the path.
     arguments: `create_model(**arguments)` builds the saved model.
     params: NumPy float32 arrays by name, see `named_leaves`.
-    notes: remarks for the user, such as the file format and guessed arguments.
+    notes: remarks for the user, such as the file format.
+    guesses: arguments that the file does not determine, with the reason for each value.
     unused: official names of the file's entries that the model does not need.
     recipe: the training config, {} if unknown.
     results: the evaluation results, {} if unknown.
@@ -48,6 +49,7 @@ class Pretrained(NamedTuple):
     arguments: dict[str, Any]
     params: dict[str, np.ndarray]
     notes: list[str]
+    guesses: list[str]
     unused: list[str]
     recipe: dict[str, Any]
     results: dict[str, Any]

@@ -127,10 +127,9 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
         elif "arguments" not in metadata:
             notes.append(f"parameter names: {_naming_scheme(state)}")
         if "arguments" in metadata:
-            arguments = metadata["arguments"]
+            arguments, guesses = metadata["arguments"], []
         else:
             arguments, guesses = _infer_arguments(state, overrides, known)
-            notes += guesses
         model = abstract_model(arguments)
         params = named_leaves(from_official(state, model, allow_missing=True))
     except CheckpointError as error:
@@ -150,6 +149,7 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
         arguments=arguments,
         params=params,
         notes=notes,
+        guesses=guesses,
         unused=unused,
         recipe=recipe,
         results=metadata.get("results", {}),
@@ -160,7 +160,7 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
 def _infer_arguments(
     state: Mapping[str, Any], overrides: Mapping[str, Any], known: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the inferred arguments of a model, and notes on guessed arguments.
+    """Return the inferred arguments of a model, and the `guesses` of `Pretrained`.
 
     Args:
       known: arguments from a config beside the file; `overrides` take precedence.
@@ -199,6 +199,7 @@ def _read_checkpoint(path: Path, averaged: bool) -> Pretrained:
         arguments=arguments,
         params=params,
         notes=[f"checkpoint of hivit_jax, {item}"],
+        guesses=[],
         unused=[],
         recipe=config,
         results=metrics.read_evaluation(path.parent.parent, int(path.name)),
@@ -254,9 +255,9 @@ def load_pretrained(
 
 def build(pretrained: Pretrained, **overrides: Any) -> Model:
     """Return a model with pretrained parameters; overrides as in `load_pretrained`."""
-    if guesses := [note for note in pretrained.notes if note.startswith("guessed: ")]:
+    if pretrained.guesses:
         log(
-            f"{pretrained.path}: {'; '.join(guesses)}; to set a value, run "
+            f"{pretrained.path}: {'; '.join(pretrained.guesses)}; to set a value, run "
             "hivit_jax.tools.convert FILE NEW.safetensors --set KEY=VALUE"
         )
     arguments = merge_arguments(pretrained.arguments, overrides)

@@ -231,6 +231,9 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
             f"{', '.join(CHIPS)}"
         )
     is_gpu = PLUGINS[name] != "libtpu"
+    remedy = f"{hint}expected a shape that exists for {name}; examples: {EXAMPLES}"
+    if not is_gpu and not re.fullmatch(r"\d+(x\d+)+", shape):
+        raise ConfigError(f"topology={topology!r} is not valid\n{remedy}")
     if is_gpu and not re.fullmatch("[1-8]", shape):
         raise ConfigError(
             f"topology={topology!r} is not one node of GPUs; expected {name}:1 to "
@@ -260,6 +263,5 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"topology={topology!r} is not valid: {reason}\n"
-            f"{hint}expected a shape that exists for {name}; examples: {EXAMPLES}"
+            f"topology={topology!r} is not valid: {reason}\n{remedy}"
         ) from error

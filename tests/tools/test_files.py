@@ -51,7 +51,9 @@ def test_config_without_a_recipe_contains_the_arguments_of_the_model(
 )
 def test_config_of_finds_the_task_of_other_families(name, task):
     arguments = models.arguments_of(abstract_model(name))
-    empty = dict(params={}, notes=[], unused=[], recipe={}, results={}, info={})
+    empty = dict(
+        params={}, notes=[], guesses=[], unused=[], recipe={}, results={}, info={}
+    )
     pretrained = load.Pretrained(path="x", label="x", arguments=arguments, **empty)
     assert files.config_of(pretrained).task == task
 

@@ -43,7 +43,9 @@ def test_checkpoint_rank_contains_the_newest_and_best_step(
 
 def read_stub(path, recipe):
     """Return a pretrained model without arrays, as if read from a checkpoint."""
-    empty = dict(arguments={}, params={}, notes=[], unused=[], results={}, info={})
+    empty = dict(
+        arguments={}, params={}, notes=[], guesses=[], unused=[], results={}, info={}
+    )
     return Pretrained(str(path), f"step {path.name}", recipe=recipe, **empty)
 
 

@@ -1,5 +1,6 @@
 """Tests of finding chips by device name, and of metrics that use their peaks."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -99,6 +100,13 @@ def test_error_suggests_the_shape_of_a_slice(text, topology):
         with pytest.raises(ConfigError) as error:
             chips.devices_of(text)
         assert (f"did you mean {topology}?" in str(error.value)) == bool(topology)
+
+
+@pytest.mark.parametrize("topology", ["v5e:8by8", "v5e:64", "v5p:", "tpu7x:4x"])
+def test_malformed_shape_is_an_error_without_the_compiler(topology, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="is not valid\n.*expected a shape"):
+        chips.devices_of(topology)
 
 
 ROOT = Path(__file__).parents[2]

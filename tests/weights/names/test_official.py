@@ -133,7 +133,7 @@ def test_finetuning_loads_the_official_arrays():
         params = named_leaves(zeros)
         official |= dict(zip(params, to_official(zeros, model), strict=True))
     arguments = {"name": "mae_hivit_base"}
-    start = Pretrained("there", "there", arguments, params, [], [], {}, {}, {})
+    start = Pretrained("there", "there", arguments, params, [], [], [], {}, {}, {})
     model = abstract_model("hivit_base")
     _, report = match_arrays(start, model)
     by_outcome = {
