@@ -69,6 +69,15 @@ def minimal_output():
     jax.config.update("jax_enable_compilation_cache", True)
 
 
+@pytest.fixture(scope="module")
+def single_device():
+    """Let runs use one device, which needs a quarter of the CPU time of eight."""
+    devices = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: devices)
+        yield
+
+
 @pytest.fixture
 def shard_small_arrays(monkeypatch):
     """Lower the minimum size of sharded arrays to 64 elements."""

@@ -110,7 +110,7 @@ def test_workdir_beside_or_above_the_images_is_accepted(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, minimal_output):
+def finished(tmp_path_factory, minimal_output, single_device):
     """Return the workdir of a finished run of one step."""
     workdir = tmp_path_factory.mktemp("finished")
     assert main([*MINI, f"--workdir={workdir}", "--config.total_steps=1"]) == 0

@@ -33,6 +33,7 @@ from hivit_jax.tree import named_leaves, split
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("minimal_output", "single_device"),
 ]
 
 
@@ -47,15 +48,6 @@ SIZES = dict(
 
 # All arguments of the network; the last two are as in the recipe `linear`
 NETWORK = SIZES | dict(relative_position=False, running_norm=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device_and_minimal_output():
-    """Use a single device; disable figures and TensorBoard events."""
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch, mini_runs.minimal_output():
-        patch.setattr(jax, "devices", lambda *_: devices)
-        yield
 
 
 def flags(**overrides):

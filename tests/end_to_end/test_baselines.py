@@ -7,7 +7,10 @@ from hivit_jax import config as configs
 from hivit_jax.train import train
 from hivit_jax.weights.load import read
 
-pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.usefixtures("minimal_output", "single_device"),
+    pytest.mark.slow,
+]
 SMALL_RUN = {
     "batch_size": 16,
     "total_epochs": 0.0,

@@ -62,7 +62,7 @@ def test_num_classes_0_becomes_the_number_of_classes():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, single_device):
     """Return the workdir of a classifier for blue, green and red images."""
     root = tmp_path_factory.mktemp("colors")
     with mini_runs.minimal_output():

@@ -15,7 +15,7 @@ from hivit_jax.tools.loading import read_model
 from hivit_jax.train import train
 from hivit_jax.training.early_stopping import check_progress
 
-pytestmark = pytest.mark.usefixtures("minimal_output")
+pytestmark = pytest.mark.usefixtures("minimal_output", "single_device")
 
 CRITERION = ("eval/loss", "min")
 # Step -> evaluation loss. With early_stopping=2, the run ends at step 5.

@@ -6,7 +6,10 @@ import pytest
 from hivit_jax.main import main
 from hivit_jax.train import train
 
-pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.usefixtures("minimal_output", "single_device"),
+    pytest.mark.slow,
+]
 
 
 @pytest.mark.extras

@@ -43,7 +43,10 @@ LOGGED = [4, 5, 7, 8, 10, 11]
 EVALUATED = [5, 10, 11]
 
 
-pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.usefixtures("minimal_output", "single_device"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")

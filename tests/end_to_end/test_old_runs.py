@@ -38,7 +38,10 @@ TIMES = {"images_per_second", "seconds_left", "input_bound"}
 NOT_COMPARABLE = {"linear_probe": {"gradient_norm"}}
 
 
-pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.usefixtures("minimal_output", "single_device"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture

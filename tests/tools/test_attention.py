@@ -12,7 +12,10 @@ from hivit_jax.tools import attention as command
 from hivit_jax.tools import files
 from hivit_jax.tools.attention import attention_maps
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("minimal_output")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("minimal_output", "single_device"),
+]
 
 VIT = dict(embed_dim=16, num_heads=2, depth=2, image_size=(32, 48), num_classes=3)
 

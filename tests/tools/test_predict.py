@@ -65,7 +65,7 @@ def train_classifier(data, workdir, **overrides):
 
 
 @pytest.fixture(scope="module")
-def run(data, tmp_path_factory, minimal_output):
+def run(data, tmp_path_factory, minimal_output, single_device):
     """Return the workdir of a classifier that is trained on `data`."""
     return train_classifier(data, tmp_path_factory.mktemp("run"))
 

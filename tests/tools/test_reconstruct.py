@@ -18,7 +18,7 @@ from hivit_jax.models.positions import patchify
 from hivit_jax.reporting import figures
 from hivit_jax.tools import reconstruct as command
 
-pytestmark = pytest.mark.usefixtures("minimal_output")
+pytestmark = pytest.mark.usefixtures("minimal_output", "single_device")
 
 
 @pytest.fixture(scope="module")
