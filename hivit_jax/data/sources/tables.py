@@ -74,7 +74,7 @@ class Table(FileSource):
 
     Raises:
       DataError: a file cannot be read or has no suitable column, no row is selected,
-        or a label is empty or unknown.
+        or a label is not valid.
     """
 
     def __init__(

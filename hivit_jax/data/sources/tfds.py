@@ -249,9 +249,9 @@ OPENERS = {"array_record": _open_array_record, "tfrecord": cache(tfrecord.LocalF
 def _check_features(name: str, types: list[str], multi_label: bool) -> None:
     """Raise DataError unless a dataset has supported images and labels."""
     if types not in FEATURES:
-        found = f"({', '.join(types)})"
         raise DataError(
-            f"{name}: expected supervised features (Image, ClassLabel), found {found}"
+            f"{name}: expected supervised features (Image, ClassLabel) or (Image, "
+            f"{SEVERAL_LABELS}); found ({', '.join(types)})"
         )
     if types[1] == SEVERAL_LABELS and not multi_label:
         raise DataError(
