@@ -7,19 +7,20 @@
 #   setup    copy the checkout to every VM and install it
 #   run      train on every VM, as long as this terminal is connected
 #   resume   recreate the TPU unless it is ready, set it up, and run
-#   keep     repeat resume until training finishes or must not be retried
+#   keep     repeat resume until training finishes, must not be retried, or has failed
+#            five times in a row
 #   status   print the state of the request and of the TPU
 #   delete   delete the TPU
 #
-# flag          environment    value
-# --name        TPU_NAME       hivit
-# --type        TPU_TYPE       v5litepod-4
-# --version     TPU_VERSION    VM image; v2-alpha-tpuv5-lite
-# --zone        TPU_ZONE       gcloud's default
-# --project     TPU_PROJECT    gcloud's default
-# --source      TPU_SOURCE     checkout to copy; the checkout of this script
-# --spot        TPU_SPOT=1     cheaper, but Google may preempt it at any time
-# --dry_run                    print every command instead of running it
+# flag        environment   default               meaning
+# --name      TPU_NAME      hivit                 name of the TPU and of the request
+# --type      TPU_TYPE      v5litepod-4           accelerator type
+# --version   TPU_VERSION   v2-alpha-tpuv5-lite   VM image
+# --zone      TPU_ZONE      gcloud's              zone of the TPU
+# --project   TPU_PROJECT   gcloud's              project that pays for the TPU
+# --source    TPU_SOURCE    that of this script   checkout to copy
+# --spot      TPU_SPOT=1    off                   cheaper, but may be preempted at any time
+# --dry_run                 off                   print the commands instead of running them
 #
 # TPU_PAUSE: seconds between two queries of the queue, and before a retry; 30 by default.
 
@@ -34,8 +35,8 @@ pause=${TPU_PAUSE:-30}
 dry_run=
 lost= # 1: recreate the TPU even if it is ready
 
-# Runs on every VM. uv installs Python 3.11, because the Python of the VM images is older
-# or does not permit pip to install packages.
+# Runs on every VM. uv installs Python 3.11, because the Python of the VM images may be
+# older. Some images permit pip to install uv only with PIP_BREAK_SYSTEM_PACKAGES.
 INSTALL="mkdir -p hivit_jax && cd hivit_jax && tar -xzf ../hivit_jax.tgz && \
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && \
 python3 -m uv venv --quiet --allow-existing --python 3.11 .venv && \
@@ -45,8 +46,7 @@ python3 -m uv pip install --quiet --python .venv --constraint requirements.lock 
 # gcloud reconnects when a connection breaks, and the earlier training process may then
 # still hold the TPU. A first SIGTERM makes the earlier process save. A second SIGTERM, a
 # minute later, kills it.
-STOP_OLD_RUN="cd hivit_jax && \
-while pkill -f '^[^ ]*python -m hivit_jax'; do sleep 60; done;"
+STOP_OLD_RUN="while pkill -f '^[^ ]*python -m hivit_jax'; do sleep 60; done;"
 
 fail() {
   printf 'error: %s\n' "$@" >&2
@@ -108,10 +108,11 @@ setup() {
 }
 
 run() {
-  # "exit" keeps the shell running until training ends, so that ssh returns the shell's
-  # code, which is 134 for an abort. Without "exit", training replaces the shell, and ssh
-  # returns 255 if a signal ends training.
-  everywhere "$STOP_OLD_RUN .venv/bin/python -m hivit_jax.main$(printf ' %q' "$@"); exit \$?"
+  # With "exit", training is a child of the remote shell, and ssh returns the shell's
+  # code, which is 134 for an abort. Without "exit", the shell would be replaced by
+  # training, and ssh would return 255 if a signal ended training.
+  everywhere "cd hivit_jax && $STOP_OLD_RUN \
+.venv/bin/python -m hivit_jax.main$(printf ' %q' "$@"); exit \$?"
 }
 
 prepare() { # Makes sure that a TPU is ready and set up.
@@ -134,8 +135,8 @@ keep() {
       run "$@" && code=0 || code=$?
       [[ $dry_run ]] && return
       case $code in
-        0 | 2 | 3 | 4 | 5) break ;; # finished, or a retry would fail in the same way
-        75 | 134) failures=-1 ;;    # interrupted and saved, or another process was lost
+        0 | 2 | 3 | 4 | 5) break ;; # 0: finished; others: a retry would fail again
+        75 | 134) failures=-1 ;;    # 75: interrupted and saved; 134: lost a process
         255) lost=1 ;;              # the TPU cannot be reached
       esac
       is_ready || failures=-1 # a preemption does not count as a failure
@@ -146,7 +147,7 @@ keep() {
     echo "$name: exit code $code; retrying in $pause seconds" >&2
     sleep "$pause"
   done
-  echo "$name: exit code $code; the TPU is still there; 'delete' deletes it" >&2
+  echo "$name: exit code $code; the TPU may still exist; 'delete' deletes it" >&2
   return "$code"
 }
 

@@ -1,4 +1,4 @@
-"""Tests of errors about missing packages, and of commands whose output is not read."""
+"""Tests of errors about missing packages, and of commands with a closed stdout pipe."""
 
 import os
 import sys
@@ -58,7 +58,7 @@ def test_size_of_a_known_dataset_requires_no_package(
         inputs.make_task(config)
 
 
-def test_size_of_another_dataset_requires_its_package(monkeypatch):
+def test_task_of_another_dataset_requires_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     flags = ["--config.data.name=cifar10"]
     with pytest.raises(MissingPackage, match="tensorflow_datasets is not installed"):

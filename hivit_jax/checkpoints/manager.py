@@ -129,8 +129,8 @@ class Checkpoints:
         except Exception as error:  # because file systems cause many exception types
             reason = f"{free_disk_text(self.directory)}; {first_line(error)}"
             raise ConfigError(
-                f"cannot write a checkpoint to {self.directory}; earlier checkpoints "
-                f"are intact.\n{reason[:250]}"
+                f"cannot write a checkpoint to {self.directory}; completed "
+                f"checkpoints are intact.\n{reason[:250]}"
             ) from error
 
     def restore_newest(
@@ -181,7 +181,7 @@ class Checkpoints:
                 target.rmtree()
             (self.directory / str(step)).rename(target)
             log(f"checkpoint {step} was moved to {target}")
-        all_processes(True)  # because the move must be complete before the reload
+        all_processes(True)  # wait, because the move must precede the reload
         self._manager.reload()
 
     def restore(self, step: int, abstract_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,17 +205,17 @@ class Checkpoints:
             arrays |= restore_item("model_state", model_state)
         else:
             arrays = restore_item("params", all_variables)
-        variables = {item: abstract_state[item] for item in ("params", "model_state")}
-        state = {item: _rebuild(tree, arrays) for item, tree in variables.items()}
+        trees = {item: abstract_state[item] for item in ("params", "model_state")}
+        state = {item: _rebuild(tree, arrays) for item, tree in trees.items()}
         optimizer = {item: abstract_state[item] for item in ("opt_state", "step")}
         expected = named_leaves(optimizer)
-        arrays = restore_item("optimizer", expected, ignored=model_state)
+        arrays = restore_item("optimizer", expected, droppable=model_state)
         state |= _rebuild(optimizer, arrays)
         if "ema" in abstract_state:
             # If averaging was switched on after the checkpoint was written, the
             # checkpoint has no average. The average then starts from the parameters.
             item = preferred_params_item(path)
-            arrays = restore_item(item, named["ema"], ignored=model_state)
+            arrays = restore_item(item, named["ema"], droppable=model_state)
             state["ema"] = _rebuild(abstract_state["ema"], arrays)
         return state
 
@@ -235,24 +235,24 @@ def _restore_item(
     item: str,
     expected: Mapping[str, jax.ShapeDtypeStruct],
     variables: Container[str],
-    ignored: Iterable[str] = (),
+    droppable: Iterable[str] = (),
 ) -> dict[str, jax.Array]:
     """Return {expected name: array} of an item, verified against the digests.
 
     Args:
       expected: shapes, dtypes and shardings by name.
       variables: names of the model's parameters and model state.
-      ignored: names of unexpected arrays that the item may contain under any prefix.
-        These arrays are dropped.
+      droppable: names of variables. An unexpected array with such a name is dropped,
+        also after a prefix, as in ``opt_state/0/mu/NAME``.
     """
     with errors_as_damage(step_path):
         metadata = item_metadata(step_path, item)
-    suffixes = tuple(f"/{name}" for name in ignored)
-    expected_names = match_names(named_leaves(metadata), expected, variables)
+    suffixes = tuple(f"/{name}" for name in droppable)
+    renamed = match_names(named_leaves(metadata), expected, variables)
     saved = {
-        expected_names[name]: leaf
+        renamed[name]: leaf
         for name, leaf in named_leaves(metadata).items()
-        if expected_names[name] in expected or not f"/{name}".endswith(suffixes)
+        if renamed[name] in expected or not f"/{name}".endswith(suffixes)
     }
     _check_arrays(step_path, saved, expected)
     mesh = next(iter(expected.values())).sharding.mesh
@@ -260,14 +260,14 @@ def _restore_item(
 
     def with_sharding(path, leaf):
         default = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
-        return expected.get(expected_names[leaf_name(path)], default)
+        return expected.get(renamed[leaf_name(path)], default)
 
     abstract = jax.tree_util.tree_map_with_path(with_sharding, metadata)
     with errors_as_damage(step_path), ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(step_path / item, abstract)
     verify_digests(step_path, item, tree)
     verify_finite(step_path, item, tree)
-    arrays = {expected_names[name]: x for name, x in named_leaves(tree).items()}
+    arrays = {renamed[name]: x for name, x in named_leaves(tree).items()}
     return {name: arrays[name] for name in expected}
 
 

@@ -146,7 +146,8 @@ class Loader:
         """Read one example into its arrays; return False if it is unreadable."""
         try:
             sample = self._source.sample(index)
-            draws = transforms.uniforms(self._seed, epoch, index, self._transform.draws)
+            count = self._transform.num_draws
+            draws = transforms.uniforms(self._seed, epoch, index, count)
             self._transform(sample, draws, out)
         except StorageError:
             raise

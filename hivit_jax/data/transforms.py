@@ -28,15 +28,15 @@ class Transform:
 
     Attributes:
       batch_size: size of the global batch.
-      draws: number of random numbers per example.
+      num_draws: number of random numbers per example.
       shapes: shapes and dtypes of the arrays of one example by name, without the batch
         axis; one dict per bucket. The loader, synthetic batches, the train step and
         ahead-of-time compilation all use this description. The loader adds
-        `shapes.LOADER_ARRAYS`.
+        `LOADER_ARRAYS` of data/shapes.py.
     """
 
     batch_size: int
-    draws: int = 0
+    num_draws: int = 0
     shapes: tuple[dict[str, jax.ShapeDtypeStruct], ...]
 
     def bucket(self, size: tuple[int, int]) -> int:
@@ -53,7 +53,7 @@ class Transform:
 
         Args:
           sample: the encoded example from `Source.sample`.
-          draws: `self.draws` numbers in [0, 1), a function of (seed, epoch, example).
+          draws: `num_draws` numbers in [0, 1), a function of (seed, epoch, example).
           out: arrays with the shapes of one bucket and undefined content, to be
             overwritten.
 
@@ -68,9 +68,9 @@ class Transform:
 class ImageTransform(Transform):
     """Converts an image and its label to arrays.
 
-    The arrays are "image" [H, W, C], "label" int32 or uint8 [num_labels] and, with a
-    canvas, "box" float32 (see `augment.resample`). The box is [2, 3] if the image is
-    uint8, and [2, 5] otherwise.
+    The arrays are "image" [H, W, C], "label" and, with a canvas, "box" float32 (see
+    `augment.resample`). The label is int32 [], or uint8 [num_labels] if `num_labels` is
+    positive. The box is [2, 3] if the image is uint8, and [2, 5] otherwise.
 
     Args:
       size: (height, width) of the model's image.
@@ -107,13 +107,13 @@ class ImageTransform(Transform):
         self.batch_size, self._size, self._channels = batch_size, tuple(size), channels
         self._crop_scale, self._crop_pct = crop_scale, crop_pct
         self._interpolation, self._antialias = interpolation, antialias
-        self._randaugment, self._num_classes, self.draws = None, num_classes, DRAWS
+        self._randaugment, self._num_classes, self.num_draws = None, num_classes, DRAWS
         self._value_range, self._dtype = tuple(value_range), dtype
         if randaugment:
             from hivit_jax.data import randaugment as policy
 
             self._randaugment = policy.randaugment
-            self.draws += policy.DRAWS
+            self.num_draws += policy.DRAWS
         self._num_labels = num_labels
         array_size = (canvas, canvas) if canvas else self._size
         shapes = {
@@ -160,19 +160,19 @@ class ImageTransform(Transform):
 
     @property
     def copies_crops(self) -> bool:
-        """True if `__call__` copies every random crop that fits into the canvas."""
+        """True if `copied_box` is available: random crops of uint8 RGB on a canvas."""
         array_size = self.shapes[0]["image"].shape[:2]
-        is_resized = self._randaugment or array_size == self._size
-        is_color = self._channels == 3 and self._dtype == "uint8"
-        return bool(self._crop_scale) and is_color and not is_resized
+        always_resizes = self._randaugment or array_size == self._size
+        is_uint8_rgb = self._channels == 3 and self._dtype == "uint8"
+        return bool(self._crop_scale) and is_uint8_rgb and not always_resizes
 
     def copied_box(
         self, height: int, width: int, label: int, draws: Sequence[float]
     ) -> Box | None:
         """Return the crop of a JPEG that `__call__` copies into the canvas unchanged.
 
-        `__call__` then sets "box" to ((0, box.height, box.height), (0, box.width,
-        box.width)). Requires `copies_crops`.
+        `__call__` then sets the array "box" to ((0, h, h), (0, w, w)); h and w are the
+        height and the width of the crop. Requires `copies_crops`.
 
         Args:
           height, width: size of the image.
@@ -181,9 +181,9 @@ class ImageTransform(Transform):
           None if `__call__` resizes the crop or raises an error.
         """
         canvas = self.shapes[0]["image"].shape[:2]
-        box = random_resized_crop(height, width, draws, self._crop_scale).box
-        fits = box.height <= canvas[0] and box.width <= canvas[1]
-        return box if fits and self._is_valid(label) else None
+        crop = random_resized_crop(height, width, draws, self._crop_scale).box
+        fits = crop.height <= canvas[0] and crop.width <= canvas[1]
+        return crop if fits and self._is_valid(label) else None
 
     def _label(self, sample: Mapping[str, Any]) -> int | np.ndarray:
         """Return the label of an example, or the vector of its labels.

@@ -96,7 +96,7 @@ def _run(x, weights, bias, branch_scale, plan):
     groups = Groups(rows, tokens)
     biases = [] if bias is None else [groups.bias_by_query(bias)]
 
-    def kernel(row_refs, weights, out_refs, _, scratch, scale_branch):
+    def kernel(row_refs, weights, out_refs, _, scratch, apply_branch_scale):
         qkv, heads_out = scratch
         weights, biases = weights[:6], weights[6:]
         x = row_refs[0][...]
@@ -127,7 +127,7 @@ def _run(x, weights, bias, branch_scale, plan):
 
         groups.for_each(attend)
         y = dot(heads_out[...].astype(dtype), weights[4][...]) + weights[5][...]
-        out_refs[0][...] = (x.astype(F32) + scale_branch(y)).astype(dtype)
+        out_refs[0][...] = (x.astype(F32) + apply_branch_scale(y)).astype(dtype)
         for ref, array in zip(out_refs[1:], scratch, strict=False):
             ref[...] = array[...].astype(dtype)
 
@@ -162,12 +162,12 @@ def _backward(plan, residuals, gradient):
         bias_copies, bias_vjp = jax.vjp(copy_bias, bias)
         biases = [bias_copies]
 
-    def kernel(row_refs, weights, out_refs, sums, scratch, scale_branch):
+    def kernel(row_refs, weights, out_refs, sums, scratch, apply_branch_scale):
         qkv, heads_out, dheads_out = scratch  # qkv is overwritten by its gradient
         weights, biases = weights[:6], weights[6:]
         scale, _, qkv_w, _, proj_w, _ = weights
         x, dout = row_refs[0][...], row_refs[1][...]
-        dy = scale_branch(dout).astype(dtype)
+        dy = apply_branch_scale(dout).astype(dtype)
         x_hat, inverse, n = _restore(x, row_refs[2:], weights, plan.eps, scratch)
         dheads_out[...] = dot(dy, proj_w[...], (1, 1))
 

@@ -44,14 +44,14 @@ def dot_product_attention(
         out = jnp.einsum(*operands, preferred_element_type=jnp.float32) / sums
         return jnp.swapaxes(out, 1, 2).astype(v.dtype)
     head_width = q.shape[-1]
-    is_supported = (
+    uses_cudnn = (
         target.platform() == "gpu"
         and choice != "plain"
         and (q.dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128)
         and (bias is None or len(bias) == 1)
         and mask is None
     )
-    if is_supported:
+    if uses_cudnn:
         return cudnn_attention(q, k, v, bias)
     return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
 

@@ -35,8 +35,8 @@ def over_rows(
 
     Args:
       kernel: (row refs, weight refs, output refs, refs of the sums in float32, scratch
-        refs, scale_branch) -> None; called for each block. scale_branch(y) multiplies
-        the output y of the residual branch by `branch_scale`.
+        refs, apply_branch_scale) -> None; called for each block. Its last argument is a
+        function that multiplies the output y of the residual branch by `branch_scale`.
       arrays: [T, C] each; a block gets `plan.rows` rows of each.
       weights: arrays that every block gets whole; vectors become [1, n].
       sums_like: one array per sum over all rows; only shape and dtype are used.
@@ -145,14 +145,14 @@ def _body(
         row_refs, weight_refs, scalars, out_refs, out_sums, sum_refs, scratch = parts
         step = pl.program_id(1)
         block = pl.program_id(0) * steps + step
-        scale_branch = partial(_scale_branch, scalars, block, total)
+        apply_branch_scale = partial(_apply_branch_scale, scalars, block, total)
 
         @pl.when(step == 0)
         def _():
             for ref in sum_refs:
                 ref[...] = jnp.zeros_like(ref)
 
-        kernel(row_refs, weight_refs, out_refs, sum_refs, scratch, scale_branch)
+        kernel(row_refs, weight_refs, out_refs, sum_refs, scratch, apply_branch_scale)
 
         @pl.when(step == steps - 1)
         def _():
@@ -162,7 +162,7 @@ def _body(
     return body
 
 
-def _scale_branch(
+def _apply_branch_scale(
     scalars: Sequence[Any], block: jax.Array, total: int, y: jax.Array
 ) -> jax.Array:
     """Multiply each row of a block by the factor of the row's image, [R, C] float32.

@@ -6,7 +6,7 @@ Shapes: x [T, C]. C and the hidden width H are multiples of 128, and T is a mult
 `Plan.rows`. The forward pass saves x. With `Plan.num_saved` it also saves the output of
 fc1; otherwise the backward pass recomputes this output.
 
-Roofline per row in bfloat16; the weights are read once:
+Roofline per row in bfloat16. The bytes exclude the weights, which a core reads once:
 
 | pass               | bytes     | operations |
 |--------------------|-----------|------------|
@@ -15,10 +15,11 @@ Roofline per row in bfloat16; the weights are read once:
 | backward           | 6 C       | 10 C H     |
 | backward, saved    | 6 C + 2 H | 8 C H      |
 
-By this model, at half of the peak bandwidth of a v5e (480 operations per byte),
-recomputing is faster in both stem stages of hivit_base (C=128, H=384 and C=256, H=768),
-and saving is faster in the main stage (C=512, H=2048). There the kernel is
-compute-bound even with the saved array: its forward pass does 683 operations per byte.
+A v5e does 480 operations in the time in which it moves a byte at half of its peak
+bandwidth. By this model, recomputing is faster in both stem stages of hivit_base
+(C=128, H=384 and C=256, H=768), and saving is faster in the main stage (C=512, H=2048).
+There the kernel is compute-bound even with the saved array: its forward pass does 683
+operations per byte.
 """
 
 from dataclasses import replace
@@ -59,12 +60,12 @@ def _run(x, weights, branch_scale, plan):
     """
     hidden_width = weights.w1.shape[1]
 
-    def kernel(row_refs, weights, out_refs, _sums, _scratch, scale_branch):
+    def kernel(row_refs, weights, out_refs, _sums, _scratch, apply_branch_scale):
         x = row_refs[0][...]
         scale, bias, w1, b1, w2, b2 = (weight[...] for weight in weights)
         hidden = dot(layer_norm(x, scale, bias, plan.eps)[2], w1) + b1
         g = hidden * normal_cdf(hidden, x.dtype)
-        y = scale_branch(dot(g.astype(x.dtype), w2) + b2)
+        y = apply_branch_scale(dot(g.astype(x.dtype), w2) + b2)
         out_refs[0][...] = (x.astype(F32) + y).astype(x.dtype)
         if plan.num_saved:
             out_refs[1][...] = hidden.astype(x.dtype)
@@ -91,9 +92,9 @@ def _backward(plan, residuals, gradient):
     x, weights, branch_scale, saved = residuals
     dtype = x.dtype
 
-    def kernel(row_refs, weights, out_refs, sums, _scratch, scale_branch):
+    def kernel(row_refs, weights, out_refs, sums, _scratch, apply_branch_scale):
         x, dout = row_refs[0][...], row_refs[1][...]
-        dy32 = scale_branch(dout)
+        dy32 = apply_branch_scale(dout)
         dy = dy32.astype(dtype)
         scale, bias, w1, b1, w2, _ = weights
         x_hat, inverse_std, normed = layer_norm(x, scale[...], bias[...], plan.eps)

@@ -43,12 +43,12 @@ class Classifier(Model):
 
         Args:
           config: a config with `num_classes` and `running_norm`.
-          dim: width of the pooled features.
-          fc_norm: normalize the pooled features with a LayerNorm; ignored if the config
-            has `running_norm=True`.
+          dim: width of the head token; see `head_token`.
+          fc_norm: normalize the head token with a LayerNorm; ignored if the config has
+            `running_norm=True`.
         """
         self.info = make_info(config)
-        # Pooled features, their norm and the logits are float32 for any compute dtype.
+        # The head token, its norm and the logits are float32 for any compute dtype.
         if config.running_norm:
             self.fc_norm = BatchNorm(dim, epsilon=1e-6, affine=False)
         elif fc_norm:
@@ -76,15 +76,15 @@ class Classifier(Model):
     def pooled(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Return the input of the head, [B, H, W, C] -> [B, E] float32."""
-        pooled = self.head_token(images, drop_path_keys=drop_path_keys)
-        return pooled if self.fc_norm is None else self.fc_norm(pooled)
+        """Return the head's input, after `fc_norm`: [B, H, W, C] -> [B, E] float32."""
+        token = self.head_token(images, drop_path_keys=drop_path_keys)
+        return token if self.fc_norm is None else self.fc_norm(token)
 
     @accepts_explicit_axes
     def head_token(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Return pooled features before `fc_norm`, [B, H, W, C] -> [B, E] float32."""
+        """Return the mean token, before `fc_norm`: [B, H, W, C] -> [B, E] float32."""
         return self.mean_token(images, drop_path_keys=drop_path_keys)
 
     @accepts_explicit_axes

@@ -23,8 +23,8 @@ class RunOptions:
     scan_blocks: compile one block per stage and run it in a loop. This shortens
       compilation. The blocks of a stage must be alike: `global_blocks` must be (), and
       Swin does not support this option.
-    kernels: use fused kernels on TPUs and GPUs in bfloat16 ("auto"), also on CPUs,
-      slowly, and in any dtype ("fused"), or nowhere ("plain"). See `kernels.dispatch`.
+    kernels: run fused kernels on TPUs and GPUs in bfloat16 ("auto"), also on CPUs in
+      any dtype, slowly ("fused"), or nowhere ("plain"). See `kernels.dispatch`.
       Forward-mode derivatives (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) require
       "plain" where a fused kernel would run.
     """
@@ -110,7 +110,7 @@ class EncoderConfig:
 
     @property
     def cell_size(self) -> int:
-        """Side in pixels of the squares that are embedded: units; in HiViT, cells."""
+        """Side in pixels of a token of the first stage: a unit; in HiViT, a cell."""
         return self.patch_size
 
     @property
@@ -154,7 +154,7 @@ class HiViTConfig(EncoderConfig):
       grid can therefore be used with windows of 14 in larger images.
     global_blocks: main-stage blocks, counted from 0, that use global attention despite
       `window_size`. Official detection uses windows of 14 and global blocks 4, 9, 14,
-      19. For the memory that this saves see docs/weights.md.
+      19. For the memory of both see docs/weights.md.
 
     Raises:
       ConfigError: inconsistent sizes.
@@ -214,7 +214,7 @@ class ClassifierConfig(HiViTConfig):
     num_classes: classes of the head; 0: no head. In a recipe, 0 stands for the
       dataset's number of classes.
     fc_norm: LayerNorm between pooling and head. MMPretrain's HiViT has none.
-    running_norm: replace `fc_norm` by a `BatchNorm` without scale and bias, for a
+    running_norm: a `BatchNorm` without scale and bias, in place of `fc_norm`, for a
       linear probe. The norm and its eps of 1e-6 follow MAE's ``main_linprobe.py``.
     """
 
@@ -224,7 +224,7 @@ class ClassifierConfig(HiViTConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig(EncoderConfig):
+class AutoencoderConfig(EncoderConfig):
     """Sizes of a masked autoencoder on HiViT or ViT: encoder and decoder.
 
     The decoder has an MLP ratio of 4, no relative positions and no drop path.
@@ -265,12 +265,12 @@ class DecoderConfig(EncoderConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAEConfig(DecoderConfig, HiViTConfig):
+class MAEConfig(AutoencoderConfig, HiViTConfig):
     """Sizes of a masked autoencoder on HiViT; `window_size` must be 0.
 
-    multi_scale: decode the outputs of all three stages, concatenated to width 7E and
-      normalized (official ``hifeat``). False: decode the main stage's output, without
-      a norm. The official module has an unused norm in this case.
+    multi_scale: decode the outputs of all stages, concatenated (to width 7E with three
+      stages) and normalized (official ``hifeat``). False: decode the main stage's
+      output, without a norm. The official module has an unused norm in this case.
     """
 
     decoder_depth: int = setting(6, low=1, high=1000)

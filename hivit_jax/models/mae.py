@@ -16,7 +16,7 @@ from hivit_jax.models import positions
 from hivit_jax.models.arguments import check_ids, check_shape
 from hivit_jax.models.base import make_info
 from hivit_jax.models.blocks import AttentionBlock, run_blocks
-from hivit_jax.models.config import DecoderConfig, RunOptions
+from hivit_jax.models.config import AutoencoderConfig, RunOptions
 from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import attention_cost, encoder_cost, row_cost
@@ -36,7 +36,7 @@ class MaskedAutoencoder(MaskedModel):
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: AutoencoderConfig,
         run_options: RunOptions = RunOptions(),  # noqa: B008
         *,
         rngs: nnx.Rngs,

@@ -17,7 +17,7 @@ from hivit_jax.keys import setting
 from hivit_jax.models import positions
 from hivit_jax.models.blocks import AttentionBlock
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.models.config import DecoderConfig, EncoderConfig, RunOptions
+from hivit_jax.models.config import AutoencoderConfig, EncoderConfig, RunOptions
 from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import row_cost
@@ -72,7 +72,7 @@ class ViTClassifierConfig(ViTConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTMAEConfig(DecoderConfig, ViTConfig):
+class ViTMAEConfig(AutoencoderConfig, ViTConfig):
     """Sizes of a masked autoencoder on ViT.
 
     norm_pix_loss: normalize the targets of each unit. The official default is False,

@@ -98,10 +98,10 @@ class LinearProbe(Classification):
 
         With several labels per image, returns only the binary cross entropy.
         """
-        features = jax.lax.stop_gradient(
+        tokens = jax.lax.stop_gradient(
             model.head_token(self.augment_batch(batch, keys))
         )
-        logits = model.head(model.fc_norm(features, weight=batch["weight"]))
+        logits = model.head(model.fc_norm(tokens, weight=batch["weight"]))
         multi_label = self.config.data.multi_label
         metrics = multi_label_metrics if multi_label else classification_metrics
         return metrics(logits, batch["label"])

@@ -11,9 +11,9 @@ from hivit_jax.weights.programs import PREPROCESSOR
 def download(address: str) -> Path:
     """Download ``hf://ORGANIZATION/NAME[@REVISION][/FILE]`` and return the local path.
 
-    Without FILE, returns a directory with the files of `save_pretrained`, timm or
-    transformers. Offline (``HF_HUB_OFFLINE=1`` or no network), returns an earlier
-    download.
+    Without FILE, returns a directory with files as written by
+    `hivit_jax.save_pretrained`, timm or transformers. Offline (``HF_HUB_OFFLINE=1`` or
+    no network), returns an earlier download.
 
     Raises:
       CheckpointError: the address is malformed, the file does not exist, there is

@@ -15,9 +15,9 @@ def swin_arguments(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the arguments of a Swin or SimMIM, and the reasons for guessed arguments.
 
-    No parameter depends on the image size. Official files contain shift masks, which
-    determine the size of square images. Without these masks, the image size is guessed
-    so that the last stage is one window.
+    Only the tables of stages smaller than a window depend on the image size.
+    Official files contain shift masks, which determine the size of square images.
+    Without these masks, the image size is guessed so that the last stage is one window.
 
     Args:
       image_size: size to use if its windows match the position tables; None: guess.
@@ -30,26 +30,26 @@ def swin_arguments(
     prefix = "encoder." if is_simmim else ""
     embed = f"{prefix}patch_embed.proj.weight"
     dim, channels, patch_size, _ = shapes.require(embed, 4)
-    depths, heads, sides = [], [], []
+    depths, heads, window_sides = [], [], []
     for stage in range(shapes.count(f"{prefix}layers.")):
         blocks = f"{prefix}layers.{stage}.blocks."
         depths.append(shapes.count(blocks))
         table = f"{blocks}0.attn.relative_position_bias_table"
         rows, num_heads = shapes.require(table, 2)
         heads.append(num_heads)
-        sides.append(round((rows**0.5 + 1) / 2))
+        window_sides.append(round((rows**0.5 + 1) / 2))
     hidden, _ = shapes.require(f"{prefix}layers.0.blocks.0.mlp.fc1.weight", 2)
     guessed = {"layer_norm_eps": "as in the official code"}
-    if image_size is None or not _windows_match(image_size, patch_size, sides):
+    if image_size is None or not _windows_match(image_size, patch_size, window_sides):
         stride = patch_size << (len(depths) - 1)
-        image_size = sides[-1] * stride
+        image_size = window_sides[-1] * stride
         guessed["image_size"] = "so that the last stage is one window"
         mask = f"{prefix}layers.0.blocks.1.attn_mask"
         windows, window_tokens, _ = shapes.get(mask, (0, 0, 0))
         tokens = windows * window_tokens
-        side = round(tokens**0.5)
-        if tokens and side**2 == tokens:
-            image_size = side * patch_size
+        grid_side = round(tokens**0.5)
+        if tokens and grid_side**2 == tokens:
+            image_size = grid_side * patch_size
             guessed["image_size"] = "from the number of tokens in the shift masks"
     arguments = dict(
         image_size=image_size,
@@ -59,7 +59,7 @@ def swin_arguments(
         num_heads=tuple(heads),
         mlp_ratio=hidden / dim,
         patch_size=patch_size,
-        window_size=max(sides),
+        window_size=max(window_sides),
         layer_norm_eps=1e-5,
     )
     if is_simmim:
@@ -72,14 +72,14 @@ def swin_arguments(
     return with_name(model_class, arguments), guessed
 
 
-def _windows_match(image_size: Any, patch_size: int, sides: list[int]) -> bool:
-    """Return True if an image of this size has windows of `sides`, one per stage."""
+def _windows_match(image_size: Any, patch_size: int, window_sides: list[int]) -> bool:
+    """Return True if the stages of an image of this size have these window sides."""
     try:
         grid = image_grid(image_size, patch_size)
     except (TypeError, ConfigError):
         return True  # keep an invalid size: `create_model` explains what is wrong
-    for side in sides:
-        if side != min(max(sides), *grid):
+    for side in window_sides:
+        if side != min(max(window_sides), *grid):
             return False
         grid = -(-grid[0] // 2), -(-grid[1] // 2)
     return True

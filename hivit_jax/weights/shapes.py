@@ -23,8 +23,8 @@ class Shapes(dict[str, tuple[int, ...]]):
         if len(self.get(name, ())) != ndim or 0 in self[name]:
             found = list(self[name]) if name in self else "missing"
             raise CheckpointError(
-                f"not a {self.kind}: {name!r} is {found}; expected an array with "
-                f"{ndim} dimensions.\nFound the entries {listed([*self], 3)}"
+                f"not a {self.kind}: {name!r} is {found}; expected a nonempty array "
+                f"with {ndim} dimensions.\nFound the entries {listed([*self], 3)}"
             )
         return self[name]
 

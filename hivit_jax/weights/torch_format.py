@@ -41,7 +41,7 @@ STORAGE_DTYPES = {
     "Byte": "uint8",
     "Untyped": "uint8",
     "Bool": "bool",
-    "QInt8": "int8",  # quantized dtypes, of which only the size is needed
+    "QInt8": "int8",  # only for the size, because quantized tensors are refused
     "QUInt8": "uint8",
     "QInt32": "int32",
 }
@@ -159,10 +159,11 @@ class TorchFile:
             ) from error
 
     def array(self, name: str, record: StandIn) -> np.ndarray:
-        """Return a tensor or NumPy array of `content`.
+        """Return a tensor or NumPy array of `content`; errors contain `name`.
 
         Raises:
-          CheckpointError: the array is not dense, or its data are missing or damaged.
+          CheckpointError: the array is not supported, or its data are missing or
+            damaged.
         """
         try:
             return self._array(record)
@@ -175,10 +176,11 @@ class TorchFile:
             members = archive.infolist()
             names = [member.filename for member in members]
             found = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
-            if len(found) != 1 or any(n.endswith("constants.pkl") for n in names):
-                kind = "a TorchScript program" if found else "another zip archive"
+            script = any(name.endswith("constants.pkl") for name in names)
+            if script or len(found) != 1:
+                kind = "TorchScript program" if script else "zip file of other software"
                 raise CheckpointError(
-                    f"{self._path} is {kind}, with {listed(names, 3)}; expected a "
+                    f"{self._path} is a {kind}, with {listed(names, 3)}; expected a "
                     "state dict that torch.save wrote"
                 )
             for member in members:
@@ -248,15 +250,16 @@ class TorchFile:
         if not re.fullmatch("_rebuild_tensor(_v2|_v3)?", function):
             raise ValueError("is not a dense tensor")
         pid, offset, shape, strides = args[:4]
-        index = 7 if function.endswith("v3") else 6  # of the metadata in args
-        if any(args[index : index + 1]) and any(args[index].values()):
-            raise ValueError("is not a dense tensor")  # conjugated or negated
-        dtype = _dtype(args[6].source) if index == 7 else _storage_dtype(pid)
+        has_dtype = function.endswith("v3")  # in args[6], before the metadata
+        metadata = args[7 if has_dtype else 6 :][:1]
+        if any(metadata) and any(metadata[0].values()):
+            raise ValueError("is lazily conjugated or negated; save its clone()")
+        dtype = _dtype(args[6].source) if has_dtype else _storage_dtype(pid)
         offset *= dtype.itemsize
         if len(pid) > 5 and pid[5]:  # a view of a storage
             offset += pid[5][1] * dtype.itemsize
         if min((offset, *shape, *strides)) < 0:
-            raise ValueError("has a negative size or stride")
+            raise ValueError("has a negative offset, size or stride")
         if math.prod(shape) * dtype.itemsize > self._size:
             raise ValueError(f"has shape {list(shape)} and is larger than the file")
         strides = [stride * dtype.itemsize for stride in strides]
@@ -267,12 +270,12 @@ class TorchFile:
 def _storage_dtype(pid: tuple) -> np.dtype:
     kind = pid[1].source.rpartition(".")[2].removesuffix("Storage")
     if kind not in STORAGE_DTYPES:
-        raise ValueError(f"is not a dense tensor: {kind}Storage")
+        raise ValueError(f"has the unsupported type {kind}Storage")
     return _dtype(STORAGE_DTYPES[kind])
 
 
 def _dtype(name: str) -> np.dtype:
-    """Return the dtype with a PyTorch name, such as ``torch.float8_e5m2``."""
+    """Return a dtype from its name in NumPy or PyTorch, such as ``torch.float16``."""
     name = name.removeprefix("torch.")
     dtype = np.dtype(getattr(ml_dtypes, name, name))
     if dtype.hasobject:

@@ -58,8 +58,8 @@ def main_stage_block(special: str, batch: int, mlp_ratio: float = 4.0, **options
     return graphdef, jax.tree_util.tree_map_with_path(random_weight, params), inputs
 
 
-def assert_block_equals_plain(block, x, cotangent, kernel_names, **inputs):
-    """Check which kernels a block runs, and compare it with plain JAX operations.
+def assert_fused_equals_unfused(block, x, cotangent, kernel_names, **inputs):
+    """Compare a block with kernels="fused" with the same block with kernels="plain".
 
     The output and the gradients of x and all parameters must be close.
 

@@ -1,7 +1,8 @@
 """Test oracle: a second implementation of training and evaluation, in float64.
 
-The oracle computes everything from encoded files to parameters with numpy and basic
-JAX. The only functions of the package that it calls are the operations of RandAugment.
+The oracle computes everything from encoded files to parameters with NumPy and basic
+JAX. PIL decodes images, and resizes them where the package resizes on the host. The
+only functions of the package that the oracle calls are the operations of RandAugment.
 As in the official code, feature maps are stored row by row, and all units are embedded
 before the visible units are gathered. The official code defines no order of samples and
 no PRNG keys; both follow the documentation of this library.
@@ -20,7 +21,8 @@ from PIL import Image
 from hivit_jax.data import randaugment
 
 # The order of samples is a function of (seed, epoch). Random numbers are functions of
-# (seed, epoch, image index) or of (seed, position in the order).
+# (seed, epoch, image index) or of (seed, position). Positions count the samples of all
+# epochs.
 
 
 def permutation(seed, epoch, n):
@@ -93,10 +95,13 @@ def resize_matrix(start, length, size, extent, interpolation, antialias):
     return weights / weights.sum(1, keepdims=True)
 
 
-def resize(pixels, box, size, data, on_device):
-    """Resize a box of pixels [h, w, C] to integers [*size, C]: columns, then rows."""
+def resize(pixels, box, size, data, imitate_device):
+    """Resize a box of pixels [h, w, C] to integers [*size, C]: width, then height.
+
+    imitate_device: antialias with weight matrices, as the device does, instead of PIL.
+    """
     top, left, height, width = box
-    if data.antialias and not on_device:
+    if data.antialias and not imitate_device:
         filters = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
         pil_filter = filters[data.interpolation == "bilinear"]
         edges = left, top, left + width, top + height
@@ -333,7 +338,7 @@ def masked_loss(
 
     ids_shuffle: [B, N], unit indices sorted by noise; the first `num_visible` units are
       visible.
-    use_raw_pixel_targets: bool array; False: targets are normalized per unit.
+    use_raw_pixel_targets: traced bool scalar; False: targets are normalized per unit.
     """
     ids_keep = ids_shuffle[:, :num_visible]
     first, second, x = encoder(p, images, drop_path_scale, ids_keep)
@@ -435,7 +440,7 @@ def drop_path_scales(keys, drop_path_rates):
 def learning_rate(step, config, num_images):
     """Return the learning rate: linear warmup, then half a cosine to the minimum.
 
-    first_epoch=1 skips the first epoch, as the official ``lr_sched.py`` does.
+    first_epoch=1: the schedule runs one epoch ahead, as in official ``lr_sched.py``.
     """
     o = config.optimizer
     steps_per_epoch = num_images / config.batch_size

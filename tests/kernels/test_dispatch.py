@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from kernel_blocks import (
     SPECIAL,
-    assert_block_equals_plain,
+    assert_fused_equals_unfused,
     main_stage_block,
     plain_block,
 )
@@ -335,7 +335,7 @@ def test_gradients_of_parameters_are_summed_over_devices():
     *block, inputs = main_stage_block("relative bias", 16)
     x, cotangent = random_arrays((16, 15, 128), (16, 15, 128))
     with mesh_of(data=2):
-        assert_block_equals_plain(block, x, cotangent, [ATTENTION, MLP], **inputs)
+        assert_fused_equals_unfused(block, x, cotangent, [ATTENTION, MLP], **inputs)
 
 
 @pytest.mark.slow
@@ -350,4 +350,4 @@ def test_kernels_on_full_windows_equal_plain_jax(one_device):
     drop = dict(
         drop_path_rate=0.5, drop_path_keys=jax.random.split(jax.random.key(0), 8)
     )
-    assert_block_equals_plain(block, 3 * x, cotangent, [ATTENTION], **drop)
+    assert_fused_equals_unfused(block, 3 * x, cotangent, [ATTENTION], **drop)

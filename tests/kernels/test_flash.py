@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from kernel_blocks import (
-    assert_block_equals_plain,
+    assert_fused_equals_unfused,
     main_stage_block,
 )
 from kernel_cases import (
@@ -157,4 +157,4 @@ def test_blocks_with_relative_positions_run_the_flash_kernel(monkeypatch):
     *block, _ = main_stage_block("nothing", 2, **sizes)
     x, cotangent = random_arrays((2, 256, 128), (2, 256, 128))
     with mesh_of(data=1):
-        assert_block_equals_plain(block, 3 * x, cotangent, [KERNEL])
+        assert_fused_equals_unfused(block, 3 * x, cotangent, [KERNEL])

@@ -246,7 +246,7 @@ def run_keep(stage, exit_codes, tpu_states=("READY",)):
         QUEUE: [["ACTIVE", 0]],
     }
     code, _, error = stage.run(*tpu_vm("keep", "--spot", "--", *TRAINING), play=play)
-    assert "still there" in error
+    assert "may still exist" in error
     assert all(arguments == TRAINING for arguments in stage.training_arguments())
     return stage.steps(), code
 

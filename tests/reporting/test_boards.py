@@ -32,7 +32,10 @@ def tensorboard_values(workdir):
 
 
 def test_tensorboard_file_contains_metrics_images_and_config(tmp_path):
-    """Tags begin with train/ or eval/. The config is text and hyperparameters."""
+    """Tags of metrics and images begin with train/ or eval/.
+
+    The config is text and hyperparameters.
+    """
     pytest.importorskip("tensorboardX")
     writer = metrics.Writer(tmp_path, 0, SETTINGS)
     writer.scalars(3, {"loss": 0.5})

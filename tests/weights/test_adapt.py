@@ -60,7 +60,7 @@ def test_pretraining_continues_at_another_image_size(tmp_path):
 
 
 @pytest.mark.slow
-def test_tables_of_windows_fit_any_larger_image(tmp_path):
+def test_tables_of_a_small_image_fit_windows_of_a_larger_image(tmp_path):
     model = mini("hivit_base")
     hivit_jax.save_pretrained(model, tmp_path)
     loaded = hivit_jax.load_pretrained(

@@ -176,10 +176,10 @@ def test_unsafe_opcodes_are_refused(tmp_path):
     ("change", "message"),
     [
         (dict(offset=9), "incompatible with .* size of buffer"),
-        (dict(offset=-1), "negative size or stride"),
+        (dict(offset=-1), "negative offset, size or stride"),
         (dict(shape=(3, 9), strides=(9, 1)), "incompatible with .* size of buffer"),
         (dict(shape=(10**6, 10**6), strides=(0, 0)), "is larger than the file"),
-        (dict(shape=(4,), strides=(-1,)), "negative size or stride"),
+        (dict(shape=(4,), strides=(-1,)), "negative offset, size or stride"),
         (dict(shape=(4,), strides=(1, 1)), "strides"),
     ],
 )
@@ -200,6 +200,16 @@ def test_tensors_that_are_not_dense_are_refused(name, tmp_path):
     with pytest.raises(CheckpointError, match="'a' is not a dense tensor"):
         read(path)
     np.testing.assert_array_equal(read(path, "b"), NUMBERS)
+
+
+@pytest.mark.parametrize("flag", ["conj", "neg"])
+def test_conjugated_and_negated_tensors_are_refused(flag, tmp_path):
+    """Their storage contains other numbers than the tensor."""
+    function, args, *_ = tensor(NUMBERS).parts
+    flagged = function(*args, {flag: True})
+    path = torch_files.save({"a": flagged}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="'a' is lazily conjugated or negated"):
+        read(path)
 
 
 @FORMATS
@@ -229,7 +239,7 @@ def test_zip_archives_without_a_state_dict_are_refused(tmp_path):
     path.write_bytes(content)
     np.testing.assert_array_equal(read(path), NUMBERS)
     np.savez(tmp_path / "x.npz", a=NUMBERS)
-    with pytest.raises(CheckpointError, match=r"is another zip archive, with a\.npy"):
+    with pytest.raises(CheckpointError, match=r"is a zip file of .*, with a\.npy"):
         TorchFile(tmp_path / "x.npz")
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("x/constants.pkl", b"")

@@ -23,7 +23,7 @@ from hivit_jax.data.sources.archive_labels import (
     to_vectors,
 )
 from hivit_jax.data.sources.folder import SUFFIXES
-from hivit_jax.data.sources.layout import found_in
+from hivit_jax.data.sources.layout import describe_content
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 
@@ -157,7 +157,7 @@ class WebDataset(Archives):
         found = [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
         if not found:
             raise DataError(
-                f"no tar file {split!r}; {found_in(directory, names)}\n"
+                f"no tar file {split!r}; {describe_content(directory, names)}\n"
                 "Set data.dir to a directory of tar files, and data.train_split and "
                 "data.eval_split\nto parts of their names or patterns such as '*.tar'; "
                 "the defaults are 'train' and 'val'"
@@ -179,7 +179,7 @@ class Zip(Archives):
         for file in () if storage.is_remote(path) else (path, _map_path(path)):
             if not os.path.isfile(file):
                 raise DataError(
-                    f"{file} does not exist; {found_in(directory)}\n"
+                    f"{file} does not exist; {describe_content(directory)}\n"
                     "Set data.dir to a directory with train.zip, train_map.txt, "
                     "val.zip and val_map.txt,\nor data.train_split and "
                     "data.eval_split to other names than 'train' and 'val'"

@@ -24,7 +24,7 @@ from hivit_jax.data.sources.file_index import (
     is_hidden,
     subdirectories,
 )
-from hivit_jax.data.sources.layout import found_in
+from hivit_jax.data.sources.layout import describe_content
 from hivit_jax.data.sources.splits import NO_EVALUATION, FileSource, parse_slice
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.paths import expand
@@ -241,7 +241,7 @@ class _Paths:
 
 def _no_directory(required: str, directory: str) -> DataError:
     return DataError(
-        f"no directory {required}; {found_in(directory)}\n"
+        f"no directory {required}; {describe_content(directory)}\n"
         "Expected train/CLASS/1.jpg and val/CLASS/1.jpg, or other directories in "
         "data.train_split and data.eval_split. Or set\ndata.eval_fraction=0.1 to hold "
         "out images, or data.eval_split=none to train without evaluation; then "

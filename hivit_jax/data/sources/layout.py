@@ -1,4 +1,4 @@
-"""Text about the content of `data.dir`, for errors about missing files."""
+"""Describe the content of `data.dir` in errors about missing files."""
 
 import os
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from hivit_jax.progress import listed
 MAX_NAMES = 8  # listed files and directories
 
 
-def found_in(directory: str, names: Iterable[str] = ()) -> str:
-    """Return the content of `data.dir` as text, such as ``data.dir='x' contains a, b``.
+def describe_content(directory: str, names: Iterable[str] = ()) -> str:
+    """Return a clause for an error, such as ``data.dir='x' contains a, b``.
 
     Args:
       directory: `data.dir`.

@@ -168,7 +168,7 @@ def _check_selection(
 
 
 def _check_directory(name: str, directory: str) -> None:
-    """Raise MissingDirectory if `data.dir` is required or does not exist."""
+    """Raise MissingDirectory if `data.dir` is missing or does not exist."""
     if name in SELECTABLE and not directory:
         raise MissingDirectory(
             f"data.name={name!r} requires data.dir=DIR; data.dir=. is the current "
@@ -259,9 +259,9 @@ def _open_table(
     source = Table(file, train_file, split, split_name, multi_label)
     if source.has_splits:
         return select(source, replace(selection, eval_fraction=0.0), False)
-    is_shared = file == train_file and not selection.eval_fraction
+    is_unsplit = file == train_file and not selection.eval_fraction
     needs_column = split == "test" and not classes_known
-    if is_shared and (needs_column or split_name):
+    if is_unsplit and (needs_column or split_name):
         raise DataError(
             f"{file} has no column 'split'; set data.eval_fraction=0.1 to hold out "
             "images, or data.eval_split=none to train without evaluation"

@@ -11,7 +11,7 @@ import numpy as np
 
 from hivit_jax.data.sources.base import SEPARATOR, multi_hot, split_labels
 from hivit_jax.data.sources.file_index import SUFFIXES
-from hivit_jax.data.sources.layout import found_in
+from hivit_jax.data.sources.layout import describe_content
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
@@ -74,7 +74,7 @@ class Table(FileSource):
 
     Raises:
       DataError: a file cannot be read or has no suitable column, no row is selected,
-        or a label is empty or unknown.
+        or a label is not valid.
     """
 
     def __init__(
@@ -154,7 +154,8 @@ def table_path(directory: str, name: str) -> Path:
     path = Path(expand(directory)) / name
     if not path.is_file():
         raise DataError(
-            f"{path}: expected a CSV file or a list of paths; {found_in(directory)}\n"
+            f"{path}: expected a CSV file or a list of paths; "
+            f"{describe_content(directory)}\n"
             "Set data.dir=FILE, or data.dir=DIRECTORY with data.train_split=FILE and "
             "data.eval_split=FILE"
         )

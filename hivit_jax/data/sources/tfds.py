@@ -20,7 +20,7 @@ from hivit_jax.data.crc32c import HAS_GOOGLE_CRC32C
 from hivit_jax.data.records import Records, load_index
 from hivit_jax.data.shard_cache import ShardCache
 from hivit_jax.data.sources.base import KNOWN_DATASETS, Record, Source, multi_hot
-from hivit_jax.data.sources.layout import found_in
+from hivit_jax.data.sources.layout import describe_content
 from hivit_jax.errors import DataError, first_line, require, unknown
 from hivit_jax.paths import expand
 from hivit_jax.progress import listed
@@ -249,9 +249,9 @@ OPENERS = {"array_record": _open_array_record, "tfrecord": cache(tfrecord.LocalF
 def _check_features(name: str, types: list[str], multi_label: bool) -> None:
     """Raise DataError unless a dataset has supported images and labels."""
     if types not in FEATURES:
-        found = f"({', '.join(types)})"
         raise DataError(
-            f"{name}: expected supervised features (Image, ClassLabel), found {found}"
+            f"{name}: expected supervised features (Image, ClassLabel) or (Image, "
+            f"{SEVERAL_LABELS}); found ({', '.join(types)})"
         )
     if types[1] == SEVERAL_LABELS and not multi_label:
         raise DataError(
@@ -291,7 +291,7 @@ def _prepared_path(name: str, directory: str) -> str:
     near = get_close_matches(base, KNOWN_DATASETS, cutoff=0.8)
     if near and base not in near:
         raise unknown("data.name", base, KNOWN_DATASETS)
-    found = found_in(directory, [base] * bool(names))  # lists only `base` of a bucket
+    found = describe_content(directory, [base] * bool(names))  # only `base` of a bucket
     raise DataError(
         f"{name} is not prepared in {root}: expected VERSION/dataset_info.json, found "
         f"{listed(names, 5)}; {found}\n"

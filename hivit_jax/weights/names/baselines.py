@@ -45,8 +45,8 @@ def to_layout(
     if layout == "transformers" and getattr(model, "fc_norm", None) is not None:
         raise ConfigError(
             f"layout='transformers' (--format=transformers) with {model.name}: "
-            "transformers' classifiers have no fc_norm; expected pooling='token' and "
-            "running_norm=False"
+            "transformers' classifiers have no fc_norm; expected running_norm=False "
+            "and, for a ViT, pooling='token'"
         )
     if is_swin and layout != "timm":
         state = state | swin.buffers(model.config, "encoder." if is_simmim else "")

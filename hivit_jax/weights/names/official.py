@@ -260,7 +260,7 @@ def to_state_dict(
     if layout == "mmpretrain" and getattr(model, "fc_norm", None) is not None:
         raise ConfigError(
             "MMPretrain's classifier has no norm between pooling and head; expected a "
-            "model with fc_norm=False"
+            "model with fc_norm=False and running_norm=False"
         )
     if isinstance(model, MaskedAutoencoder):
         if layout == "mmpretrain":  # see `unneeded_entries`

@@ -69,10 +69,13 @@ def test_missing_data_dir_is_an_error_of_the_config(name, tmp_path, monkeypatch)
 
 def test_text_of_a_directory_lists_its_first_names(tmp_path):
     directory = str(tmp_path)
-    assert layout.found_in(directory).endswith(" contains nothing")
+    assert layout.describe_content(directory).endswith(" contains nothing")
     for k in range(layout.MAX_NAMES + 1):
         (tmp_path / f"{k}").touch()
-    assert layout.found_in(directory).endswith(
+    assert layout.describe_content(directory).endswith(
         " contains 0, 1, 2, 3, 4, 5, 6, 7, ... and 1 more"
     )
-    assert layout.found_in("gs://b", ["a", "b"]) == "data.dir='gs://b' contains a, b"
+    assert (
+        layout.describe_content("gs://b", ["a", "b"])
+        == "data.dir='gs://b' contains a, b"
+    )
