@@ -428,7 +428,7 @@ def test_accelerators_are_left_to_jax(tf):
 
 
 @pytest.mark.extras
-@pytest.mark.usefixtures("minimal_output")
+@pytest.mark.usefixtures("minimal_output", "single_device")
 def test_training_with_tf_data_is_bit_identical(roots, tmp_path, monkeypatch):
     """Runs with the two readers have equal metrics and bit-identical checkpoints."""
     workdirs = {reader: tmp_path / reader for reader in ("threads", "tf.data")}

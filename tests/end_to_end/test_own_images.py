@@ -178,7 +178,7 @@ def write_parquet(root):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("minimal_output")
+@pytest.mark.usefixtures("minimal_output", "single_device")
 @pytest.mark.parametrize("write", [write_csv, write_tars, write_parquet])
 def test_classifier_of_own_files_predicts_new_images(write, tmp_path, capsys):
     """Damaged images are reported. All predictions are correct."""
@@ -203,7 +203,7 @@ def test_classifier_of_own_files_predicts_new_images(write, tmp_path, capsys):
 
 @pytest.mark.extras
 @pytest.mark.slow
-@pytest.mark.usefixtures("minimal_output")
+@pytest.mark.usefixtures("minimal_output", "single_device")
 def test_images_with_several_labels_are_trained_and_predicted(tmp_path, capsys):
     """The upper half of an image may be red, the lower half blue.
 
@@ -288,7 +288,7 @@ def test_documented_program_writes_tar_files(tmp_path, monkeypatch):
 
 @pytest.mark.extras
 @pytest.mark.slow
-@pytest.mark.usefixtures("minimal_output")
+@pytest.mark.usefixtures("minimal_output", "single_device")
 def test_tiles_of_16_bits_and_4_bands_are_classified(tmp_path, capsys):
     """The model classifies held-out tiles; `predict` reports a damaged tile."""
     for k in range(24):

@@ -17,7 +17,7 @@ from hivit_jax.tree import leaf_name, split_params
 MOMENTUM, TRUST = 0.9, 0.001
 
 
-pytestmark = pytest.mark.usefixtures("minimal_output")
+pytestmark = pytest.mark.usefixtures("minimal_output", "single_device")
 
 
 def probe(source="synthetic", **overrides):

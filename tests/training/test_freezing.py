@@ -126,7 +126,7 @@ def test_frozen_parameters_keep_every_bit():
 
 @pytest.mark.extras
 @pytest.mark.slow
-@pytest.mark.usefixtures("minimal_output")
+@pytest.mark.usefixtures("minimal_output", "single_device")
 def test_run_with_frozen_stages_resumes_bit_identically(tmp_path, capsys):
     """All parameters change, except the frozen ones, which have no moments."""
     config = mini_runs.classifier(
