@@ -146,7 +146,7 @@ class Loader:
         """Read one example into its arrays; return False if it is unreadable."""
         try:
             sample = self._source.sample(index)
-            count = self._transform.num_draws
+            count = self._transform.draws
             draws = transforms.uniforms(self._seed, epoch, index, count)
             self._transform(sample, draws, out)
         except StorageError:

@@ -28,7 +28,7 @@ class Transform:
 
     Attributes:
       batch_size: size of the global batch.
-      num_draws: number of random numbers per example.
+      draws: number of random numbers per example.
       shapes: shapes and dtypes of the arrays of one example by name, without the batch
         axis; one dict per bucket. The loader, synthetic batches, the train step and
         ahead-of-time compilation all use this description. The loader adds
@@ -36,7 +36,7 @@ class Transform:
     """
 
     batch_size: int
-    num_draws: int = 0
+    draws: int = 0
     shapes: tuple[dict[str, jax.ShapeDtypeStruct], ...]
 
     def bucket(self, size: tuple[int, int]) -> int:
@@ -53,7 +53,7 @@ class Transform:
 
         Args:
           sample: the encoded example from `Source.sample`.
-          draws: `num_draws` numbers in [0, 1), a function of (seed, epoch, example).
+          draws: `self.draws` numbers in [0, 1), a function of (seed, epoch, example).
           out: arrays with the shapes of one bucket and undefined content, to be
             overwritten.
 
@@ -107,13 +107,13 @@ class ImageTransform(Transform):
         self.batch_size, self._size, self._channels = batch_size, tuple(size), channels
         self._crop_scale, self._crop_pct = crop_scale, crop_pct
         self._interpolation, self._antialias = interpolation, antialias
-        self._randaugment, self._num_classes, self.num_draws = None, num_classes, DRAWS
+        self._randaugment, self._num_classes, self.draws = None, num_classes, DRAWS
         self._value_range, self._dtype = tuple(value_range), dtype
         if randaugment:
             from hivit_jax.data import randaugment as policy
 
             self._randaugment = policy.randaugment
-            self.num_draws += policy.DRAWS
+            self.draws += policy.DRAWS
         self._num_labels = num_labels
         array_size = (canvas, canvas) if canvas else self._size
         shapes = {

@@ -206,7 +206,7 @@ class _TolerantTransform(Transform):
     """
 
     def __init__(self, transform: Transform):
-        self.batch_size, self.num_draws = transform.batch_size, transform.num_draws
+        self.batch_size, self.draws = transform.batch_size, transform.draws
         self.shapes, self.bucket = transform.shapes, transform.bucket
         self._transform = transform
 
@@ -288,7 +288,7 @@ def _reason(source: Source, transform: Transform, index: int) -> str:
     shapes = transform.shapes[0]
     out = {name: np.zeros(each.shape, each.dtype) for name, each in shapes.items()}
     try:
-        transform(source.sample(index), [0.0] * transform.num_draws, out)
+        transform(source.sample(index), [0.0] * transform.draws, out)
     except Exception as error:  # damaged files cause exceptions of many types
         return first_line(error)
     return "cannot be read"

@@ -306,7 +306,7 @@ def test_transform_passes_value_range_to_the_decoder():
     options = dict(batch_size=1, size=(16, 18), channels=1, value_range=(0, 1))
     transform = ImageTransform(**options)
     out = {"image": np.zeros((16, 18, 1), np.uint8), "label": np.zeros((), np.int32)}
-    draws = [0.5] * transform.num_draws
+    draws = [0.5] * transform.draws
     transform({"image": encode(UNIT, "TIFF")}, draws, out)
     assert_array_equal(out["image"][..., 0], np.rint(GRAY / 257))
 

@@ -387,7 +387,7 @@ def test_training_transform_writes_16_bit_crops_into_the_canvas():
     )
     shapes = transform.shapes[0]
     out = {name: np.zeros(s.shape, s.dtype) for name, s in shapes.items()}
-    transform({"image": npy(NOISE)}, [0.4] * transform.num_draws, out)
+    transform({"image": npy(NOISE)}, [0.4] * transform.draws, out)
     assert out["box"].shape == (2, 5)
     assert out["image"].dtype == np.uint16
     assert np.isin(out["image"], [*NOISE.flat, 0]).all()
