@@ -57,7 +57,7 @@ def _restore_signal_handlers():
 
 @pytest.fixture(scope="module")
 def minimal_output():
-    """Disable figures and TensorBoard events.
+    """Disable figures and TensorBoard events; let equal runs share their programs.
 
     After the tests, the fixture enables the compilation cache, which a run may have
     disabled.

@@ -146,8 +146,7 @@ class Loader:
         """Read one example into its arrays; return False if it is unreadable."""
         try:
             sample = self._source.sample(index)
-            count = self._transform.draws
-            draws = transforms.uniforms(self._seed, epoch, index, count)
+            draws = transforms.uniforms(self._seed, epoch, index, self._transform.draws)
             self._transform(sample, draws, out)
         except StorageError:
             raise

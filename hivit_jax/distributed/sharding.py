@@ -205,13 +205,13 @@ def shard_copies(tree: Any) -> Any:
     `param_spec`, the axes `COPIES` shard the first dimension that is divisible by their
     size. Arrays smaller than `MIN_SHARDED_SIZE` stay replicated. A mesh must be set.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, copies = jax.sharding.get_abstract_mesh(), num_copies()
 
     def shard(path, x):
         spec = list(param_spec(leaf_name(path), x.shape, mesh))
         if x.size >= MIN_SHARDED_SIZE:
             for dim, axis in enumerate(spec):
-                if x.shape[dim] % (num_copies() * mesh.shape.get(axis, 1)) == 0:
+                if x.shape[dim] % (copies * mesh.shape.get(axis, 1)) == 0:
                     spec[dim] = (axis, *COPIES) if axis else COPIES
                     break
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

@@ -170,8 +170,8 @@ def make_train_step(
             norm = optax.tree.norm(grads)
             new_state = checked = update(state, grads, model_state)
             if num_copies() > 1:
-                # Each device checks only a slice of its copy. Reading all of the copy
-                # takes a third of the optimizer's time.
+                # Each device checks only a slice of its copy, because a check of the
+                # whole copy would cause a third of the optimizer's memory traffic.
                 checked = update(*shard_copies((state, grads)), model_state)
             finite = jnp.isfinite(metrics["loss"] + norm) & all_finite(checked)
             accepted = finite & (state["step"] == steps_done)
@@ -194,7 +194,11 @@ def make_update(
     ema_decay: float = 0.0,
     frozen_names: Collection[str] = (),
 ) -> Callable:
-    """Return a function (state, gradients, new model state) -> new state."""
+    """Return a function (state, gradients, new model state) -> new state.
+
+    The function does not check whether the new state is finite. For the arguments see
+    `make_train_step`.
+    """
 
     def update(state, grads, model_state):
         updates, opt_state = optimizer.update(

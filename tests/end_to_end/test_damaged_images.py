@@ -97,9 +97,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(folder, tmp_path_factory):
-    """Return the `Recorder` of a finished run."""
-    recorder, devices = Recorder(tmp_path_factory.mktemp("run")), jax.devices()
+def run(folder, tmp_path_factory, single_device):
+    """Return the `Recorder` of a finished run.
+
+    With eight devices, their callbacks would wait for each other.
+    """
+    recorder = Recorder(tmp_path_factory.mktemp("run"))
     overrides = overrides_of(folder[0])
     config = mini_runs.classifier("photographs", **overrides)
     config.mixup = config.cutmix = 0.0
@@ -108,8 +111,6 @@ def run(folder, tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(recorder.workdir / "cache"))
         patch.setattr(figures, "draw_run", lambda *_: None)
         patch.setattr(Classifier, "__call__", recorder.record(Classifier.__call__))
-        # Without this, the callbacks of eight devices wait for each other.
-        patch.setattr(jax, "devices", lambda: devices[:1])
         recorder.results = train(config, recorder.workdir)
         jax.effects_barrier()
     return recorder
