@@ -19,7 +19,7 @@ from hivit_jax.data.loader import (
 from hivit_jax.data.notes import dataset_warnings, split_notes
 from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.registry import open_source, published_info
-from hivit_jax.data.sources.relabel import check_labels
+from hivit_jax.data.sources.relabel import require_labels
 from hivit_jax.data.sources.splits import NO_EVALUATION
 from hivit_jax.data.tf_data import Plan
 from hivit_jax.data.transforms import Transform
@@ -59,7 +59,7 @@ def task_of(sources: Mapping[str, Source], config: Any) -> tasks.Task:
                 f"{split}, with different names or order"
             )
     if tasks.find(config.task).needs_labels:
-        check_labels(config.data, source)
+        require_labels(config.data, source)
     classes = source.classes
     if not source.encoded:  # a synthetic dataset has as many classes as the model
         classes = map(str, range(config.model.get("num_classes") or 1))
@@ -101,7 +101,7 @@ def images_per_epoch(config: Any, task: tasks.Task) -> int:
     if len(transform.shapes) == 1:
         return task.data.counts["train"]
     buckets = _buckets(config, transform, open_source(config.data, "train"))
-    return order.bucketed_steps(buckets, transform.batch_size) * transform.batch_size
+    return order.steps_per_epoch(buckets, transform.batch_size) * transform.batch_size
 
 
 def count_steps(config: Any, images_per_epoch: float) -> tuple[float, int]:

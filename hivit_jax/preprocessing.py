@@ -110,5 +110,5 @@ def _from_array(array: np.ndarray, info: ModelInfo) -> Any:
     array = array.reshape(*array.shape[:2], bands)
     if array.dtype != np.uint8:
         limits = LIMITS.get(str(array.dtype), ())
-        return StoredValues(array, modes[bands], limits).to_8_bits(info.value_range)
+        return StoredValues(array, modes[bands], limits).to_image(info.value_range)
     return Image.frombytes(modes[bands], array.shape[1::-1], array.tobytes())

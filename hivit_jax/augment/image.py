@@ -39,19 +39,19 @@ def random_erasing(images: jax.Array, keys: jax.Array, probability: float) -> ja
 
     def erase(image, key):
         erase_key, size_key, corner_key, noise_key = jax.random.split(key, 4)
-        area, aspect = jax.random.uniform(size_key, (2, 10))
-        area = (0.02 + (1 / 3 - 0.02) * area) * height * width
-        aspect = jnp.exp((2 * aspect - 1) * jnp.log(1 / 0.3))
+        area_draws, aspect_draws = jax.random.uniform(size_key, (2, 10))
+        area = (0.02 + (1 / 3 - 0.02) * area_draws) * height * width
+        aspect = jnp.exp((2 * aspect_draws - 1) * jnp.log(1 / 0.3))
         h = jnp.round(jnp.sqrt(area * aspect))
         w = jnp.round(jnp.sqrt(area / aspect))
         fits = (h < height) & (w < width)
         h, w = h[fits.argmax()], w[fits.argmax()]
         margin = jnp.stack([height - h, width - w])
         top, left = jnp.floor(jax.random.uniform(corner_key, (2,)) * (margin + 1))
-        rectangle = rectangle_mask((top, left), (top + h, left + w), (height, width))
+        in_rectangle = rectangle_mask((top, left), (top + h, left + w), (height, width))
         is_erased = fits.any() & jax.random.bernoulli(erase_key, probability)
         noise = jax.random.normal(noise_key, (height, width, channels), images.dtype)
-        return jnp.where(rectangle & is_erased, noise, image)
+        return jnp.where(in_rectangle & is_erased, noise, image)
 
     return jax.vmap(erase)(images, keys)
 

@@ -23,9 +23,10 @@ def resample(
     """Resize a box of every image as PIL does: the width first, then the height.
 
     Computes two batched matrix products, 0.5 GFLOP per RGB image for 512x512 to
-    224x224. For uint8, each product is the sum of two bfloat16 products, which doubles
-    the operations, and is rounded to integers. uint16 and float32 are not rounded; the
-    errors of float32 arithmetic are below 1/65535 of the value range.
+    224x224. For uint8, each product is computed as the sum of two bfloat16 products,
+    which doubles the operations, and the sum is rounded to integers. For uint16 and
+    float32, nothing is rounded; the errors of float32 arithmetic are below 1/65535 of
+    the value range.
 
     Args:
       images: uint8, uint16 or float32 [B, S, S', C].
@@ -70,24 +71,24 @@ def resample(
 
 
 def crop_resize_matrix(
-    box: Any, size: int, extent: int, interpolation: str, antialias: bool
+    box: Any, output_size: int, source_size: int, interpolation: str, antialias: bool
 ) -> Any:
-    """Return the matrix [size, extent] that crops and resizes one axis of an image.
+    """Return the matrix [output_size, source_size] that crops and resizes an axis.
 
     The matrix is a NumPy or JAX array, like the box.
 
     Args:
       box: floats [3], start and length of the box and number of real pixels; or [5],
         see `precise_span`.
-      size: pixels of the resized box.
-      extent: pixels of the source, padding included.
+      output_size: pixels of the resized box.
+      source_size: pixels of the source, padding included.
     """
     xp = box.__array_namespace__()
-    source_index = xp.arange(extent)[None]
-    output_centers = (xp.arange(size) + 0.5)[:, None]
+    source_index = xp.arange(source_size)[None]
+    output_centers = (xp.arange(output_size) + 0.5)[:, None]
     if len(box) == 3:
         start, length, num_real = box
-        scale = length / size
+        scale = length / output_size
         distances = source_index + 0.5 - (start + output_centers * scale)
     else:
         start, scale, num_real, start_low, scale_low = box
@@ -108,7 +109,7 @@ def crop_resize_matrix(
     return weights / xp.where(total == 0, 1, total)
 
 
-def precise_span(span: Sequence[float], size: int) -> tuple[float, ...]:
+def precise_span(span: Sequence[float], output_size: int) -> tuple[float, ...]:
     """Return (start, scale, number of real pixels, start_low, scale_low).
 
     `start` and `scale` have 12 significant bits, so that float32 computes distances of
@@ -119,10 +120,10 @@ def precise_span(span: Sequence[float], size: int) -> tuple[float, ...]:
 
     Args:
       span: start and length of a box, and number of real pixels.
-      size: pixels of the resized box.
+      output_size: pixels of the resized box.
     """
     start, length, num_real = span
-    scale = length / size
+    scale = length / output_size
     start_high, scale_high = (_round_to_12_bits(x) for x in (start, scale))
     return start_high, scale_high, num_real, start - start_high, scale - scale_high
 

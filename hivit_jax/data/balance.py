@@ -31,16 +31,16 @@ class BalancedOrder:
         labels = np.asarray(labels)
         self._seed, self._n = seed, len(labels)
         self._members = by_label(labels)
-        self.counts = balanced_counts([*map(len, self._members)], balance)
+        self._counts = balanced_counts([*map(len, self._members)], balance)
         self._cached_epoch = lru_cache(maxsize=2)(self._compute_epoch)
 
     def samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the examples at positions of the endless sequence of all epochs.
 
-        Returns (example indices [b], passes [b]). The permutations of a class are
-        numbered from 0. The pass of an example is the number of its permutation. It
-        replaces the epoch as key of the transform's random numbers, so that an example
-        that occurs twice in an epoch is augmented differently.
+        Returns (example indices [b], passes [b]). A pass is the serial number, from 0,
+        of this use of the example. It replaces the epoch as key of the transform's
+        random numbers, so that an example that occurs twice in an epoch is augmented
+        differently.
 
         Args:
           positions: int [b]; position p is in epoch ``p // n``.
@@ -57,26 +57,27 @@ class BalancedOrder:
         """Return the example indices and passes of an epoch, int64 [2, n]."""
         parts = []
         for class_index, members in enumerate(self._members):
-            count = self.counts[class_index]
-            positions = np.arange(epoch * count, (epoch + 1) * count)
-            passes, offsets = np.divmod(positions, len(members))
+            count = self._counts[class_index]
+            sequence_positions = np.arange(epoch * count, (epoch + 1) * count)
+            passes, offsets = np.divmod(sequence_positions, len(members))
             indices = np.empty_like(offsets)
             for k in np.unique(passes):
                 selected = passes == k
                 # SeedSequence ignores a trailing 0: without `1 +`, the key of class 0
                 # would equal the key of `permutation`.
-                order = shuffled([self._seed, int(k), 1 + class_index], len(members))
-                indices[selected] = members[order[offsets[selected]]]
+                key = [self._seed, int(k), 1 + class_index]
+                class_order = shuffled(key, len(members))
+                indices[selected] = members[class_order[offsets[selected]]]
             parts.append(np.stack([indices, passes]))
-        order = permutation(self._seed, epoch, self._n)
-        return np.concatenate(parts, axis=1)[:, order]
+        epoch_order = permutation(self._seed, epoch, self._n)
+        return np.concatenate(parts, axis=1)[:, epoch_order]
 
 
 def check_balance(class_counts: Sequence[int], data: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless the class of every training image is known.
+    """Raise ConfigError unless every training image has one known class.
 
     Args:
-      class_counts: result of `Source.class_counts`; () if the classes are unknown.
+      class_counts: result of `Source.class_counts`.
       data: the `data` section of a config.
     """
     if not class_counts:

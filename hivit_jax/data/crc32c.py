@@ -28,14 +28,15 @@ def masked_crc32c(data: bytes) -> int:
 def numpy_crc32c(data: bytes) -> int:
     """Return the CRC-32C of bytes, computed with NumPy.
 
-    The bytes are split into lanes of equal length that are processed in parallel.
-    Pairs of neighbors are then merged until one value is left. Merging is cheap,
-    because appending n zero bytes is a linear function of a CRC.
+    The bytes are split into lanes of equal length that are processed in parallel, each
+    with its own register. Neighboring registers are then merged until one is left.
+    Merging is cheap, because appending n zero bytes is a linear function of a register.
     """
-    lanes = 1 << max(len(data) // 64, 1).bit_length() - 1
-    # `length` is a multiple of 8, so that the cache of `_zeros_matrix` has few entries.
-    length = -(-len(data) // (lanes * 8)) * 8
-    padded = np.zeros(lanes * length, np.uint8)
+    num_lanes = 1 << max(len(data) // 64, 1).bit_length() - 1
+    # Rounded up to a multiple of 8, because each length adds entries to the cache of
+    # `_zeros_matrix`.
+    length = -(-len(data) // (num_lanes * 8)) * 8
+    padded = np.zeros(num_lanes * length, np.uint8)
     # Leading zeros do not change a register that starts at 0. The register of CRC-32C
     # starts at all ones; to start at 0 and invert the first four bytes is equivalent.
     start = len(padded) - len(data)
@@ -43,42 +44,48 @@ def numpy_crc32c(data: bytes) -> int:
     if len(data) < 4:
         return _bytewise(data)
     padded[start : start + 4] ^= 0xFF
-    table, values = _table(), np.zeros(lanes, np.uint32)
-    for column in padded.reshape(lanes, length).T.copy():
-        values = table[(values ^ column) & 0xFF] ^ values >> 8
-    while len(values) > 1:
-        values = _append_zeros(values[::2], length) ^ values[1::2]
+    table, registers = _table(), np.zeros(num_lanes, np.uint32)
+    for column in padded.reshape(num_lanes, length).T.copy():
+        registers = table[(registers ^ column) & 0xFF] ^ registers >> 8
+    while len(registers) > 1:
+        registers = _append_zeros(registers[::2], length) ^ registers[1::2]
         length *= 2
-    return int(values[0]) ^ 0xFFFFFFFF
+    return int(registers[0]) ^ 0xFFFFFFFF
 
 
 def _bytewise(data: bytes) -> int:
-    value, table = 0xFFFFFFFF, _table()
+    register, table = 0xFFFFFFFF, _table()
     for byte in data:
-        value = int(table[(value ^ byte) & 0xFF]) ^ value >> 8
-    return value ^ 0xFFFFFFFF
+        register = int(table[(register ^ byte) & 0xFF]) ^ register >> 8
+    return register ^ 0xFFFFFFFF
 
 
 @cache
 def _table() -> np.ndarray:
-    """Return the change of a register for each byte shifted out, uint32 [256]."""
+    """Return the values to XOR into a shifted register, uint32 [256].
+
+    The index is the byte that was shifted out.
+    """
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, table >> 1 ^ np.uint32(POLYNOMIAL), table >> 1)
     return table
 
 
-def _append_zeros(values: np.ndarray, count: int) -> np.ndarray:
+def _append_zeros(registers: np.ndarray, count: int) -> np.ndarray:
     """Return the registers, uint32 [n], after `count` more zero bytes."""
-    result = np.zeros_like(values)
+    result = np.zeros_like(registers)
     for bit, column in enumerate(_zeros_matrix(count)):
-        result ^= np.where(values >> np.uint32(bit) & 1, column, np.uint32(0))
+        result ^= np.where(registers >> np.uint32(bit) & 1, column, np.uint32(0))
     return result
 
 
 @cache
 def _zeros_matrix(count: int) -> np.ndarray:
-    """Return the register of each single bit after `count` zero bytes, uint32 [32]."""
+    """Return 32 registers, uint32 [32], after `count` more zero bytes.
+
+    Before these bytes, only bit i of register i is set.
+    """
     columns = np.uint32(1) << np.arange(32, dtype=np.uint32)
     if count % 2 == 0:
         return _append_zeros(_append_zeros(columns, count // 2), count // 2)

@@ -115,27 +115,27 @@ def paste_crop(
       size: (height, width) of the model's image.
 
     Returns:
-      The box in `out`, for rows and for columns, as in `augment.resample`.
+      Spans of the box in `out`, for rows and for columns.
     """
-    rows, columns = (
+    row_range, column_range = (
         _filter_range(crop, axis, size[axis], FILTER_RADIUS[interpolation], antialias)
         for axis in (0, 1)
     )
-    part = pixels[slice(*rows), slice(*columns)]
+    part = pixels[slice(*row_range), slice(*column_range)]
     height, width = part.shape[:2]
-    box = (
-        (crop.box.top - rows[0], crop.box.height, height),
-        (crop.box.left - columns[0], crop.box.width, width),
+    spans = (
+        (crop.box.top - row_range[0], crop.box.height, height),
+        (crop.box.left - column_range[0], crop.box.width, width),
     )
     canvas = out.shape[:2]
     if canvas == tuple(size) or canvas[0] < height or canvas[1] < width:
-        part = resize(part, box, size, interpolation, antialias)
+        part = resize(part, spans, size, interpolation, antialias)
         height, width = size
-        box = (0, height, height), (0, width, width)
+        spans = (0, height, height), (0, width, width)
     out[:height, :width] = part
     out[:height, width:] = 0
     out[height:] = 0
-    return box
+    return spans
 
 
 def _filter_range(
@@ -154,7 +154,7 @@ def _filter_range(
 
 def resize(
     pixels: np.ndarray,
-    box: tuple[Span, Span],
+    spans: tuple[Span, Span],
     size: Sequence[int],
     interpolation: str,
     antialias: bool,
@@ -169,23 +169,23 @@ def resize(
 
     dtype, limit = pixels.dtype, MAXIMUM[pixels.dtype.name]
     if antialias:
-        (top, height, _), (left, width, _) = box
+        (top, height, _), (left, width, _) = spans
         edges = (left, top, left + width, top + height)
         # PIL resizes 8-bit RGB images as a whole. Others are resized band by band,
         # because PIL does not support them or would treat their last band as alpha.
         is_rgb = dtype == np.uint8 and pixels.shape[-1] == 3
-        bands = [pixels] if is_rgb else np.moveaxis(pixels, -1, 0)
-        bands = [band if dtype == np.uint8 else band.astype("f4") for band in bands]
+        parts = [pixels] if is_rgb else np.moveaxis(pixels, -1, 0)
+        parts = [part if dtype == np.uint8 else part.astype("f4") for part in parts]
         pil_size, filter = tuple(size)[::-1], Image.Resampling[interpolation.upper()]
-        bands = [
-            np.asarray(Image.fromarray(band).resize(pil_size, filter, edges))
-            for band in bands
+        parts = [
+            np.asarray(Image.fromarray(part).resize(pil_size, filter, edges))
+            for part in parts
         ]
-        pixels = bands[0] if is_rgb else np.stack(bands, -1)
+        pixels = parts[0] if is_rgb else np.stack(parts, -1)
     else:
         for axis in (1, 0):
             matrix = crop_resize_matrix(
-                np.array(box[axis]),
+                np.array(spans[axis]),
                 size[axis],
                 pixels.shape[axis],
                 interpolation,

@@ -40,10 +40,10 @@ NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 class UnsuitableImageError(DataError):
     """Error for an image whose channels or values do not fit the config.
 
-    The message contains the config keys to set before training.
+    The message contains the config keys to change before training.
 
     Attributes:
-      after_training: the message for a trained model, whose config is fixed.
+      after_training: a message for a trained model, whose config is fixed.
     """
 
     def __init__(self, problem: str, advice: str):
@@ -60,13 +60,13 @@ class StoredValues:
       mode: PIL mode of the image after conversion to 8 bits; "" if PIL is not used.
       limits: (black, white), the values that become 0 and 255; (): the file format does
         not define them.
-      frames: number of frames of the file, such as TIFF pages, that `array` contains.
+      num_frames: number of the file's frames, such as TIFF pages, in `array`.
     """
 
     array: np.ndarray
     mode: str
     limits: tuple[float, ...]
-    frames: int = 1
+    num_frames: int = 1
 
     def black_and_white(self, value_range: Sequence[float]) -> tuple[float, float]:
         """Return the values of black and white, which become 0 and 255.
@@ -91,7 +91,7 @@ class StoredValues:
             )
         return self.limits
 
-    def to_8_bits(self, value_range: Sequence[float]) -> Any:
+    def to_image(self, value_range: Sequence[float]) -> Any:
         """Convert to a PIL image with values scaled to 0 .. 255, rounded and clipped.
 
         Raises:
@@ -101,10 +101,10 @@ class StoredValues:
         from PIL import Image
 
         size = self.array.shape[1], self.array.shape[0]
-        return Image.frombytes(self.mode, size, self.levels(value_range).tobytes())
+        return Image.frombytes(self.mode, size, self.to_uint8(value_range).tobytes())
 
-    def levels(self, value_range: Sequence[float]) -> np.ndarray:
-        """Return the values converted to uint8; see `to_8_bits`."""
+    def to_uint8(self, value_range: Sequence[float]) -> np.ndarray:
+        """Return the values converted to uint8; see `to_image`."""
         black, white = self.black_and_white(value_range)
         if not np.isfinite(self.array).all():
             raise ValueError("expected finite values, found NaN or infinity")
@@ -142,7 +142,7 @@ def decode(
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             stored = stored_values(image, encoded)
-            image = stored.to_8_bits(value_range) if stored else image
+            image = stored.to_image(value_range) if stored else image
             pixels = np.asarray(image.convert(PIL_MODES[channels]))
     except UnidentifiedImageError as error:
         is_tiff = encoded[:4] in (b"II*\0", b"MM\0*")
@@ -216,7 +216,7 @@ def stored_values(image: Any, encoded: bytes) -> StoredValues | None:
     elif image.mode == "L" and signed:
         array, limits = np.asarray(image).view(np.int8), ()
     else:
-        return _color_values(image, encoded, bits[0])
+        return _multiband_values(image, encoded, bits[0])
     if image.format == "FITS":  # PIL ignores the offset and scale in FITS files
         raise OSError(
             f"expected FITS with 8-bit values, found PIL mode {image.mode!r}; convert "
@@ -227,7 +227,7 @@ def stored_values(image: Any, encoded: bytes) -> StoredValues | None:
     return StoredValues(array, "L", limits)
 
 
-def _color_values(image: Any, encoded: bytes, bits: int) -> StoredValues | None:
+def _multiband_values(image: Any, encoded: bytes, bits: int) -> StoredValues | None:
     """Return the values of a 16-bit image with several bands; None for other images.
 
     PIL decodes only the high byte of each value. Decoding the file again in the

@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hivit_jax.data.decoding import PIL_MODES, stored_values
-from hivit_jax.data.rasters import frames_read, read_values, uses_pil
+from hivit_jax.data.rasters import num_frames_read, read_values, uses_pil
 
 LOST, CLIPPED = "with lost values", "clipped to data.value_range"
 
@@ -31,12 +31,11 @@ def image_findings(
     Args:
       encoded: content of the file.
       get_name: returns the name of the file.
-      pixels: the decoded image, [h, w, C]. Values are checked only if it is uint8. The
-        findings about frames and alpha depend on C and the dtype.
+      pixels: the decoded image, [h, w, C]. Values are checked only if it is uint8.
       size: (height, width) of the model's image.
       canvas: side of the square array in which crops are sent to the device for
         resizing; 0: the device does not resize.
-      value_range: see `decode`.
+      value_range: see `decoding.decode`.
     """
     shape, channels = pixels.shape, pixels.shape[2]
     checks = {
@@ -45,10 +44,10 @@ def image_findings(
         f"under {size[0]} x {size[1]}": shape[0] < size[0] or shape[1] < size[1],
     }
     value_findings: dict[str, str] = {}
-    exif, color_space = encoded.find(b"Exif", 0, 65536) >= 0, ""
+    has_exif, color_space = encoded.find(b"Exif", 0, 65536) >= 0, ""
     with suppress(ValueError):  # from a file that is not a JPEG
         color_space = simplejpeg.decode_jpeg_header(encoded)[2]
-    if exif or color_space != "YCbCr":
+    if has_exif or color_space != "YCbCr":
         with suppress(Exception), Image.open(io.BytesIO(encoded)) as image:
             suffix = os.path.splitext(get_name())[1].lower()
             expected = Image.registered_extensions().get(suffix, image.format)
@@ -60,15 +59,15 @@ def image_findings(
                 "alpha channel, dropped": channels in PIL_MODES
                 and image.has_transparency_data,
             }
-            rotated = exif and image.getexif().get(ExifTags.Base.Orientation, 1) > 1
+            rotated = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) > 1
             checks["EXIF rotation, not applied"] = rotated
-            if (frames := getattr(image, "n_frames", 1)) > 1:
-                read = frames_read(encoded, channels, pixels.dtype.name)
-                verb = "one is" if read == 1 else f"{read} are"
-                checks[f"several frames, {verb} read"] = read < frames
+            if (num_frames := getattr(image, "n_frames", 1)) > 1:
+                num_read = num_frames_read(encoded, channels, pixels.dtype.name)
+                verb = "one is" if num_read == 1 else f"{num_read} are"
+                checks[f"several frames, {verb} read"] = num_read < num_frames
         if pixels.dtype == np.uint8:
             value_findings = _value_findings(encoded, pixels, value_range)
-    return {finding: "" for finding, found in checks.items() if found} | value_findings
+    return {finding: "" for finding, holds in checks.items() if holds} | value_findings
 
 
 def _value_findings(
@@ -106,12 +105,13 @@ def _value_findings(
     values = stored.array[..., :3] if drops_alpha else stored.array
     low, high = sorted(stored.black_and_white(value_range))
     found = {f"{values.dtype}, reduced to 8 bits": ""}
-    levels, remaining = len(np.unique(values)), len(np.unique(pixels))
+    num_levels, num_remaining = len(np.unique(values)), len(np.unique(pixels))
     outside_fraction = np.mean((values < low) | (values > high))
-    if remaining < min(levels, 256) / 4 or remaining == 1 < levels:
+    if num_remaining < min(num_levels, 256) / 4 or num_remaining == 1 < num_levels:
         found[LOST] = (
-            f"{remaining} of {levels} levels remain; values are {values.min():g} to "
-            f"{values.max():g}, black and white are {low:g} and {high:g}"
+            f"{num_remaining} of {num_levels} levels remain; values are "
+            f"{values.min():g} to {values.max():g}, black and white are {low:g} and "
+            f"{high:g}"
         )
     elif outside_fraction:
         found[CLIPPED] = f"{outside_fraction:.2%} of the values"

@@ -189,13 +189,13 @@ def synthetic_batches(
         is_real = np.arange(local_batch_size) < len(indices)
         indices = np.pad(indices, (0, local_batch_size - len(indices)))
         batch = {}
-        for name, array in transform.shapes[bucket].items():
+        for name, struct in transform.shapes[bucket].items():
             if name in noise[bucket]:
                 batch[name] = noise[bucket][name][indices % num_noise]
             else:
-                values = (indices % num_classes).reshape(-1, *[1] * len(array.shape))
-                values = np.broadcast_to(values, (local_batch_size, *array.shape))
-                batch[name] = values.astype(array.dtype)
+                values = (indices % num_classes).reshape(-1, *[1] * len(struct.shape))
+                values = np.broadcast_to(values, (local_batch_size, *struct.shape))
+                batch[name] = values.astype(struct.dtype)
         yield batch | {
             "index": np.where(is_real, indices, -1).astype(np.int32),
             "weight": is_real.astype(np.float32),

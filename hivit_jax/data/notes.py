@@ -23,7 +23,7 @@ def dataset_warnings(data: Any, splits: Sequence[str], needs_labels: bool) -> li
 
     Args:
       data, splits: see `unmatched_exclusions`.
-      needs_labels: add the lines about classes.
+      needs_labels: True: include the lines about classes.
     """
     found = unmatched_exclusions(data, splits)
     sources = _open(data, splits) if needs_labels else []
@@ -75,16 +75,16 @@ def exclusion_notes(exclude: str, sources: Sequence[Source]) -> list[str]:
 
 
 def uncovered_classes(
-    names: Sequence[str], train: Sequence[int], test: Sequence[int]
+    names: Sequence[str], train_counts: Sequence[int], test_counts: Sequence[int]
 ) -> list[str]:
     """Return a line about the classes that have training but no evaluation images.
 
     Args:
       names: names of all classes.
-      train, test: number of images per class in each split.
+      train_counts, test_counts: number of images per class in each split.
     """
-    counts = zip(names, train, test, strict=True)
-    found = [name for name, in_train, in_test in counts if in_train and not in_test]
+    rows = zip(names, train_counts, test_counts, strict=True)
+    found = [name for name, in_train, in_test in rows if in_train and not in_test]
     return _without_images("evaluation", found)
 
 

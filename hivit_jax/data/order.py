@@ -19,8 +19,9 @@ from hivit_jax.errors import LocalDataError
 class PlannedBatch(NamedTuple):
     """Examples that one process reads for a batch; indices and epochs are int64 [k].
 
-    With `data.balance`, the epochs are the passes of `BalancedOrder.samples_at`. The
-    loader pads the process's part of the batch with examples of weight 0.
+    With `data.balance`, `epochs` instead contains the serial number, from 0, of each
+    use of an example. The loader pads the process's part of the batch with examples of
+    weight 0.
     """
 
     bucket: int
@@ -66,55 +67,55 @@ def train_plan(
     n: int,
     seed: int,
     batch_size: int,
-    positions: np.ndarray,
-    first: int,
-    last: int,
+    positions_in_batch: np.ndarray,
+    first_step: int,
+    end_step: int,
     find: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Iterator[PlannedBatch]:
-    """Yield the batches of steps first .. last-1 of a dataset with one bucket.
+    """Yield the batches of steps first_step .. end_step-1 of a dataset with one bucket.
 
-    Position ``p = step * batch_size + position_in_batch`` of the run is example
-    ``permutation(seed, epoch)[p % n]`` with ``epoch = p // n``.
+    Position i of a batch is position ``step * batch_size + i`` of the run.
 
     Args:
       n: number of training examples.
       batch_size: size of the global batch.
-      positions: positions of the global batch that this process fills, int [b].
-      find: function from positions to (example indices, epochs); None: `samples_at`.
+      positions_in_batch: positions of the batch that this process fills, int [b].
+      find: function from positions of the run to (example indices, epochs); None:
+        `samples_at`.
     """
     find = find or partial(samples_at, n=n, seed=seed)
-    for step in range(first, last):
-        yield PlannedBatch(0, *find(step * batch_size + positions))
+    for step in range(first_step, end_step):
+        yield PlannedBatch(0, *find(step * batch_size + positions_in_batch))
 
 
 def bucketed_plan(
     buckets: np.ndarray,
     seed: int,
     batch_size: int,
-    positions: np.ndarray,
-    first: int,
-    last: int,
+    positions_in_batch: np.ndarray,
+    first_step: int,
+    end_step: int,
 ) -> Iterator[PlannedBatch]:
-    """Yield the batches of steps first .. last-1 of a dataset with several buckets.
+    """Yield the batches of a range of steps of a dataset with several buckets.
 
-    Each epoch's permutation is split by bucket. The last batch of each bucket is
-    padded. For the other arguments see `train_plan`.
+    Each epoch's permutation is split by bucket. The last batch of each bucket may have
+    fewer examples. For the other arguments see `train_plan`.
 
     Args:
       buckets: bucket of every example, int [n].
     """
-    per_epoch = bucketed_steps(buckets, batch_size)
-    for epoch in range(first // per_epoch, math.ceil(last / per_epoch)):
+    per_epoch = steps_per_epoch(buckets, batch_size)
+    for epoch in range(first_step // per_epoch, math.ceil(end_step / per_epoch)):
         start = epoch * per_epoch
         order = permutation(seed, epoch, len(buckets))
         batches = split_by_bucket(order, buckets, batch_size)
-        for bucket, indices in batches[max(first - start, 0) : last - start]:
-            local = indices[positions[positions < len(indices)]]
+        for bucket, indices in batches[max(first_step - start, 0) : end_step - start]:
+            local = indices[positions_in_batch[positions_in_batch < len(indices)]]
             yield PlannedBatch(bucket, local, np.full_like(local, epoch))
 
 
-def bucketed_steps(buckets: np.ndarray, batch_size: int) -> int:
-    """Return the number of steps per epoch if each bucket's last batch is padded."""
+def steps_per_epoch(buckets: np.ndarray, batch_size: int) -> int:
+    """Return the number of steps per epoch of `bucketed_plan`."""
     return int(np.ceil(np.bincount(buckets) / batch_size).sum())
 
 
@@ -131,49 +132,51 @@ def split_by_bucket(
     """
     batches = []
     for bucket in np.unique(buckets):
-        positions = np.flatnonzero(buckets[order] == bucket)
-        for start in range(0, len(positions), batch_size):
-            part = positions[start : start + batch_size]
+        positions_in_order = np.flatnonzero(buckets[order] == bucket)
+        for start in range(0, len(positions_in_order), batch_size):
+            part = positions_in_order[start : start + batch_size]
             batches.append((part[0], int(bucket), order[part]))
     batches.sort(key=lambda batch: batch[0])
     return [(bucket, indices) for _, bucket, indices in batches]
 
 
 def eval_plan(
-    buckets: np.ndarray, batch_size: int, positions: np.ndarray
+    buckets: np.ndarray, batch_size: int, positions_in_batch: np.ndarray
 ) -> Iterator[PlannedBatch]:
     """Yield batches that contain each example of a split once.
 
-    Each bucket's examples are in order, and its last batch is padded. For the arguments
-    see `bucketed_plan`.
+    Each bucket's examples are in order. For the arguments see `bucketed_plan`.
     """
     order = np.arange(len(buckets))
     for bucket, indices in split_by_bucket(order, buckets, batch_size):
-        local = indices[positions[positions < len(indices)]]
+        local = indices[positions_in_batch[positions_in_batch < len(indices)]]
         yield PlannedBatch(bucket, local, np.zeros_like(local))
 
 
 def assign_buckets(
-    n: int, size: Callable[[int], tuple[int, int]], bucket: Callable, threads: int
+    n: int,
+    get_size: Callable[[int], tuple[int, int]],
+    get_bucket: Callable[[tuple[int, int]], int],
+    threads: int,
 ) -> np.ndarray:
     """Return the bucket of each example, int64 [n]; 0 if the size cannot be read.
 
     Args:
-      size: function from example index to (height, width).
-      bucket: function from (height, width) to bucket.
+      get_size: function from example index to (height, width).
+      get_bucket: function from (height, width) to bucket.
 
     Raises:
-      LocalDataError: from `size`, for example because the storage is unreachable.
+      LocalDataError: from `get_size`, for example because the storage is unreachable.
     """
 
     def bucket_of(index):
         try:
-            image_size = size(index)
+            size = get_size(index)
         except LocalDataError:
             raise
         except Exception:  # from a damaged file; the loader reports it later
             return 0
-        return bucket(image_size)
+        return get_bucket(size)
 
     with ThreadPoolExecutor(threads) as pool:
         return np.fromiter(pool.map(bucket_of, range(n)), np.int64, n)

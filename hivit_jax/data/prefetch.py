@@ -18,7 +18,7 @@ def prefetch_to_device(
     """Yield global arrays, sharded over the mesh, from each process's part of a batch.
 
     Args:
-      ahead: number of batches to transfer before the first one is used.
+      ahead: number of later batches whose transfer starts before a batch is yielded.
     """
     sharding, queue = NamedSharding(mesh, BATCH), deque()
     for batch in batches:

@@ -16,8 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps
 DRAWS = 8
 FILL = (124, 116, 104)  # color outside the image: ImageNet's mean
 
-# Function (image, level) -> image. The level is sign * magnitude / 10. _posterize,
-# _solarize and _solarize_add ignore its sign.
+# Function (image, level) -> image. The level is sign * magnitude / 10.
 Operation = Callable[[Image.Image, float], Image.Image]
 
 

@@ -43,9 +43,7 @@ def decode(
 
     The result depends on `dtype`:
 
-    - uint8: values of more than 8 bits are reduced. 16-bit values are divided by 257
-      and rounded to the nearest integer, so that black and white stay black and white
-      and the error is at most half a level.
+    - uint8: values of more than 8 bits are reduced, as in `decoding.decode`.
     - uint16: 16-bit values as stored, and 8-bit values times 257.
     - float32: values as stored, even if they are integers.
 
@@ -72,10 +70,10 @@ def decode(
     stored = StoredValues(values, "", stored.limits)
     if dtype == "uint8":
         is_uint8 = values.dtype == np.uint8 and stored.limits == LIMITS["uint8"]
-        return values if is_uint8 else stored.levels(value_range)
+        return values if is_uint8 else stored.to_uint8(value_range)
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         raise ValueError("the image contains values that are not finite")
-    if stored.limits and stored.limits[0]:  # 0 is white
+    if stored.limits and stored.limits[0]:  # 0 is white: invert
         values = (stored.limits[0] - values.astype(np.int64)).astype(values.dtype)
     if dtype == "float32":
         return values.astype(np.float32)
@@ -91,17 +89,17 @@ def decode(
 
 
 def uses_pil(encoded: bytes, channels: int, dtype: str) -> bool:
-    """Return True if `decode` leaves the conversion of a file to 8 bits to PIL."""
+    """Return True if `decode` passes a file to `decoding.decode`, which uses PIL."""
     if dtype != "uint8" or channels not in PIL_MODES or encoded.startswith(NPY):
         return False
     return not has_other_bands(encoded)  # last, because parsing a TIFF header is slow
 
 
-def frames_read(encoded: bytes, channels: int, dtype: str) -> int:
-    """Return the number of frames of a file, such as TIFF pages, that `decode` uses."""
+def num_frames_read(encoded: bytes, channels: int, dtype: str) -> int:
+    """Return the number of frames of a file, such as TIFF pages, read by `decode`."""
     if uses_pil(encoded, channels, dtype):
         return 1
-    return read_values(encoded, channels).frames
+    return read_values(encoded, channels).num_frames
 
 
 def has_other_bands(encoded: bytes) -> bool:
@@ -209,7 +207,7 @@ def _read_tiff(encoded: bytes, channels: int) -> StoredValues:
         if "Y" not in axes or "X" not in axes:
             raise ValueError(f"expected a TIFF with rows and columns, found {axes}")
         stored = _with_bands(array, axes, inverted=photometric == WHITE_IS_0)
-        return replace(stored, frames=len(series))
+        return replace(stored, num_frames=len(series))
 
 
 def _missing_codec(page: Any, num_pages: int) -> OSError:
@@ -260,18 +258,18 @@ def _match_channels(array: np.ndarray, channels: int) -> np.ndarray:
     Raises:
       ChannelError: the bands cannot be converted to `channels` channels.
     """
-    bands = array.shape[-1]
-    if bands == channels:
+    num_bands = array.shape[-1]
+    if num_bands == channels:
         return array
     if array.shape[0] == channels:  # a NumPy array with channels first
         return np.moveaxis(array, 0, -1)
-    if (bands, channels) == (1, 3):
+    if (num_bands, channels) == (1, 3):
         return np.repeat(array, 3, -1)
-    if (bands, channels) == (3, 1):
+    if (num_bands, channels) == (3, 1):
         gray = array.astype(np.float64) @ np.array(LUMINANCE)
         gray = gray if array.dtype.kind == "f" else np.rint(gray)
         return gray[..., None].astype(array.dtype)
     raise ChannelError(
-        f"expected {counted(channels, 'channel')}, found {bands}",
-        f"set model.in_channels={bands}, or leave the file out with data.exclude",
+        f"expected {counted(channels, 'channel')}, found {num_bands}",
+        f"set model.in_channels={num_bands}, or leave the file out with data.exclude",
     )

@@ -23,9 +23,9 @@ def batch_shapes(transform: Transform) -> tuple[Shapes, ...]:
     added = {k: jax.ShapeDtypeStruct((size,), v) for k, v in LOADER_ARRAYS.items()}
     return tuple(
         {
-            name: jax.ShapeDtypeStruct((size, *array.shape), array.dtype)
-            for name, array in bucket.items()
+            name: jax.ShapeDtypeStruct((size, *struct.shape), struct.dtype)
+            for name, struct in shapes.items()
         }
         | added
-        for bucket in transform.shapes
+        for shapes in transform.shapes
     )

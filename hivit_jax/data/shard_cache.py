@@ -77,14 +77,14 @@ class ShardCache:
           files: addresses of the split's files.
           total_bytes: approximate size of these files.
         """
-        present = sum(self.target(file).exists() for file in files)
+        num_present = sum(self.target(file).exists() for file in files)
         self._root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._root).free
-        title, missing = f"data.cache={self._root}: copied", len(files) - present
-        self._progress = Progress(title, missing, "files", every=60.0)
+        free_bytes = shutil.disk_usage(self._root).free
+        title, total = f"data.cache={self._root}: copied", len(files) - num_present
+        self._progress = Progress(title, total, "files", every=60.0)
         self._log(
             f"{len(files):,} files are needed, {total_bytes / 1e9:,.1f} GB in total; "
-            f"{present:,} are present; {free / 1e9:,.1f} GB are free"
+            f"{num_present:,} are present; {free_bytes / 1e9:,.1f} GB are free"
         )
 
     def _request(self, address: str) -> None:

@@ -23,16 +23,16 @@ class Summary:
       digests: index of an example -> digest of its file.
       kinds: "CHANNELS x DTYPE" of the files -> number of files.
       dropped: index of an example whose channels are partly dropped -> detail as text.
-      reduced: number of 16-bit files that are reduced to 8 bits.
+      num_reduced: number of 16-bit files that are reduced to 8 bits.
     """
 
     def __init__(self, channels: int):
         self.digests: dict[int, bytes] = {}
         self.kinds: Counter[str] = Counter()
         self.dropped: dict[int, str] = {}
-        self.reduced = 0
+        self.num_reduced = 0
         self._lock, self._channels = Lock(), channels
-        self._count = self._black = self._white = 0
+        self._num_pixels = self._black = self._white = 0
         self._sums, self._squares = np.zeros((2, channels))
 
     def add(self, index: int, encoded: bytes, pixels: np.ndarray) -> None:
@@ -43,16 +43,16 @@ class Summary:
           pixels: the decoded image, [h, w, C].
         """
         digest = blake2b(encoded, digest_size=16).digest()
-        bands, dtype, drops = _stored_kind(encoded, self._channels)
+        num_bands, dtype, drops = _stored_kind(encoded, self._channels)
         flat = pixels.reshape(-1, self._channels)
         sums, squares, (black, white) = _moments(flat)
         with self._lock:
             self.digests[index] = digest
-            self.kinds[f"{bands} x {dtype}"] += 1
-            self.reduced += dtype == "uint16" and pixels.dtype == np.uint8
+            self.kinds[f"{num_bands} x {dtype}"] += 1
+            self.num_reduced += dtype == "uint16" and pixels.dtype == np.uint8
             if drops:
-                self.dropped[index] = f"{bands} channels, {self._channels} are used"
-            self._count += len(flat)
+                self.dropped[index] = f"{num_bands} channels, {self._channels} are used"
+            self._num_pixels += len(flat)
             self._sums += sums
             self._squares += squares
             self._black += black
@@ -60,17 +60,17 @@ class Summary:
 
     def mean_and_std(self, scale: float) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation per channel, of pixels / `scale`."""
-        mean = self._sums / max(self._count, 1)
-        variance = self._squares / max(self._count, 1) - mean**2
+        mean = self._sums / max(self._num_pixels, 1)
+        variance = self._squares / max(self._num_pixels, 1) - mean**2
         return mean / scale, np.sqrt(np.maximum(variance, 0)) / scale
 
-    def clipped(self) -> tuple[float, float]:
+    def extreme_fractions(self) -> tuple[float, float]:
         """Return the fractions of values at both ends of the dtype's range.
 
         They are 0 for float32, which has no such range.
         """
-        values = max(self._count * self._channels, 1)
-        return self._black / values, self._white / values
+        num_values = max(self._num_pixels * self._channels, 1)
+        return self._black / num_values, self._white / num_values
 
 
 def _moments(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
@@ -88,7 +88,7 @@ def _moments(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]
 
 
 def _stored_kind(encoded: bytes, channels: int) -> tuple[int, str, bool]:
-    """Return the channels and dtype of a file, and True if channels are dropped."""
+    """Return number of channels and dtype of a file, and True if some are dropped."""
     try:
         space = simplejpeg.decode_jpeg_header(encoded)[2]
         return {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(space, 3), "uint8", False
@@ -98,15 +98,14 @@ def _stored_kind(encoded: bytes, channels: int) -> tuple[int, str, bool]:
         stored = read_values(encoded)
     except Exception:  # formats that only PIL supports fully
         return channels, "unknown", False
-    bands = stored.array.shape[-1]
-    # In TIFF files and NumPy arrays, the bands have no names. Pages that are not read
-    # are a finding of their own.
-    has_bands = not stored.mode and stored.frames == 1
-    return bands, stored.array.dtype.name, has_bands and bands > channels > 1
+    num_bands = stored.array.shape[-1]
+    # `image_findings` reports the other drops: alpha channels read by PIL, and pages.
+    may_drop = not stored.mode and stored.num_frames == 1
+    return num_bands, stored.array.dtype.name, may_drop and num_bands > channels > 1
 
 
 def equal_files(splits: Sequence[Mapping[int, bytes]]) -> list[tuple[int, int]]:
-    """Return indices (train, test) for each evaluation file that is a training file.
+    """Return indices (train, test) for each evaluation file equal to a training file.
 
     Args:
       splits: {index: digest} of the training split and of the evaluation split.

@@ -257,7 +257,7 @@ class TfReader:
     def _window(
         self, encoded: bytes, label: np.int64, index: np.int64, epoch: np.int64
     ) -> np.ndarray:
-        """Return the window of an image that TensorFlow decodes, int32 [6].
+        """Return the window that TensorFlow decodes, and the crop in it, int32 [6].
 
         Returns:
           Top, left, height and width of the decoded window; left and width of the crop

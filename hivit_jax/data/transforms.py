@@ -137,7 +137,7 @@ class ImageTransform(Transform):
         """See `Transform.__call__`.
 
         Raises:
-          DataError: the label is out of range, or the image requires a `value_range`.
+          DataError: the label or the image does not fit the config.
         """
         options = self._channels, self._value_range, self._dtype
         pixels = decode(sample["image"], *options)
@@ -148,15 +148,15 @@ class ImageTransform(Transform):
         else:
             crop = random_resized_crop(height, width, draws, self._crop_scale)
         image = out["image"]
-        box = paste_crop(
+        spans = paste_crop(
             pixels, crop, image, self._size, self._interpolation, self._antialias
         )
         if self._randaugment:
             image[:] = self._randaugment(image, draws[DRAWS:])
         if "box" in out:
             if self._dtype != "uint8":
-                box = [*map(precise_span, box, self._size)]
-            out["box"][:] = box
+                spans = [*map(precise_span, spans, self._size)]
+            out["box"][:] = spans
 
     @property
     def copies_crops(self) -> bool:
@@ -231,8 +231,8 @@ def evaluation_image(
       value_range, dtype: see `decode`.
 
     Raises:
-      DataError: the image requires a `value_range`.
-      Exception: an error of any type if PIL cannot read the image.
+      DataError: the image does not fit the config.
+      Exception: an error of any type if the image cannot be read.
     """
     pixels = decode(encoded, shape[2], value_range, dtype)
     out = np.zeros(shape, pixels.dtype)

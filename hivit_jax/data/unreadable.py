@@ -20,8 +20,8 @@ CHECK_HINT = (
 )
 
 
-def missing_files(data: Any, source: Source) -> str:
-    """Return a hint if most images that a CSV file or list names do not exist, or "".
+def missing_files_hint(data: Any, source: Source) -> str:
+    """Return a hint if most images listed in a CSV file or list do not exist, else "".
 
     At most 1,000 evenly spaced images are checked.
 
@@ -43,11 +43,11 @@ def missing_files(data: Any, source: Source) -> str:
 
 def unreadable_hint(data: Any, source: Source) -> str:
     """Return a line about what to do with the unreadable images of a source."""
-    return missing_files(data, source) or CHECK_HINT
+    return missing_files_hint(data, source) or CHECK_HINT
 
 
 class UnreadableImages:
-    """Indices of the training images whose last reading failed.
+    """Indices of the training images whose last read failed.
 
     An image counts once, even if several epochs and processes tried to read it.
 

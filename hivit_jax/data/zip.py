@@ -7,7 +7,7 @@ from hivit_jax.data import storage
 from hivit_jax.errors import DataError
 
 END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
-MAX_END = 22 + 2**16 + 20 + 56  # maximum size of the end after the central directory
+MAX_END = 22 + 2**16 + 20 + 56  # most bytes after the central directory
 NONE_32 = 2**32 - 1  # means that the number is in the zip64 field
 
 
@@ -26,19 +26,20 @@ def members(path: str) -> list[Member]:
     """Return the members of a zip file that are not directories.
 
     Raises:
-      DataError: the file is not a zip file, or a member is compressed.
+      DataError: the file is not a zip file, or a member is compressed or was streamed.
       StorageError, OSError: the file cannot be read.
     """
-    directory, size = _central_directory(path)
-    data, position = storage.start_read(path, directory, directory + size)(), 0
+    directory_start, size = _central_directory(path)
+    directory = storage.start_read(path, directory_start, directory_start + size)()
+    position = 0
     found = []
     while position < size:
-        fields = struct.unpack_from("<4s6H3I5H2I", data, position)
+        fields = struct.unpack_from("<4s6H3I5H2I", directory, position)
         method, compressed_size = fields[4], fields[8]
         lengths = fields[10:13]  # of name, extra field and comment
         start = position + 46
-        name = data[start : start + lengths[0]].decode(errors="surrogateescape")
-        extra = data[start + lengths[0] : start + lengths[0] + lengths[1]]
+        name = directory[start : start + lengths[0]].decode(errors="surrogateescape")
+        extra = directory[start + lengths[0] : start + lengths[0] + lengths[1]]
         position = start + sum(lengths)
         if name.endswith("/"):
             continue
@@ -53,7 +54,7 @@ def members(path: str) -> list[Member]:
             offset = _extra_64(extra)[[fields[9], compressed_size].count(NONE_32)]
         found.append((offset, name))
     offsets = sorted(offset for offset, _ in found)
-    ends = dict(zip(offsets, [*offsets[1:], directory], strict=True))
+    ends = dict(zip(offsets, [*offsets[1:], directory_start], strict=True))
     return [Member(name, offset, ends[offset]) for offset, name in found]
 
 

@@ -15,7 +15,7 @@ from hivit_jax import inputs
 from hivit_jax.data.notes import unmatched_exclusions
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources.registry import open_source
-from hivit_jax.data.sources.relabel import check_labels
+from hivit_jax.data.sources.relabel import require_labels
 from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.sharding import BATCH, make_mesh, on_mesh, state_shardings
 from hivit_jax.errors import ConfigError
@@ -150,7 +150,7 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, normalize: bool) -> Callab
         raise ConfigError(
             "data.multi_label=True: the modes knn and probe expect one label per image"
         )
-    check_labels(config.data, open_source(config.data, "train"))
+    require_labels(config.data, open_source(config.data, "train"))
     for warning in unmatched_exclusions(config.data, inputs.used_splits(config)):
         log(f"warning: {warning}")
     pretrained = load.read_for(config.model, config.init_from)

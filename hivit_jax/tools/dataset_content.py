@@ -33,7 +33,7 @@ def content_report(
     for split in splits:
         kinds = sorted(split.summary.kinds.items(), key=lambda item: -item[1])
         text = ", ".join(f"{kind}: {count:,}" for kind, count in kinds)
-        black, white = split.summary.clipped()
+        black, white = split.summary.extreme_fractions()
         lines.append(
             f"{split.title}: channels x dtype of files: {text or 'none'}; "
             f"{black:.2%} of the values are at the lower end, {white:.2%} at the upper"
@@ -108,10 +108,10 @@ def setting_lines(split: Split, has_head: bool) -> list[str]:
         for name, values in zip(("mean", "std"), statistics, strict=True):
             rounded = tuple(round(float(value), 4) for value in values)
             lines.append(f"  {config_flag(f'data.{name}', rounded)}")
-    if split.summary.reduced:
+    if split.summary.num_reduced:
         lines.append(
             f"  --config.data.dtype=uint16 keeps the 16 bits of "
-            f"{counted(split.summary.reduced, 'file')}"
+            f"{counted(split.summary.num_reduced, 'file')}"
         )
     return ["settings:", *lines] if lines else []
 

@@ -10,7 +10,7 @@ from hivit_jax.data.findings import CLIPPED, LOST
 from hivit_jax.data.notes import exclusion_notes, uncovered_classes
 from hivit_jax.data.rasters import INSTALL_CODECS
 from hivit_jax.data.sources.registry import SELECTABLE
-from hivit_jax.data.unreadable import missing_files
+from hivit_jax.data.unreadable import missing_files_hint
 from hivit_jax.errors import DataError
 from hivit_jax.progress import counted
 from hivit_jax.tools.dataset_split import (
@@ -134,8 +134,8 @@ class Verdict:
     def _unreadable_remedy(self, listing: str) -> str:
         data, file = self._data, listing or "FILE"
         for split in self._splits:
-            if missing := missing_files(data, split.source):
-                return missing
+            if hint := missing_files_hint(data, split.source):
+                return hint
         reasons = [s.findings[UNREADABLE].values() for s in self._splits]
         if any(INSTALL_CODECS in reason for reason in chain(*reasons)):
             return f"{INSTALL_CODECS} to read the compressed TIFF files"

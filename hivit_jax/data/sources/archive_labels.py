@@ -70,9 +70,9 @@ def check_labels(index: Index, files: Sequence[str], multi_label: bool) -> None:
             "found none\n"
             "For class names, unpack the images and list them with data.name=csv"
         )
-    several = np.char.find(labels, SEPARATOR.encode()) >= 0
-    if several.any() and not multi_label:
-        first = np.argmax(several)
+    has_separator = np.char.find(labels, SEPARATOR.encode()) >= 0
+    if has_separator.any() and not multi_label:
+        first = np.argmax(has_separator)
         raise DataError(
             f"{name(first)} has the label {labels[first].decode()!r}; set "
             f"data.multi_label=True for several labels, separated by {SEPARATOR!r}"
@@ -80,23 +80,23 @@ def check_labels(index: Index, files: Sequence[str], multi_label: bool) -> None:
 
 
 def to_numbers(labels: np.ndarray) -> np.ndarray:
-    """Return the class index of each image, int64 [n]; -1 if images have no labels."""
+    """Return the class index of each image, int64 [n]; -1 if it has no label."""
     return np.where(labels == UNLABELED, b"-1", labels).astype(np.int64)
 
 
-def to_vectors(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
+def to_vectors(labels: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
     """Return vectors of 0 and 1 for images with several labels, uint8 [n, classes].
 
     Args:
       labels: labels of a split.
-      train: labels of the training split, whose largest label is the last class.
+      train_labels: labels of the training split; the largest is the last class.
 
     Raises:
       LabelError: a label is larger than all labels of the training split.
     """
-    train_labels, image_labels = (
-        [[*map(int, split_labels(text.decode()))] for text in part]
-        for part in (train, labels)
+    indices, train_indices = (
+        [[*map(int, split_labels(text.decode()))] for text in texts]
+        for texts in (labels, train_labels)
     )
-    num_classes = 1 + max(chain.from_iterable(train_labels), default=-1)
-    return np.stack([multi_hot(numbers, num_classes) for numbers in image_labels])
+    num_classes = 1 + max(chain.from_iterable(train_indices), default=-1)
+    return np.stack([multi_hot(numbers, num_classes) for numbers in indices])

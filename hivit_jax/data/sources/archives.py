@@ -65,22 +65,22 @@ class Archives(FileSource):
         is_cached = cache_dir and storage.is_remote(directory)
         cache = ShardCache(cache_dir) if is_cached else None
         index = self._index(directory, files)
-        train = index
+        train_index = index
         if split != train_split:
-            train = self._index(directory, self._files(directory, train_split))
+            train_index = self._index(directory, self._files(directory, train_split))
         if multi_label:
-            self.labels = to_vectors(index["labels"], train["labels"])
+            self.labels = to_vectors(index["labels"], train_index["labels"])
             num_classes = self.labels.shape[1]
         else:
             self.labels = np.maximum(to_numbers(index["labels"]), 0)
-            num_classes = to_numbers(train["labels"]).max() + 1
+            num_classes = to_numbers(train_index["labels"]).max() + 1
         self.classes = [*map(str, range(num_classes))]
         self.ignored = (
             {"without an image": n} if (n := int(index["ignored"][0])) else {}
         )
         if cache:
-            size = int((index["stops"] - index["starts"]).sum())
-            cache.log_size(files, size)
+            total_bytes = int((index["stops"] - index["starts"]).sum())
+            cache.log_size(files, total_bytes)
         self.labeled = bool((index["labels"] != UNLABELED).all())
         self._names = index["names"]
         ranges = index["starts"], index["stops"]
@@ -194,17 +194,17 @@ class Zip(Archives):
         found = {member.name: member for member in zip.members(path)}
         lines = storage.start_read(map_path)().decode().splitlines()
         chosen, labels = [], []
-        for number, line in enumerate(lines, 1):
-            name, _, label = line.rstrip().rpartition("\t")
+        for line_number, line in enumerate(lines, 1):
+            name, _, text = line.rstrip().rpartition("\t")
             name = name.rpartition("zip@/")[2].lstrip("/")
-            text = text_label(label)
-            if name not in found or text is None:
+            label = text_label(text)
+            if name not in found or label is None:
                 raise DataError(
-                    f"{map_path}, line {number}: expected the name of a member of "
+                    f"{map_path}, line {line_number}: expected the name of a member of "
                     f"{path}, a tab and a label in digits; found {line!r}"
                 )
             chosen.append(found[name])
-            labels.append(text)
+            labels.append(label)
         return _arrays(chosen, labels) | {"ignored": len(found) - len(chosen)}
 
 
@@ -229,13 +229,13 @@ def _tar_index(path: str) -> dict[str, Any]:
     """Return the index of a tar file; see `Archives._make_file_index`."""
     images: list[tar.Member] = []
     labels: list[bytes] = []
-    image_key, current, label, has_cls, ignored = "", "", UNLABELED, False, 0
+    image_key, current_key, label, has_cls, ignored = "", "", UNLABELED, False, 0
     for member, read in tar.members(path):
         directory, _, name = member.name.rpartition("/")
         key, _, extension = name.partition(".")
         key, extension = f"{directory}/{key}", f".{extension.lower()}"
-        if key != current:
-            current, label, has_cls = key, UNLABELED, False
+        if key != current_key:
+            current_key, label, has_cls = key, UNLABELED, False
         if extension in SUFFIXES:
             images.append(member)
             labels.append(label)
@@ -263,13 +263,13 @@ def _read_label(path: str, name: str, read: Callable[[], bytes]) -> bytes:
     return label
 
 
-def _arrays(found: Sequence[Any], labels: Sequence[bytes]) -> Index:
-    """Return the `INDEX_ARRAYS` of members of an archive."""
+def _arrays(members: Sequence[Any], labels: Sequence[bytes]) -> Index:
+    """Return the `INDEX_ARRAYS` of members of an archive and their labels."""
     return {
-        "starts": np.array([member.start for member in found], np.int64),
-        "stops": np.array([member.stop for member in found], np.int64),
+        "starts": np.array([member.start for member in members], np.int64),
+        "stops": np.array([member.stop for member in members], np.int64),
         "labels": np.array(labels, "S"),
-        "names": np.array([os.fsencode(member.name) for member in found], "S"),
+        "names": np.array([os.fsencode(member.name) for member in members], "S"),
     }
 
 

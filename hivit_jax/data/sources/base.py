@@ -60,8 +60,7 @@ class Source:
 
     Attributes:
       classes: class names in the order of the labels.
-      ignored: reason, such as a file name's ending, -> number of files in the split's
-        directories that are ignored for this reason.
+      ignored: number of ignored files for each reason, such as a file name's ending.
       loose: names of the first ignored images outside of the class directories.
       unmatched: entries of `data.exclude` that match no file of the split.
       labeled: False if the images have no labels; all labels are then 0. With several
@@ -152,9 +151,8 @@ class Source:
     def class_counts(self) -> tuple[int, ...]:
         """Return the number of examples of each class.
 
-        Returns () if the labels are unknown or are vectors.
-
-        Labels below 0 are not counted; the loader raises an error when it reads one.
+        Returns () if the labels are missing, unknown or vectors. Labels below 0 are not
+        counted; the loader raises an error when it reads one.
         """
         labels = np.asarray(self.labels)
         if not self.labeled or labels.ndim != 1 or labels.dtype.kind not in "iu":

@@ -202,7 +202,7 @@ def _scan(
     tops = [root / name for name in classes] if class_level == "top" else [root]
     progress = Progress(f"listing {root}", 0, "files")
     for top in tops:
-        before = len(files)
+        num_before = len(files)
         for directory, names in _walk(top, progress):
             directories.append(directory)
             found = _image_files(root, directory, names, ignored, suffixes)
@@ -215,7 +215,7 @@ def _scan(
                 classes.append(os.path.relpath(directory, root))
                 counts.append(len(found))
         if class_level != "leaf":
-            counts.append(len(files) - before)
+            counts.append(len(files) - num_before)
     if class_level == "none":
         classes = [""]
     return {

@@ -88,8 +88,8 @@ def _select(
 class Folder(FileSource):
     """Class folders ``ROOT/{train,val}/CLASS/*.JPEG``, as in torchvision's ImageFolder.
 
-    The classes of every split are the sorted directories of the training split. The
-    images of a split are the sorted files below its class directories. Hidden and
+    The sorted class directories of the training split are the classes of every split.
+    The images of a split are the sorted files below its class directories. Hidden and
     system names (`is_hidden`) are ignored at every level. The index of local files is
     cached on disk until a directory changes. A bucket is listed at every start.
 
@@ -204,7 +204,7 @@ def folder_splits(
 
 
 def check_workdir(workdir: str, data: Mapping[str, Any]) -> None:
-    """Raise ConfigError if class folders would contain the files of a run.
+    """Raise ConfigError if a run would write below a split of a folder dataset.
 
     Args:
       workdir: directory of the run.

@@ -23,8 +23,8 @@ class Paths(Source):
     Args:
       paths: files and directories.
       classes: class names of the model.
-      directory_classes: if no image is labeled by `classes`, the directories with
-        images directly below the given directories are the classes instead.
+      directory_classes: if no image is labeled by `classes`, the classes are instead
+        the immediate subdirectories of the given directories, if they contain images.
 
     Attributes:
       labels: int32 [n], -1 where the class is unknown. Samples contain no labels,
@@ -95,7 +95,7 @@ def _label(file: str, path: Path, label_of: dict[str, int]) -> int:
 
 
 def _directory_below(path: Path, file: str) -> str:
-    """Return the name of the directory directly below `path` with the file; "": none.
+    """Return the immediate subdirectory of `path` that contains a file; "" if none.
 
     Args:
       path: the given file, or the given directory that contains the file.

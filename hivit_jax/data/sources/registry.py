@@ -64,9 +64,10 @@ def open_source(
 
     Args:
       data: the `data` section of a config.
-      classes: class names of a trained model, to which the labels shall refer; see
-        `match_classes`. The test split of files or archives can then be opened without
-        the training split. (): the training split determines the classes.
+      classes: class names of a trained model, used only for the test split. Its labels
+        then refer to these names (`match_classes`), and its files or archives can be
+        opened without the training split. (): the training split determines the
+        classes.
 
     Raises:
       ConfigError: the name is unknown, the dataset does not support `train_examples`,
@@ -76,15 +77,15 @@ def open_source(
     keys = ("train_split", "eval_split", "train_examples", "subset")
     values = {key: data[key] for key in keys}
     # Configs of earlier versions and of other programs may lack the following keys.
-    names = ("eval_fraction", "eval_group", "exclude")
-    selection = Selection(**{key: data[key] for key in names if key in data})
-    labels = data.get("class_level", "top"), data.get("multi_label", False)
+    optional = ("eval_fraction", "eval_group", "exclude")
+    selection = Selection(**{key: data[key] for key in optional if key in data})
+    label_options = data.get("class_level", "top"), data.get("multi_label", False)
     directories = expand(data["dir"]), expand(data.get("cache", ""))
     classes_known, name = bool(classes) and split == "test", data["name"]
     if classes_known and not selection.eval_fraction and name in SELECTABLE:
         # The split's own classes suffice, so that no training split is needed.
         values["train_split"] = values["eval_split"] or DEFAULT_SPLITS[name][1]
-    options = *values.values(), selection, *labels, classes_known
+    options = *values.values(), selection, *label_options, classes_known
     source = _open(split, name, *directories, *options)
     return match_classes(source, classes, data["dir"]) if classes_known else source
 
@@ -168,7 +169,7 @@ def _check_selection(
 
 
 def _check_directory(name: str, directory: str) -> None:
-    """Raise MissingDirectory if `data.dir` is missing or does not exist."""
+    """Raise MissingDirectory if `data.dir` is required but empty, or does not exist."""
     if name in SELECTABLE and not directory:
         raise MissingDirectory(
             f"data.name={name!r} requires data.dir=DIR; data.dir=. is the current "
@@ -176,9 +177,9 @@ def _check_directory(name: str, directory: str) -> None:
         )
     is_local = directory and not storage.is_remote(directory)
     if is_local and not os.path.exists(directory):
-        start = "" if os.path.isabs(directory) else f", relative to {os.getcwd()}"
+        relative = "" if os.path.isabs(directory) else f", relative to {os.getcwd()}"
         raise MissingDirectory(
-            f"data.dir={directory!r} does not exist{start}; set "
+            f"data.dir={directory!r} does not exist{relative}; set "
             "--config.data.dir=PATH to the dataset"
         )
 

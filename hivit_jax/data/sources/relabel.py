@@ -67,7 +67,7 @@ class Relabeled(DerivedSource):
         return record._replace(label=int(self._new_labels[record.label]))
 
 
-def check_labels(data: Any, source: Source) -> None:
+def require_labels(data: Any, source: Source) -> None:
     """Raise ConfigError if the images of a source have no labels.
 
     Args:
@@ -85,9 +85,10 @@ def check_labels(data: Any, source: Source) -> None:
 def match_classes(source: Source, classes: Sequence[str], directory: str) -> Source:
     """Return a source whose labels refer to the class names of a trained model.
 
-    Classes are matched by name. Labels stay unchanged if the images have no labels, or
-    if the class names of the source are numbers. They also stay unchanged if the class
-    names of the model are numbers and source and model have equally many classes.
+    Classes are matched by name. If the model lacks the name of a class with images, the
+    labels stay unchanged in two cases: the class names of the source are numbers, or
+    those of the model are and both have equally many classes. A source without labels
+    is returned unchanged.
 
     Args:
       classes: class names of the model.

@@ -145,9 +145,9 @@ def select(
     Args:
       held_out: with `eval_fraction`, return the held-out examples; False: return the
         training examples.
-      percent: slice of each class to return; with `eval_fraction`, slice of the
-        training examples. The images of a class are ordered by a hash of their paths,
-        so that adjacent slices are random, disjoint parts.
+      percent: slice of each class to return; held-out examples are not sliced. The
+        images of a class are ordered by a hash of their paths, so that adjacent slices
+        are random, disjoint parts.
 
     Raises:
       ConfigError: `selection.exclude` cannot be read.
@@ -166,8 +166,8 @@ def select(
         excluded = len(source) - len(chosen)
     if selection.eval_fraction:
         groups = _groups([paths[i] for i in chosen], selection.eval_group)
-        mask = hold_out(groups, source.labels[chosen], selection.eval_fraction)
-        chosen = chosen[mask == held_out]
+        is_held_out = hold_out(groups, source.labels[chosen], selection.eval_fraction)
+        chosen = chosen[is_held_out == held_out]
     if percent != (0, 100) and not (selection.eval_fraction and held_out):
         chosen_paths = [paths[i] for i in chosen]
         chosen = chosen[_slice_mask(chosen_paths, source.labels[chosen], percent)]
@@ -205,11 +205,11 @@ def _groups(paths: Sequence[str], pattern: str) -> list[str]:
 def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.ndarray:
     """Return True for each held-out example, bool [n].
 
-    A group is held out if the hash of its name, in [0, 1), is below `fraction`. This
-    does not depend on the other groups, with one exception: if all groups of a class
-    are on one side of `fraction`, the group whose hash is nearest changes sides. If the
-    nearest is the last training group of one of its classes, the next nearest changes
-    sides instead. A class with a single group is therefore never held out.
+    A group is held out if the hash of its name, in [0, 1), is below `fraction`. Other
+    groups matter only if all groups of a class are on one side of `fraction`: then the
+    group with the nearest hash changes sides. A group is not held out if a class would
+    have no training group left; the group with the next hash is held out instead. A
+    class with a single group is therefore never held out.
 
     Args:
       groups: name of each example's group.
@@ -218,26 +218,26 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.n
     indices: dict[str, int] = {}  # name of a group -> its index
     group_of = np.array([indices.setdefault(g, len(indices)) for g in groups], np.int64)
     hashes = np.array([_hash(name) for name in indices])
-    chosen = hashes < fraction
+    is_held_out = hashes < fraction
     class_groups = [np.unique(group_of[examples]) for examples in by_label(labels)]
     for members in class_groups:
-        if chosen[members].all():
-            chosen[members[hashes[members].argmax()]] = False
-    num_training = [int((~chosen[members]).sum()) for members in class_groups]
+        if is_held_out[members].all():
+            is_held_out[members[hashes[members].argmax()]] = False
+    num_training = [int((~is_held_out[members]).sum()) for members in class_groups]
     classes_of = defaultdict(list)
     for k, members in enumerate(class_groups):
         for group in members.tolist():
             classes_of[group].append(k)
     for members in class_groups:
-        if chosen[members].any():
+        if is_held_out[members].any():
             continue
         for group in members[hashes[members].argsort()].tolist():
             if all(num_training[k] > 1 for k in classes_of[group]):
-                chosen[group] = True
+                is_held_out[group] = True
                 for k in classes_of[group]:
                     num_training[k] -= 1
                 break
-    return chosen[group_of]
+    return is_held_out[group_of]
 
 
 def _slice_mask(

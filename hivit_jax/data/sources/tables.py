@@ -141,12 +141,12 @@ class Table(FileSource):
         return self._path(index)
 
     def relative_paths(self) -> list[str]:
-        """Return the paths as written, normalized. Absolute paths stay absolute."""
+        """Return the normalized paths of the rows. Absolute paths stay absolute."""
         return [os.path.normpath(path) for path in self._paths]
 
 
 def table_path(directory: str, name: str) -> Path:
-    """Return the path of the file `name`; if `name` is "", `directory` is the file.
+    """Return the path of a file in `directory`, or `directory` if `name` is "".
 
     Raises:
       DataError: there is no such file.
@@ -166,7 +166,8 @@ def _read(file: Path) -> Columns:
     """Read a CSV file or a list of paths.
 
     Raises:
-      DataError: the file cannot be read or has no column of paths.
+      DataError: the file cannot be read, has no column of paths, or has a row that is
+        longer or shorter than the header.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -179,11 +180,11 @@ def _read(file: Path) -> Columns:
     delimiter = max(",\t;", key=header.count)
     header, *rows = csv.reader(lines, delimiter=delimiter) if lines else [[]]
     index_of = {name.strip().lower(): k for k, name in enumerate(header)}
-    for number, row in enumerate(rows, 2):
+    for row_number, row in enumerate(rows, 2):
         if len(row) != len(header):
             raise DataError(
                 f"{file}: expected {len(header)} columns, found {len(row)} in row "
-                f"{number}"
+                f"{row_number}"
             )
 
     def column(names: Sequence[str]) -> list[str] | None:

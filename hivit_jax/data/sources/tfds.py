@@ -41,7 +41,7 @@ class Tfds(Source):
 
     Raises:
       DataError: the dataset is not prepared, is not for image classification, has no
-        such split or an unsupported file format, or needs `multi_label`.
+        such split, has an unsupported file format, or needs `multi_label`.
       MissingPackage: tensorflow-datasets or array_record is not installed.
     """
 
@@ -111,7 +111,7 @@ class Tfds(Source):
 
         Args:
           path: address of the directory.
-          counts: number of records of each file; a file has one offset more.
+          counts: number of records of each file; a file has one more offset.
         """
         cache, counts_by_path = self._cache, dict(zip(self._paths, counts, strict=True))
 
@@ -277,21 +277,21 @@ def _prepared_path(name: str, directory: str) -> str:
     base, _, version = name.partition(":")
     directory = directory or str(tfds.core.constants.DATA_DIR)
     root = f"{expand(directory)}/{base}"
-    if storage.is_remote(root):
+    if storage.is_remote(root):  # only `root` is listed, not `directory`
         files = set(storage.list_files(root))
         names = sorted({file.partition("/")[0] for file in files})
-        has_info = [n for n in names if f"{n}/dataset_info.json" in files]
+        prepared = [n for n in names if f"{n}/dataset_info.json" in files]
     else:
         names = sorted(os.listdir(root)) if os.path.isdir(root) else []
-        has_info = [n for n in names if os.path.exists(f"{root}/{n}/dataset_info.json")]
+        prepared = [n for n in names if os.path.exists(f"{root}/{n}/dataset_info.json")]
     is_valid = tfds.core.Version.is_valid
-    versions = [n for n in has_info if is_valid(n) and n == (version or n)]
+    versions = [n for n in prepared if is_valid(n) and n == (version or n)]
     if versions:
         return f"{root}/{max(versions, key=tfds.core.Version)}"
     near = get_close_matches(base, KNOWN_DATASETS, cutoff=0.8)
     if near and base not in near:
         raise unknown("data.name", base, KNOWN_DATASETS)
-    found = describe_content(directory, [base] * bool(names))  # only `base` of a bucket
+    found = describe_content(directory, [base] * bool(names))
     raise DataError(
         f"{name} is not prepared in {root}: expected VERSION/dataset_info.json, found "
         f"{listed(names, 5)}; {found}\n"
