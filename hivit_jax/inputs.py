@@ -80,8 +80,8 @@ def used_splits(config: Any) -> tuple[str, ...]:
 def task_of_recipe(config: Any) -> tasks.Task:
     """Create the task of a config from the training split only; see `make_task`.
 
-    If the dataset cannot be read, uses its published sizes and classes. A recipe for
-    ImageNet therefore works without the files of ImageNet.
+    If the dataset cannot be read, uses its published sizes and classes, if known. A
+    recipe for ImageNet therefore works without the files of ImageNet.
     """
     try:
         return make_task(config, "train")
