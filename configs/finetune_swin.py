@@ -13,8 +13,8 @@ passes) takes, in GFLOP per image: tiny 26.9, small 52.4, base 92.6, large 215.
 def get_config(size: str = "base") -> dict:
     """Return the keys that differ from the defaults."""
     layer_decay, drop_path, window = dict(large=(0.7, 0.2, 14)).get(size, (0.8, 0.1, 7))
-    start = f"runs/simmim_swin_{size}"
-    run = dict(task="classify", batch_size=2048, total_epochs=100.0, init_from=start)
+    run = dict(task="classify", batch_size=2048, total_epochs=100.0)
+    run |= dict(init_from=f"runs/simmim_swin_{size}")
     regularizers = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, random_erasing=0.25)
     model = dict(name=f"swin_{size}", num_classes=1000, drop_path_rate=drop_path)
     model |= dict(window_size=window, dtype="bfloat16")

@@ -67,9 +67,11 @@ _FLAGS = {
     "--topology=CHIP:SHAPE of --mode compile": "topology",
 }
 _FLAG_OF = {name: flag for flag, text in _FLAGS.items() for name in text.split()}
-# Names of a key that would choose the optimizer, and the reason why it does not exist.
-_OPTIMIZER = "optim opt optimizer.name optimizer.type optimizer.opt optimizer.optimizer"
-_NO_CHOICE = (
+# Names of a key that would select the optimizer, and the reason why no such key exists.
+_OPTIMIZER_NAMES = (
+    "optim opt optimizer.name optimizer.type optimizer.opt optimizer.optimizer"
+)
+_OPTIMIZER_HINT = (
     "the task determines the optimizer: LARS for a linear probe, AdamW otherwise"
 )
 
@@ -89,8 +91,8 @@ def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
       known: all valid keys.
     """
     known, normalized = list(known), name.lower().replace("-", "_")
-    if normalized in _OPTIMIZER.split() and any("optimizer." in k for k in known):
-        hint = _NO_CHOICE
+    if normalized in _OPTIMIZER_NAMES.split() and any("optimizer." in k for k in known):
+        hint = _OPTIMIZER_HINT
     elif candidates := probable_keys(normalized, known):
         hint = f"did you mean {' or '.join(map(repr, candidates))}?"
     elif flag := _FLAG_OF.get(normalized):

@@ -18,7 +18,7 @@ from hivit_jax import models, recipes, tasks
 from hivit_jax.aliases import probable_keys, unknown_key
 from hivit_jax.common_keys import KEYS, SCHEDULES_OF_KEY
 from hivit_jax.errors import ChannelsError, ConfigError, run_command
-from hivit_jax.keys import TYPE_NAMES, Key, field_keys, show
+from hivit_jax.keys import TYPE_NAMES, Key, field_keys, short_repr
 from hivit_jax.models.config import RunOptions
 from hivit_jax.paths import with_absolute_paths
 
@@ -28,8 +28,8 @@ IGNORED = ("checkpoint", "topology", "search_batch")
 # A model of each family, for the table of keys.
 FAMILIES = {"HiViT": "hivit_base", "ViT": "vit_base", "Swin": "swin_base"}
 # Exceptions of `Key.parse` and `Key.convert`.
-_UNPARSABLE = (KeyError, TypeError, ValueError, SyntaxError, OverflowError)
-_UNPARSABLE += (MemoryError, RecursionError)  # raised for deeply nested text
+_PARSE_ERRORS = (KeyError, TypeError, ValueError, SyntaxError, OverflowError)
+_PARSE_ERRORS += (MemoryError, RecursionError)  # raised for deeply nested text
 QUIRKS = "optimizer.official_quirks"  # of versions before 0.1; see `_expand_quirks`
 
 
@@ -66,9 +66,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """Load a recipe and apply overrides.
 
     Args:
-      path: NAME of an installed recipe, or a Python file with ``get_config()``, which
-        returns a dict or ConfigDict of the values that differ from the defaults.
-        Either may end with :VARIANT, the argument of ``get_config(variant: str)``.
+      path: NAME of an installed recipe; a Python file with ``get_config()``, which
+        returns a dict or ConfigDict of the values that differ from the defaults; or a
+        run's ``config.json``. :VARIANT after NAME or the Python file is the argument of
+        ``get_config(variant: str)``.
       overrides: flags such as ``--config.model.depths=(1,1,4)``.
 
     Returns:
@@ -95,7 +96,7 @@ def _resolve(
 ) -> ConfigDict:
     recipe = {name: v for name, v in _flatten(recipe) if name not in IGNORED}
     task = tasks.find(flags.get("task", recipe["task"]))
-    keys = task_keys(task, flags.get("model.name", recipe.get("model.name", "")))
+    keys = all_keys(task, flags.get("model.name", recipe.get("model.name", "")))
     values = {name: key.default for name, key in keys.items()}
     if recipe.pop(QUIRKS, False):
         recipe |= _expand_quirks(keys, flags.get("init_from", recipe.get("init_from")))
@@ -112,19 +113,20 @@ def _resolve(
     return config
 
 
-def task_keys(task: type[tasks.Task], model_name: str = "hivit_base") -> dict[str, Key]:
+def all_keys(task: type[tasks.Task], model_name: str = "hivit_base") -> dict[str, Key]:
     """Return {dotted name: key} of a config with this task and model."""
     trees = KEYS, {"model": model_keys(model_name)}, task.keys
     return {name: key for tree in trees for name, key in _flatten(tree)}
 
 
 def model_keys(name: str) -> dict[str, Key]:
-    """Return the keys of `config.model` that depend on the model's family.
+    """Return the keys of `config.model` that `common_keys` does not contain.
 
-    The comments of these keys come from docstrings; see `field_keys`.
+    These are the settings of the model's family and the run options. Their comments
+    come from docstrings; see `field_keys`.
     """
-    keys = [field_keys(each) for each in (*models.family(name), RunOptions)]
-    return {n: k for part in keys for n, k in part.items() if n not in KEYS["model"]}
+    parts = [field_keys(each) for each in (*models.family(name), RunOptions)]
+    return {n: k for part in parts for n, k in part.items() if n not in KEYS["model"]}
 
 
 def step_options(config: ConfigDict) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def due_after(config: ConfigDict, step: int, total_steps: int) -> dict[str, bool
 
 def changed_keys(config: ConfigDict) -> dict[str, Any]:
     """Return {dotted name: value} of the keys that differ from their defaults."""
-    keys = task_keys(tasks.find(config.task), config.model.name)
+    keys = all_keys(tasks.find(config.task), config.model.name)
     items = _flatten(config.to_dict())
     return {name: value for name, value in items if value != keys[name].default}
 
@@ -216,12 +218,12 @@ def _invalid_flag(flag: str, value: str) -> ConfigError:
       value: text after ``=``, or the next argument of the command line; "": none.
     """
     name = flag.partition("=")[0]
-    known = {key for task in tasks.TASKS.values() for key in task_keys(task)}
+    known = {key for task in tasks.TASKS.values() for key in all_keys(task)}
     key = name.removeprefix("--").removeprefix("config.").replace("-", "_")
-    keys = probable_keys(key, sorted(known)) if name.startswith("--") else []
+    probable = probable_keys(key, sorted(known)) if name.startswith("--") else []
     hint = "expected --config.KEY=VALUE, --workdir=DIR or --mode=MODE"
-    if value and keys:
-        hint = f"write --config.{keys[0]}={value}"
+    if value and probable:
+        hint = f"write --config.{probable[0]}={value}"
     return ConfigError(f"invalid flag {flag!r}; {hint}")
 
 
@@ -233,10 +235,10 @@ def _convert(
         raise unknown_key("config key", name, keys)
     try:
         return method(keys[name], value)
-    except _UNPARSABLE as error:
+    except _PARSE_ERRORS as error:
         expected = TYPE_NAMES[keys[name].value_type]
         raise ConfigError(
-            f"config.{name}={show(value)}; expected {expected}"
+            f"config.{name}={short_repr(value)}; expected {expected}"
         ) from error
 
 

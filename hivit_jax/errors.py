@@ -30,7 +30,7 @@ class ConfigError(HivitError, ValueError):
 
 
 class MissingPackage(ConfigError):
-    """A package that a config or command needs is not installed."""
+    """A package that a config or command needs cannot be imported."""
 
 
 class MissingDirectory(ConfigError):
@@ -51,7 +51,7 @@ class ChannelsError(ConfigError):
 
 
 class ResourceError(ConfigError):
-    """Memory or disk space is exhausted."""
+    """There is too little memory or disk space."""
 
 
 class DivergedError(HivitError):
@@ -70,7 +70,7 @@ class LocalDataError(DataError):
     """A data error that may occur on only some of a run's processes."""
 
 
-# Errors for a dataset that is not on this machine.
+# Errors that may mean that a dataset is not on this machine.
 UNAVAILABLE = (DataError, MissingPackage, MissingDirectory)
 
 

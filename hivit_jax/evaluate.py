@@ -34,9 +34,9 @@ from hivit_jax.tree import leaf_name, split_params
 from hivit_jax.weights import adapt, load
 from hivit_jax.xla.compile import announce
 
-FIGURE_IMAGES = 6
+NUM_FIGURE_IMAGES = 6
 
-# Variables have the keys "params", "model_state" and "frozen", see `Task.frozen`.
+# Variables have the keys "params", "model_state" and "frozen" (see `Task.frozen`).
 Variables = Mapping[str, Any]
 
 
@@ -47,9 +47,9 @@ def make_eval_step(
 
     The function's arguments are the variables, the batch, and the total size of all
     earlier batches, from which the PRNG keys are derived. The function returns (sums,
-    count, unreadable, rows). Sums and rows are the result of `Task.eval_step`, with the
-    batch's "index" and "weight" added to the rows. The count of examples of weight 1
-    and the number of unreadable examples are scalars.
+    count, unreadable, rows). Sums and rows are the result of `Task.eval_step`. Unless
+    the rows are {}, the batch's "index" and "weight" are added to them. The count of
+    examples of weight 1 and the number of unreadable examples are scalars.
     """
     check_batch(mesh, task.transform(train=False).batch_size)
     replicated, sharded = (NamedSharding(mesh, s) for s in (PartitionSpec(), BATCH))
@@ -239,7 +239,7 @@ def make_panels(
     """
     if type(task).panels is tasks.Task.panels:
         return lambda variables: {}
-    batch = inputs.some_test_examples(config, FIGURE_IMAGES)
+    batch = inputs.some_test_examples(config, NUM_FIGURE_IMAGES)
     count = len(batch["weight"])
     batch = {name: replicate(mesh, array) for name, array in batch.items()}
 

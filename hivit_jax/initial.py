@@ -53,8 +53,7 @@ def initial_state(
     """Return the state of a new run, initialized from `init_from` if set.
 
     Args:
-      pretrained: the model at `init_from`; None: not read yet, because the workdir has
-        damaged checkpoints.
+      pretrained: result of `read_pretrained`.
     """
     if config.init_from:
         pretrained = pretrained or read_initial(config)
@@ -124,7 +123,7 @@ def warn_of_pixels(pretrained: Pretrained, config: Any) -> None:
 
 
 def pixel_flags(pretrained: Pretrained, config: Any) -> list[str]:
-    """Return flags for the training pixels of a model, without flags of equal values.
+    """Return the flags of a model's training pixels that differ from the config.
 
     Two differences are intended, and therefore omitted: a dtype, scale or range that
     only the config sets, because its images require them; and mean and std, if the
@@ -152,7 +151,7 @@ def pixel_flags(pretrained: Pretrained, config: Any) -> list[str]:
 
 
 def _training_pixels(pretrained: Pretrained) -> dict[str, Any]:
-    """Return the known values of the keys of `config.data` that determine pixels."""
+    """Return a dict with the known pixel keys of a model's training, such as "mean"."""
     if data := pretrained.recipe.get("data"):
         return dict(data)
     info = dict(pretrained.info)

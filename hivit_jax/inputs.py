@@ -80,8 +80,8 @@ def used_splits(config: Any) -> tuple[str, ...]:
 def task_of_recipe(config: Any) -> tasks.Task:
     """Create the task of a config from the training split only; see `make_task`.
 
-    If the dataset cannot be read, uses its published sizes and classes. A recipe for
-    ImageNet therefore works without the files of ImageNet.
+    If the dataset cannot be read, uses its published sizes and classes, if known. A
+    recipe for ImageNet therefore works without the files of ImageNet.
     """
     try:
         return make_task(config, "train")
@@ -158,8 +158,9 @@ def _plan_training(
     """Return task, transform, source and plan of a range of training steps."""
     task, source = make_task(config, "train"), open_source(config.data, "train")
     transform = task.transform(train=True)
-    size = transform.batch_size
-    arguments = config.seed, size, local_positions(size), first_step, last_step
+    batch_size = transform.batch_size
+    positions = local_positions(batch_size)
+    arguments = config.seed, batch_size, positions, first_step, last_step
     if len(transform.shapes) == 1:
         plan = partial(order.train_plan, len(source), *arguments)
         if config.data.balance:
@@ -197,13 +198,14 @@ def source_batches(
       examples of weight 0.
     """
     transform = transform or task.transform(train=False)
-    buckets, size = _buckets(config, transform, source), transform.batch_size
-    plan = partial(order.eval_plan, buckets, size, local_positions(size))
+    buckets, batch_size = _buckets(config, transform, source), transform.batch_size
+    positions = local_positions(batch_size)
+    plan = partial(order.eval_plan, buckets, batch_size, positions)
     return _load(config, task, transform, source, plan)
 
 
 def some_test_examples(config: Any, count: int) -> Batch:
-    """Return up to `count` evenly spaced test examples of the first example's bucket.
+    """Return up to `count` test examples, evenly spaced among those of one bucket.
 
     Every process returns the same batch. Without evaluation in the config, these are
     training examples, transformed for evaluation.
@@ -215,12 +217,14 @@ def some_test_examples(config: Any, count: int) -> Batch:
     candidates = np.flatnonzero(buckets == buckets[0])
     count = min(count, len(candidates))
     indices = candidates[np.linspace(0, len(candidates) - 1, count, dtype=np.int64)]
-    plan = [order.PlannedBatch(int(buckets[0]), indices, np.zeros_like(indices))]
-    return next(_load(config, task, transform, source, lambda: plan, len(indices)))
+    batches = [order.PlannedBatch(int(buckets[0]), indices, np.zeros_like(indices))]
+    return next(_load(config, task, transform, source, lambda: batches, len(indices)))
 
 
 def check_splits(config: Any, task: tasks.Task) -> list[str]:
-    """Read a few evenly spaced examples of each split, as training and evaluation do.
+    """Read a few evenly spaced examples of each split.
+
+    Uses the training transform for "train" and the evaluation transform for "test".
 
     Returns:
       Lines about ignored, reduced or missing data.

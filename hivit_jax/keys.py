@@ -69,7 +69,7 @@ class Key:
         """Parse the text of a command line value.
 
         Raises:
-          Exception: one of `config._UNPARSABLE`, if the text is invalid.
+          Exception: one of `config._PARSE_ERRORS`, if the text is invalid.
         """
         if self.value_type is str:
             return text
@@ -95,11 +95,11 @@ class Key:
             value = float(value)
         if isinstance(value, (list, tuple)):
             value = tuple(map(_to_python, value))
-        allowed = (int, tuple) if self.value_type is object else self.value_type
+        types = (int, tuple) if self.value_type is object else self.value_type
         # Checked separately, because bool is a subclass of int.
         wrong_bool = isinstance(value, bool) and self.value_type is not bool
-        if wrong_bool or not isinstance(value, allowed):
-            raise TypeError(f"{show(value)} is not {TYPE_NAMES[self.value_type]}")
+        if wrong_bool or not isinstance(value, types):
+            raise TypeError(f"{short_repr(value)} is not {TYPE_NAMES[self.value_type]}")
         return value
 
     def check(self, name: str, value: Any) -> None:
@@ -124,14 +124,14 @@ class Key:
                 expected = " or ".join(map(repr, self.choices))
             elif limit := self._violated_type_limit(value):
                 expected = limit
-            raise ConfigError(f"{name}={show(value)}; expected {expected}")
+            raise ConfigError(f"{name}={short_repr(value)}; expected {expected}")
 
     @property
     def _is_integer(self) -> bool:
         return int in (self.value_type, self.item)
 
     def _violated_type_limit(self, value: Any) -> str:
-        """Return the limit of int32 or float32 that a value violates, or ""."""
+        """Return text of the int32 or float32 limit that a value violates, or ""."""
         for x in value if isinstance(value, tuple) else (value,):
             if not isinstance(x, (int, float)):
                 continue
@@ -271,12 +271,14 @@ def check_fields(instance: Any) -> None:
             value = key.convert(value)
         except (TypeError, OverflowError) as error:
             expected = TYPE_NAMES[key.value_type]
-            raise ConfigError(f"{name}={show(value)}; expected {expected}") from error
+            raise ConfigError(
+                f"{name}={short_repr(value)}; expected {expected}"
+            ) from error
         key.check(name, value)
         object.__setattr__(instance, name, value)
 
 
-def show(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return a value as text of at most 60 characters."""
     try:
         text = repr(value)

@@ -36,7 +36,7 @@ def open_path(path: str | os.PathLike) -> Any:
       ConfigError: the address has another scheme.
       MissingPackage: gcsfs is not installed.
     """
-    # Imported here, because compiling a step needs no files.
+    # Imported here, because compiling a step does not need etils.
     from etils.epath import Path
 
     path = expand(path)
@@ -60,7 +60,7 @@ def open_path(path: str | os.PathLike) -> Any:
 
 
 def is_bucket(path: str | os.PathLike) -> bool:
-    """Return True for an address such as ``gs://bucket/x``."""
+    """Return True for an address with a scheme, such as ``gs://bucket/x``."""
     return "://" in os.fspath(path)
 
 

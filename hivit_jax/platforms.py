@@ -26,12 +26,12 @@ def use_cpu() -> None:
 
 
 def start() -> None:
-    """Log one line if accelerator runtimes are installed but find no chip.
+    """Start JAX without the errors of accelerator runtimes that find no chip.
 
-    Without a chip, a runtime prints pages of errors when JAX starts. This function
-    starts JAX and hides the errors, unless JAX fails or finds a chip that `has_chip`
-    missed. The function does nothing if `jax_platforms` is set, no runtime is
-    installed, or `has_chip` finds a chip.
+    Without a chip, a runtime prints pages of errors when JAX starts. This function logs
+    one line instead. The errors are printed if JAX fails or finds a chip that
+    `has_chip` missed. The function does nothing if `jax_platforms` is set, no runtime
+    is installed, or `has_chip` finds a chip.
     """
     runtimes = installed_runtimes()
     if jax.config.jax_platforms or not runtimes or has_chip():

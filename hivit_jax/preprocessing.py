@@ -45,17 +45,19 @@ def preprocess(model: Model) -> Callable[[Any], np.ndarray]:
 
     def convert(images: Any) -> np.ndarray:
         is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-        resized = [_resize(x, info) for x in (images if is_batch else [images])]
+        resized = [
+            _decode_and_resize(x, info) for x in (images if is_batch else [images])
+        ]
         return np.concatenate([normalize(x[None]) for x in resized])
 
-    # Constants, as in training. XLA divides by a constant in another way: it multiplies
-    # by the reciprocal, which may round differently.
+    # Constants of the jitted function, as in training, because XLA multiplies by the
+    # reciprocal of a constant divisor, which may round differently from a division.
     mean, std = (np.divide(x, 255 * info.scale) for x in (info.mean, info.std))
     normalize = jax.jit(lambda images: image_ops.normalize(images, mean, std))
     return convert
 
 
-def _resize(image: Any, info: ModelInfo) -> np.ndarray:
+def _decode_and_resize(image: Any, info: ModelInfo) -> np.ndarray:
     """Convert one image to [H, W, C] of the dtype `info.dtype`."""
     try:
         pixels, size = _pixels(image, info), info.image_size
@@ -80,14 +82,14 @@ def _pixels(image: Any, info: ModelInfo) -> np.ndarray:
         return decode(buffer.getvalue(), channels, value_range, info.dtype)
     if isinstance(image, (str, os.PathLike, bytes)):
         is_content = isinstance(image, bytes)
-        path = "an image file's bytes" if is_content else expand(os.fspath(image))
+        name = "an image file's bytes" if is_content else expand(os.fspath(image))
         try:
-            content = image if is_content else Path(path).read_bytes()
+            content = image if is_content else Path(name).read_bytes()
             return decode(content, channels, value_range, info.dtype)
         except UnsuitableImageError as error:
-            raise DataError(f"cannot read {path}: {error.after_training}") from error
+            raise DataError(f"cannot read {name}: {error.after_training}") from error
         except Exception as error:  # damaged files cause exceptions of many types
-            raise DataError(f"cannot read {path}: {first_line(error)}") from error
+            raise DataError(f"cannot read {name}: {first_line(error)}") from error
     if isinstance(image, Image.Image) and not image.mode.startswith(("I", "F")):
         converted = image.convert(PIL_MODES[channels])
     else:

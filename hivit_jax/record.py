@@ -143,13 +143,13 @@ def check_batch_size(old: int, new: int, accumulate_steps: int, workdir: Any) ->
     """
     if old == new:
         return
-    # The fewest microbatches that divide `old` and are no larger than the microbatches
-    # of the new config.
+    # Smallest number that splits `old` into equal microbatches no larger than those of
+    # the new config.
     fewest = -(-old * accumulate_steps // new)
-    steps = next((k for k in range(fewest, old + 1) if old % k == 0), old)
+    count = next((k for k in range(fewest, old + 1) if old % k == 0), old)
     advice = (
-        f"optimizer.accumulate_steps={steps} splits it into microbatches of "
-        f"{old // steps}"
+        f"optimizer.accumulate_steps={count} splits it into microbatches of "
+        f"{old // count}"
         if new < old
         else "a larger batch size requires a new run: set init_from and another "
         "--workdir"

@@ -88,8 +88,8 @@ def train(
     # --- State: restored, initialized from a pretrained model, or new ---------------
     dataset, keep = asdict(task.data), config.keep_checkpoints
     checkpoints = manager.Checkpoints(workdir, keep, task.best, dataset)
-    sizes = {"dataset's size": images_per_epoch, "checkpoints": checkpoints.steps()}
-    check_same_on_all_processes({"config": config} | sizes)
+    found = {"dataset's size": images_per_epoch, "checkpoints": checkpoints.steps()}
+    check_same_on_all_processes({"config": config} | found)
     check_resumption(config, dataset, checkpoints)
     if restored := checkpoints.restore_newest(training.state):
         step, state = restored
@@ -101,8 +101,8 @@ def train(
     else:
         step, state = 0, initial_state(config, task, training, pretrained)
     frozen, writer = evaluate.put_frozen(task, mesh), None
-    stop_early = partial(check_progress, workdir, config.early_stopping, task.best)
-    if finished := step >= total_steps or stop_early(step)[0]:
+    progress_at = partial(check_progress, workdir, config.early_stopping, task.best)
+    if finished := step >= total_steps or progress_at(step)[0]:
         log(f"the run in {workdir} is finished; another --workdir starts a new run")
     missing = evaluate.is_evaluation_missing(config, task, workdir, step, total_steps)
     if not finished or missing:
@@ -142,7 +142,7 @@ def train(
         stop = stop_requested(step)
         if missing and not stop:
             results = run_evaluation()
-            finished |= stop_early(step)[0]
+            finished |= progress_at(step)[0]
         if not finished and not stop:
             batches = inputs.train_batches(config, step, total_steps)
             batches = defer_error(prefetch_to_device(unreadable.watch(batches), mesh))
@@ -175,9 +175,9 @@ def train(
                 log(console.step_line(step, total_steps, scalars))
                 check_unreadable(scalars["unreadable"], num_images, config.data)
                 with throughput.pause():
-                    # Evaluate before saving, so that no resumed run skips this.
+                    # Evaluate before saving, or a resumed run may skip the evaluation.
                     if due["eval"] and (results := run_evaluation()):
-                        stalled, improved = stop_early(step)
+                        stalled, improved = progress_at(step)
                         finished |= stalled
                         due["checkpoint"] |= stalled or improved or bool(stop)
                     if due["checkpoint"]:

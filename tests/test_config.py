@@ -173,7 +173,7 @@ def test_config_page_lists_all_keys():
     text = (mini_runs.ROOT / "docs" / "config.md").read_text()
     assert text == configs.to_markdown()
     for task in tasks.TASKS.values():
-        keys = configs.task_keys(task) | configs.task_keys(task, "vit_base")
+        keys = configs.all_keys(task) | configs.all_keys(task, "vit_base")
         for name, key in keys.items():
             leaf = name.rpartition(".")[2]
             assert key.comment

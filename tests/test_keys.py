@@ -26,7 +26,7 @@ def test_every_numeric_key_has_a_range():
     """
     unlimited = set()
     for task in tasks.TASKS.values():
-        for name, key in configs.task_keys(task).items():
+        for name, key in configs.all_keys(task).items():
             if key.value_type in (bool, str) or key.choices:
                 continue
             for number in (math.nan, math.inf, -math.inf, 10**40, -(10**40)):

@@ -7,7 +7,7 @@ from etils.epath import Path
 from orbax.checkpoint import checkpoint_managers
 
 from hivit_jax.reporting import metrics
-from hivit_jax.reporting.metrics import Best
+from hivit_jax.reporting.metrics import Criterion
 
 
 class KeepBest(checkpoint_managers.PreservationPolicy):
@@ -18,16 +18,16 @@ class KeepBest(checkpoint_managers.PreservationPolicy):
 
     Args:
       workdir: the run's directory.
-      best: name of a metric, and "max" or "min". Checkpoints without a finite value of
-        this metric are never the best.
+      criterion: name of a metric, and "max" or "min". Without a finite value of this
+        metric, a checkpoint is never the best.
     """
 
-    def __init__(self, workdir: Path, best: Best):
-        self._best = best
+    def __init__(self, workdir: Path, criterion: Criterion):
+        self._criterion = criterion
         self._recorded = {line["step"]: line for line in metrics.evaluations(workdir)}
 
     def should_preserve(self, checkpoints: Sequence[Any], **context) -> list[bool]:
         results = [x.metrics or self._recorded.get(x.step, {}) for x in checkpoints]
-        finite = metrics.finite_evaluations(results, self._best)
-        best = metrics.best_evaluation(finite, self._best) if finite else None
+        finite = metrics.finite_evaluations(results, self._criterion)
+        best = metrics.best_evaluation(finite, self._criterion) if finite else None
         return [each is best for each in results]

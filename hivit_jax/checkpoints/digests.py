@@ -17,7 +17,7 @@ def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Return {item: {array name: digest}}; a digest has 64 bits, as hex text.
 
     The digest does not depend on the array's sharding. If a single number changes, the
-    digest always changes. Numbers have at most 32 bits.
+    digest always changes. Numbers must have at most 32 bits.
     """
     result: dict[str, dict[str, str]] = {}
     for item, tree in trees.items():
@@ -66,14 +66,14 @@ def _digest(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 def _digest_on_device(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    position, stride = jnp.uint32(0), 1
+    positions, stride = jnp.uint32(0), 1
     for axis in reversed(range(x.ndim)):
-        position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
+        positions += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
         stride = stride * x.shape[axis] % 2**32
-    return jnp.stack(_mixed_sums(bits.astype(jnp.uint32), position))
+    return jnp.stack(_mixed_sums(bits.astype(jnp.uint32), positions))
 
 
-def _mixed_sums(bits: Any, position: Any) -> list:
+def _mixed_sums(bits: Any, positions: Any) -> list:
     """Mix uint32 bits with their uint32 positions, and return two sums modulo 2**32.
 
     `mix` is the finalizer of MurmurHash3. For a fixed position, each summand is a
@@ -86,6 +86,6 @@ def _mixed_sums(bits: Any, position: Any) -> list:
         return h ^ (h >> 16)
 
     return [
-        mix(bits ^ mix(position + np.uint32(seed))).sum(dtype=np.uint32)
+        mix(bits ^ mix(positions + np.uint32(seed))).sum(dtype=np.uint32)
         for seed in (0x9E3779B9, 0x7F4A7C15)
     ]

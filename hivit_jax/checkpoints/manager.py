@@ -2,7 +2,7 @@
 
 ``WORKDIR/checkpoints/STEP/`` contains a subdirectory for each item: *params*;
 *model_state*, if the model has any; *ema*, if averaging is on; *optimizer*, with the
-optimizer state and the step; *config*; *dataset*, with the size and class names; and
+optimizer state and the step; *config*; *dataset*, with sizes and class names; and
 *digests* of every array, because Orbax restores flipped bits without an error. Each
 item can be restored alone. Orbax gives only complete checkpoints their final name, so
 that incomplete checkpoints are never restored. In buckets, the file `read.COMMIT_FILE`
@@ -41,7 +41,7 @@ from hivit_jax.distributed.processes import all_processes
 from hivit_jax.errors import CheckpointError, ConfigError, first_line
 from hivit_jax.paths import absolute, is_bucket
 from hivit_jax.reporting.console import log
-from hivit_jax.reporting.metrics import Best, Scalars
+from hivit_jax.reporting.metrics import Criterion, Scalars
 from hivit_jax.resources import free_disk_text
 from hivit_jax.tree import leaf_name, named_leaves
 
@@ -70,7 +70,7 @@ class Checkpoints:
         self,
         workdir: str | Path,
         keep: int,
-        best: Best = ("eval/loss", "min"),
+        best: Criterion = ("eval/loss", "min"),
         dataset: Mapping[str, Any] | None = None,
     ):
         self._dataset = dataset
@@ -157,9 +157,9 @@ class Checkpoints:
             except CheckpointError as error:
                 errors[step] = error
             if all_processes(state is not None):
-                for damaged, error in errors.items():
+                for damaged_step, error in errors.items():
                     log(f"error: {error}")
-                    self._move_to_damaged(damaged)
+                    self._move_to_damaged(damaged_step)
                 return step, state
             path = self.directory / str(step)
             peer_error = CheckpointError(

@@ -39,7 +39,7 @@ def _without_gaps(names: Iterable[str], variables: Container[str]) -> list[str]:
     """
 
     def positions(name):
-        """Yield (i, components before i, position) if component i is a position."""
+        """Yield (i, components before i, position) for each position in a name."""
         parts = name.split("/")
         starts = (i for i in range(len(parts)) if "/".join(parts[i:]) in variables)
         variable_start = next(starts, len(parts))

@@ -21,7 +21,7 @@ from hivit_jax.progress import listed
 from hivit_jax.tree import named_leaves
 
 COMMIT_FILE = "commit_success.txt"
-MAX_STEPS = 8  # steps that an error lists
+MAX_STEPS_LISTED = 8  # in an error
 
 logging.set_verbosity(logging.FATAL)  # because Orbax logs an error before raising it
 
@@ -42,19 +42,19 @@ def find_checkpoints(path: str | Path) -> list[Path]:
         return [path]
     if (path / "params").is_dir():
         raise CheckpointError(
-            f"{path}: expected {COMMIT_FILE}, the last file of a checkpoint in a "
-            "bucket, found none\nIf the directory is a complete copy of a local "
-            "checkpoint, add an empty file of this name"
+            f"{path}: expected {COMMIT_FILE}, the file that is written last to a "
+            "checkpoint in a bucket, found none\nIf the directory is a complete copy "
+            "of a local checkpoint, add an empty file of this name"
         )
-    found = _complete_steps(path)
+    found = _complete_checkpoints(path)
     if not found:
         problem = f"no checkpoint in {path}"
         if not is_bucket(path) and not path.exists():
             problem = f"{path} does not exist"
         expected = "a workdir or the directory of one checkpoint"
-        if path.name.isdigit() and (steps := _complete_steps(path.parent)):
-            names = [step.name for step in reversed(steps)]
-            expected = f"one of the steps {listed(names, MAX_STEPS)}"
+        if path.name.isdigit() and (others := _complete_checkpoints(path.parent)):
+            names = [step.name for step in reversed(others)]
+            expected = f"one of the steps {listed(names, MAX_STEPS_LISTED)}"
         raise CheckpointError(f"{problem}; expected {expected}")
     return found
 
@@ -67,7 +67,7 @@ def has_checkpoint(path: str | Path) -> bool:
         return False
 
 
-def _complete_steps(directory: Path) -> list[Path]:
+def _complete_checkpoints(directory: Path) -> list[Path]:
     """Return the complete checkpoints in a directory, newest first."""
     steps = [p for p in directory.glob("*") if p.name.isdigit() and is_complete(p)]
     return sorted(steps, key=lambda p: -int(p.name))

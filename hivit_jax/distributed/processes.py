@@ -73,22 +73,21 @@ def joined() -> bool:
 
 
 def exit_together(code: int, message: str = "", peer_lost: bool = False) -> NoReturn:
-    """End this process, without exit handlers, once all processes of its run have
-    called this function.
+    """End this process once all processes of its run have called this function.
 
-    The other processes abort when process 0 ends. Each process therefore waits at a
-    barrier until all processes have called this function, so that each process exits
-    with its own code. A process that fails alone waits 2 x peer_timeout and exits with
-    its code; then JAX aborts the other processes.
+    Exit handlers do not run. The other processes abort when process 0 ends. Each
+    process therefore waits at a barrier until all processes have called this function,
+    so that each process exits with its own code. A process that fails alone waits
+    2 x peer_timeout and exits with its code; then JAX aborts the other processes.
 
     Args:
       code: exit code.
       message: printed to stderr after the wait; not printed if JAX aborts this process
         first.
       peer_lost: True if a lost process may have caused the error. This process then
-        skips the barrier and waits for JAX to abort it. The lost process may have
-        reached the barrier before it was lost. The barrier would then let this process
-        pass, and it would exit with `code` instead of 134.
+        skips the barrier and waits for JAX to abort it. If the lost process had reached
+        the barrier earlier, the barrier would let this process pass, and the exit code
+        would be `code` instead of 134.
     """
     _exiting.acquire()  # never released: the first of two threads sets the exit code
     sys.stdout.flush()

@@ -14,12 +14,11 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.progress import counted
 from hivit_jax.tree import leaf_name
 
-# Mesh axes, from the slowest to the fastest links. The replica axis connects slices or
-# nodes.
+# Mesh axes, from the slowest to the fastest links.
 AXES = ("replica", "data", "fsdp", "tensor")
 BATCH = PartitionSpec(("replica", "data", "fsdp"))
 # Axes whose devices store copies of the train state.
-COPIES = ("replica", "data")
+COPY_AXES = ("replica", "data")
 # Smaller arrays are not sharded over fsdp, because gathering them costs more than
 # sharding saves.
 MIN_SHARDED_SIZE = 2**13
@@ -68,18 +67,18 @@ def make_mesh(
             f"mesh={dict(sizes)} does not fit {counted(count, 'device')}; expected "
             f"sizes with product {count}, at most one of them -1"
         )
-    shards = math.prod(shape[:3])
-    divisor = shards * num_microbatches
+    num_shards = math.prod(shape[:3])
+    divisor = num_shards * num_microbatches
     if min(batch_size, divisor) < 1 or batch_size % divisor:
         raise ConfigError(
-            f"batch_size={batch_size} is not divisible by {shards} devices (mesh "
+            f"batch_size={batch_size} is not divisible by {num_shards} devices (mesh "
             f"replica x data x fsdp) x optimizer.accumulate_steps={num_microbatches}"
         )
     types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices > 1:
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices > 1:
         return Mesh(
-            arrange_across_slices(shape, slices, devices), AXES, axis_types=types
+            arrange_across_slices(shape, num_slices, devices), AXES, axis_types=types
         )
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
@@ -117,16 +116,16 @@ def replicate(mesh: Mesh, value: np.ndarray) -> jax.Array:
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
     """Raise ConfigError if a mesh cannot split an evaluation batch evenly."""
-    shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
-    if batch_size < 1 or batch_size % shards:
+    num_shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    if batch_size < 1 or batch_size % num_shards:
         raise ConfigError(
-            f"the evaluation batch size {batch_size} is not divisible by {shards} "
+            f"the evaluation batch size {batch_size} is not divisible by {num_shards} "
             "devices (mesh replica x data x fsdp)"
         )
 
 
 def arrange_across_slices(
-    shape: Sequence[int], slices: int, devices: Sequence[jax.Device]
+    shape: Sequence[int], num_slices: int, devices: Sequence[jax.Device]
 ) -> np.ndarray:
     """Return the devices of several slices as an array of the mesh's shape.
 
@@ -136,12 +135,12 @@ def arrange_across_slices(
     """
     outer, inner = [1] * len(shape), list(shape)
     for axis, size in enumerate(shape[:3]):
-        if size % slices == 0:
-            outer[axis], inner[axis] = slices, size // slices
+        if size % num_slices == 0:
+            outer[axis], inner[axis] = num_slices, size // num_slices
             return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
     raise ConfigError(
-        f"mesh={dict(zip(AXES, shape, strict=True))} over {slices} slices or nodes; "
-        f"expected replica, data or fsdp to be divisible by {slices}"
+        f"mesh={dict(zip(AXES, shape, strict=True))} over {num_slices} slices or "
+        f"nodes; expected replica, data or fsdp to be divisible by {num_slices}"
     )
 
 
@@ -195,15 +194,15 @@ def unshard_fsdp(params: Any) -> Any:
 def num_copies() -> int:
     """Return the number of devices that store the same part of the train state."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in COPIES)
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in COPY_AXES)
 
 
 def shard_copies(tree: Any) -> Any:
     """Shard each array of a pytree also over the devices that store copies of it.
 
     A device takes a slice of its copy, without communication: in addition to
-    `param_spec`, the axes `COPIES` shard the first dimension that is divisible by their
-    size. Arrays smaller than `MIN_SHARDED_SIZE` stay replicated. A mesh must be set.
+    `param_spec`, the axes `COPY_AXES` shard the first dimension that they can split
+    evenly. Arrays smaller than `MIN_SHARDED_SIZE` stay replicated. A mesh must be set.
     """
     mesh, copies = jax.sharding.get_abstract_mesh(), num_copies()
 
@@ -212,7 +211,7 @@ def shard_copies(tree: Any) -> Any:
         if x.size >= MIN_SHARDED_SIZE:
             for dim, axis in enumerate(spec):
                 if x.shape[dim] % (copies * mesh.shape.get(axis, 1)) == 0:
-                    spec[dim] = (axis, *COPIES) if axis else COPIES
+                    spec[dim] = (axis, *COPY_AXES) if axis else COPY_AXES
                     break
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 

@@ -67,9 +67,9 @@ class TensorBoard:
         if settings:
             text = json.dumps(settings, indent=2, default=str)
             self._writer.add_text("config", f"```json\n{text}\n```")
-            plain = (bool, int, float, str)
+            types = (bool, int, float, str)
             values = {
-                name: value if isinstance(value, plain) else str(value)
+                name: value if isinstance(value, types) else str(value)
                 for name, value in settings.items()
             }
             names = "train/loss", "eval/loss", "eval/top1", "eval/mAP"

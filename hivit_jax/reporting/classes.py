@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_MATRIX = 1000  # largest number of classes with a confusion matrix
-MIN_TOP5 = 6  # smallest number of classes with a top-5 accuracy
+MAX_MATRIX_CLASSES = 1000  # largest number of classes with a confusion matrix
+MIN_TOP5_CLASSES = 6  # smallest number of classes with a top-5 accuracy
 
 
 class ClassCounts:
@@ -20,14 +20,14 @@ class ClassCounts:
       images, predicted, correct: number of images of each true class, of each predicted
         class, and of each class that are classified correctly; int64 [classes].
       matrix: int64 [classes, classes], true x predicted; None for more than
-        `MAX_MATRIX` classes.
+        `MAX_MATRIX_CLASSES` classes.
       in_top5: number of images whose true class is among the five most probable.
     """
 
     def __init__(self, names: Sequence[str]):
         self.names, count = tuple(names), len(names)
         self.images, self.predicted, self.correct = np.zeros((3, count), np.int64)
-        has_matrix = count <= MAX_MATRIX
+        has_matrix = count <= MAX_MATRIX_CLASSES
         self.matrix = np.zeros((count, count), np.int64) if has_matrix else None
         self.in_top5 = 0
 
@@ -39,19 +39,19 @@ class ClassCounts:
           ranked: the k most probable classes in order, int [n, k]; k is at least 5, or
             the number of classes if there are fewer.
         """
-        predicted = ranked[:, 0]
+        top1 = ranked[:, 0]
         np.add.at(self.images, labels, 1)
-        np.add.at(self.predicted, predicted, 1)
-        np.add.at(self.correct, labels[labels == predicted], 1)
+        np.add.at(self.predicted, top1, 1)
+        np.add.at(self.correct, labels[labels == top1], 1)
         self.in_top5 += int((ranked[:, :5] == labels[:, None]).any(1).sum())
         if self.matrix is not None:
-            np.add.at(self.matrix, (labels, predicted), 1)
+            np.add.at(self.matrix, (labels, top1), 1)
 
     def metrics(self) -> dict[str, float | int]:
         """Return images, accuracy, balanced_accuracy and, if available, top5.
 
         The balanced accuracy is the mean recall of the classes that have images. The
-        top-5 accuracy requires at least `MIN_TOP5` classes.
+        top-5 accuracy requires at least `MIN_TOP5_CLASSES` classes.
         """
         total, present = int(self.images.sum()), self.images > 0
         recalls = self.correct[present] / self.images[present]
@@ -60,7 +60,7 @@ class ClassCounts:
             "accuracy": float(self.correct.sum()) / total,
             "balanced_accuracy": float(recalls.mean()),
         }
-        if len(self.names) >= MIN_TOP5:
+        if len(self.names) >= MIN_TOP5_CLASSES:
             metrics["top5"] = self.in_top5 / total
         return metrics
 

@@ -7,7 +7,7 @@ import jax
 
 from hivit_jax.progress import counted, duration
 from hivit_jax.reporting.metrics import (
-    Best,
+    Criterion,
     Scalars,
     best_evaluation,
     evaluations,
@@ -69,24 +69,26 @@ def eval_line(label: str, values: Scalars) -> str:
     return f"{label}  eval  {'  '.join(parts)}  ({images})"
 
 
-def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
+def best_line(workdir: Path, steps: Collection[int], criterion: Criterion) -> str:
     """Return the log line of the best checkpoint.
 
     For example ``best checkpoint  step 360  eval  loss ...  DIR/checkpoints/360``.
 
     Args:
       steps: steps of the existing checkpoints. Other steps are ignored.
-      best: metric and direction that select the best checkpoint.
+      criterion: metric and direction that select the best checkpoint.
     """
     lines = [line for line in evaluations(workdir) if line["step"] in steps]
-    if not (lines := finite_evaluations(lines, best)):
+    if not (lines := finite_evaluations(lines, criterion)):
         return "best checkpoint  none: no saved checkpoint belongs to an evaluated step"
-    values = best_evaluation(lines, best)
-    line = eval_line(f"step {values['step']}", values)
-    return f"best checkpoint  {line}  {workdir / 'checkpoints' / str(values['step'])}"
+    values = best_evaluation(lines, criterion)
+    text = eval_line(f"step {values['step']}", values)
+    return f"best checkpoint  {text}  {workdir / 'checkpoints' / str(values['step'])}"
 
 
-def final_line(workdir: Path, steps: Collection[int], best: Best | None) -> str:
+def final_line(
+    workdir: Path, steps: Collection[int], criterion: Criterion | None
+) -> str:
     """Return the last log line of a run: the best checkpoint, or the last checkpoint.
 
     For example ``last checkpoint  step 360  not evaluated, because
@@ -94,10 +96,10 @@ def final_line(workdir: Path, steps: Collection[int], best: Best | None) -> str:
 
     Args:
       steps: steps of the existing checkpoints, at least one.
-      best: see `best_line`; None: the run has no evaluation.
+      criterion: see `best_line`; None: the run has no evaluation.
     """
-    if best:
-        return best_line(workdir, steps, best)
+    if criterion:
+        return best_line(workdir, steps, criterion)
     path = workdir / "checkpoints" / str(max(steps))
     reason = "not evaluated, because data.eval_split='none'"
     return f"last checkpoint  step {max(steps)}  {reason}  {path}"

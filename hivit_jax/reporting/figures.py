@@ -14,7 +14,7 @@ from PIL import Image
 from hivit_jax.reporting import metrics
 
 TITLED_WIDTH = 2.4  # width in inches of an image with a title
-PANELS = ("original", "masked", "reconstruction", "reconstruction + visible")
+PANEL_TITLES = ("original", "masked", "reconstruction", "reconstruction + visible")
 
 
 def reconstruction_panels(
@@ -33,7 +33,8 @@ def reconstruction_panels(
       mean, std: mean and standard deviation of the normalization.
 
     Returns:
-      Panels in the order of `PANELS`. Masked pixels are mid-gray in the second panel.
+      Panels in the order of `PANEL_TITLES`. Masked pixels are mid-gray in the second
+      panel.
     """
     original, predicted = (
         np.clip(x * np.asarray(std) + np.asarray(mean), 0, 1)
@@ -46,7 +47,9 @@ def reconstruction_panels(
 
 def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
     """Plot panels [B, 4, H, W, C] in 0..1, one image per row."""
-    return rows_of_panels(dict(zip(PANELS, panels.swapaxes(0, 1), strict=True)), title)
+    return rows_of_panels(
+        dict(zip(PANEL_TITLES, panels.swapaxes(0, 1), strict=True)), title
+    )
 
 
 def statistics_text(norm_pix_loss: bool, statistics: str = "unit") -> str:

@@ -143,8 +143,8 @@ class Throughput:
 
         Args:
           images: number of images.
-          starved: the devices were idle before the step, because they waited for
-            images.
+          starved: the devices finished the step before the images of the next step
+            arrived.
         """
         self._images += images
         self._steps += 1
@@ -182,8 +182,8 @@ def device_metrics(
       device of this process has used, if the backend reports them.
     """
     chip = chip_of(devices[0].device_kind)
-    chips = len(devices) / (chip.devices if chip else 1)
-    per_chip = images_per_second / chips
+    num_chips = len(devices) / (chip.devices if chip else 1)
+    per_chip = images_per_second / num_chips
     found = {
         "images_per_second": images_per_second,
         "images_per_second_per_chip": per_chip,
@@ -203,7 +203,8 @@ def fetch(pending: list, state: Mapping[str, Any]) -> dict[str, float]:
       state: train state after the pending steps; its "step" is the last good step.
 
     Returns:
-      The metrics of the newest step as floats; "unreadable" is summed over all steps.
+      The metrics of the newest step as floats; "unreadable" is summed over all pending
+      steps.
 
     Raises:
       DivergedError: the loss, gradient or updated state of a step is not finite.
@@ -235,21 +236,21 @@ def read_evaluation(workdir: Path, step: int) -> dict[str, float]:
     return lines[-1] if lines else {}
 
 
-Best = tuple[str, str]  # name of a metric, and its direction: "max" or "min"
+Criterion = tuple[str, str]  # name of a metric, and its direction: "max" or "min"
 
 
-def score(results: Scalars, best: Best) -> float:
+def score(results: Scalars, criterion: Criterion) -> float:
     """Return a number that is larger for a better evaluation."""
-    name, direction = best
+    name, direction = criterion
     return results[name] if direction == "max" else -results[name]
 
 
-def finite_evaluations(lines: Iterable[Scalars], best: Best) -> list[Scalars]:
-    """Return the lines of metrics.jsonl with a finite value of the metric `best`."""
-    return [line for line in lines if math.isfinite(line.get(best[0], math.nan))]
+def finite_evaluations(lines: Iterable[Scalars], criterion: Criterion) -> list[Scalars]:
+    """Return the evaluations with a finite value of the criterion's metric."""
+    return [line for line in lines if math.isfinite(line.get(criterion[0], math.nan))]
 
 
-def best_evaluation(lines: Sequence[Scalars], best: Best) -> Scalars:
+def best_evaluation(lines: Sequence[Scalars], criterion: Criterion) -> Scalars:
     """Return the best of the evaluations in `lines`.
 
     Of evaluations with the same value, the one with the lowest eval/loss is the best;
@@ -258,25 +259,27 @@ def best_evaluation(lines: Sequence[Scalars], best: Best) -> Scalars:
 
     def rank(line):
         loss = line.get("eval/loss", math.nan)
-        return score(line, best), -loss if math.isfinite(loss) else -math.inf
+        return score(line, criterion), -loss if math.isfinite(loss) else -math.inf
 
     return max(lines, key=rank)
 
 
-def evaluation_progress(workdir: Path, step: int, best: Best) -> tuple[int, bool]:
-    """Return two facts about the evaluations up to `step`: (stalled, improved).
+def evaluation_progress(
+    workdir: Path, step: int, criterion: Criterion
+) -> tuple[int, bool]:
+    """Return two facts about the evaluations up to `step`: (since_best, improved).
 
     Reads metrics.jsonl, so that the facts survive an interruption.
 
     Returns:
-      stalled: number of evaluations after the first one with the best value. An equal
-        value with a lower eval/loss does not count as an improvement. If no evaluation
-        is finite, the number of all.
+      since_best: number of evaluations after the first one with the best value. A lower
+        eval/loss at the same value has no effect. If no value is finite, the number of
+        all evaluations.
       improved: the newest evaluation is the best (`best_evaluation`), or there is none.
     """
     lines = [line for line in evaluations(workdir) if line["step"] <= step]
-    if not (finite := finite_evaluations(lines, best)):
+    if not (finite := finite_evaluations(lines, criterion)):
         return len(lines), not lines
-    first = max(finite, key=lambda line: score(line, best))
-    stalled = len(lines) - 1 - lines.index(first)
-    return stalled, best_evaluation(finite, best) is lines[-1]
+    first = max(finite, key=lambda line: score(line, criterion))
+    since_best = len(lines) - 1 - lines.index(first)
+    return since_best, best_evaluation(finite, criterion) is lines[-1]

@@ -38,7 +38,8 @@ class Task:
         replaces this value with the result of `best_metric`.
       fresh: name prefixes of parameters that are always newly initialized, even if the
         pretrained model contains them.
-      head_scale: factor that multiplies the standard deviation of a new head, 0.02.
+      head_scale: with `init_from`, factor on the kernel of a new head. The kernel has
+        the standard deviation 0.02.
       passes: cost of a training step in forward passes; 3, because the backward pass
         costs two.
       decayed, undecayed: last components of the names of the parameters with and
@@ -259,7 +260,7 @@ class Task:
     def stream_predictions(
         self, batches: Iterator[Mapping[str, np.ndarray]], out: Path, source: Source
     ) -> Path | None:
-        """Write predictions to `out`; return the main file; None: `out` itself.
+        """Write predictions to `out`, and return the main file (None: `out` itself).
 
         By default, collects the records of all readable images and passes them to
         `write_predictions`. A subclass may instead write each batch at once.

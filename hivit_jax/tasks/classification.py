@@ -87,7 +87,7 @@ class Classification(Task):
 
     @property
     def head_scale(self) -> float:
-        """Factor that multiplies the standard deviation of a new head, 0.02."""
+        """With `init_from`, factor on the kernel of a new head; see `Task`."""
         return variant(self.config.model.name)[0].new_head_scale
 
     @classmethod
@@ -110,8 +110,8 @@ class Classification(Task):
     ) -> PerSample:
         """Return the cross entropy with mixed targets, and `topk_correct`.
 
-        `topk_correct` uses the label of each image before mixing.
-        With several labels per image, returns only the binary cross entropy.
+        `topk_correct` uses the label of each image before mixing. With several labels
+        per image, returns only the binary cross entropy.
         """
         images, targets = self.augment_with_targets(batch, keys)
         drop_path_keys = rng.split_keys(keys.samples, "drop_path")

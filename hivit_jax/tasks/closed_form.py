@@ -7,14 +7,14 @@ import numpy as np
 
 from hivit_jax import inputs
 from hivit_jax.reporting import console
-from hivit_jax.reporting.classes import MIN_TOP5
+from hivit_jax.reporting.classes import MIN_TOP5_CLASSES
 from hivit_jax.tasks import probing
 
 # Candidate penalties. The same values suit all datasets, because the error is a mean
 # over the images and features have variance 1.
 PENALTIES = tuple(10.0 ** (k / 2) for k in range(-16, 7))
 DEFAULT_PENALTY = 0.1  # used if no image can be held out
-CHUNK = 4096  # maximum number of images that are converted to float64 at a time
+CHUNK_SIZE = 4096  # maximum number of images that are converted to float64 at a time
 
 
 def closed_form_probe(
@@ -22,19 +22,19 @@ def closed_form_probe(
 ) -> dict[str, float | int]:
     """Fit a linear classifier in closed form, evaluate it and log the accuracy.
 
-    The features of an image are the last tokens of the encoder in `config.init_from`,
-    averaged over the units. Every image of both splits is encoded once, transformed as
-    in evaluation. The penalty is the value in `PENALTIES` with the best accuracy on
-    held-out training images. The host computes the classifier from all training images
-    in float64, without random numbers.
+    The features of an image are the tokens of the last stage of the encoder in
+    `config.init_from`, averaged over the units. Every image of both splits is encoded
+    once, transformed as in evaluation. The penalty is the value in `PENALTIES` with the
+    best accuracy on held-out training images. The host computes the classifier from all
+    training images in float64, without random numbers.
 
     Args:
       heartbeat: called after every encoded batch.
 
     Returns:
-      Fractions eval/top1 and, with at least `MIN_TOP5` classes, eval/top5; numbers of
-      test images eval/count and eval/unreadable; probe/penalty; probe/held_out_top1,
-      NaN if no image could be held out.
+      Fractions eval/top1 and, with at least `MIN_TOP5_CLASSES` classes, eval/top5;
+      numbers of test images eval/count and eval/unreadable; probe/penalty;
+      probe/held_out_top1, NaN if no image could be held out.
 
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
@@ -52,7 +52,7 @@ def closed_form_probe(
     top1, top5 = fit(*train, num_classes).accuracy(*test, penalty)
     count = len(test[1])
     values = {"eval/top1": top1, "eval/top5": top5, "eval/count": count}
-    if num_classes < MIN_TOP5:
+    if num_classes < MIN_TOP5_CLASSES:
         del values["eval/top5"]
     values["eval/unreadable"] = task.data.counts["test"] - count
     console.log(console.eval_line(f"probe  penalty {penalty:g}", values))
@@ -163,5 +163,7 @@ def held_out_images(labels: np.ndarray) -> np.ndarray:
 
 
 def _chunks(count: int) -> Iterator[slice]:
-    """Yield slices of up to `CHUNK` images, to limit the memory of float64 copies."""
-    yield from (slice(first, first + CHUNK) for first in range(0, count, CHUNK))
+    """Yield slices of up to `CHUNK_SIZE` images, because float64 copies need memory."""
+    yield from (
+        slice(first, first + CHUNK_SIZE) for first in range(0, count, CHUNK_SIZE)
+    )

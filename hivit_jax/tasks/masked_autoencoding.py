@@ -42,12 +42,14 @@ class MaskedAutoencoding(Task):
         """Raise ConfigError for an invalid config, such as an invalid `mask_ratio`."""
         super().check(config)
         model_class, model_config, _ = configure(**model_arguments(config))
-        units = math.prod(image_grid(model_config.image_size, model_config.unit_size))
+        num_units = math.prod(
+            image_grid(model_config.image_size, model_config.unit_size)
+        )
         # `count_visible` raises ConfigError for a ratio that masks all units.
-        if model_class.count_visible(units, config.mask_ratio) == units:
+        if model_class.count_visible(num_units, config.mask_ratio) == num_units:
             raise ConfigError(
-                f"mask_ratio={config.mask_ratio} masks none of {units} units; "
-                f"expected at least {1 / units:.4f}"
+                f"mask_ratio={config.mask_ratio} masks none of {num_units} units; "
+                f"expected at least {1 / num_units:.4f}"
             )
 
     def is_decayed(self, name: str) -> bool:
@@ -115,8 +117,10 @@ class MaskedAutoencoding(Task):
 
     def _masking(self, model: MaskedModel, keys: Keys) -> dict[str, Any]:
         """Return the model arguments noise, [B, N], and mask_ratio."""
-        units = math.prod(model.unit_grid)
+        num_units = math.prod(model.unit_grid)
         with jax.named_scope("input"):
             mask_keys = rng.split_keys(keys.samples, "mask")
-            noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(mask_keys)
+            noise = jax.vmap(lambda key: jax.random.uniform(key, (num_units,)))(
+                mask_keys
+            )
         return {"noise": noise, "mask_ratio": self.config.mask_ratio}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hivit_jax.reporting.classes import MIN_TOP5
+from hivit_jax.reporting.classes import MIN_TOP5_CLASSES
 from hivit_jax.tasks.base import PerSample
 
 
@@ -19,7 +19,8 @@ def topk_correct(logits: jax.Array, labels: jax.Array) -> PerSample:
     """Return {"top1", "top5": [B]}: 1.0 if the true class has one of the top k logits.
 
     Among classes with equal logits, the one with the lowest index ranks first. With
-    fewer than `MIN_TOP5` classes, "top5" is missing, because it would always be 1.
+    fewer than `MIN_TOP5_CLASSES` classes, "top5" is missing, because it would always be
+    1.
 
     Args:
       logits, labels: [B, classes] and [B].
@@ -27,7 +28,7 @@ def topk_correct(logits: jax.Array, labels: jax.Array) -> PerSample:
     true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     lower_index = jnp.arange(logits.shape[-1])[None] < labels[:, None]
     rank = ((logits > true) | ((logits == true) & lower_index)).sum(-1)
-    ks = [1, *[5] * (logits.shape[-1] >= MIN_TOP5)]
+    ks = [1, *[5] * (logits.shape[-1] >= MIN_TOP5_CLASSES)]
     return {f"top{k}": (rank < k).astype(jnp.float32) for k in ks}
 
 

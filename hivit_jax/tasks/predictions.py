@@ -75,7 +75,7 @@ def write_multi_label(
     Raises:
       OSError: a file cannot be written.
     """
-    evaluated = []  # (logits, labels) of each batch
+    labeled_batches = []  # (logits, labels) of readable images
     columns = ["file", "predicted", *(f"probability_{name}" for name in names)]
     columns += [*["label"] * labeled, "error"]
 
@@ -99,10 +99,11 @@ def write_multi_label(
                 add_row(row)
             if labeled:
                 readable = rows["error"] == ""
-                evaluated.append((rows["logits"][readable], rows["label"][readable]))
-    if not sum(len(labels) for _, labels in evaluated):
+                logits, labels = rows["logits"][readable], rows["label"][readable]
+                labeled_batches.append((logits, labels))
+    if not sum(len(labels) for _, labels in labeled_batches):
         return
-    logits, labels = map(np.concatenate, zip(*evaluated, strict=True))
+    logits, labels = map(np.concatenate, zip(*labeled_batches, strict=True))
     metrics = {
         "images": len(labels),
         "images_of_no_class": int((labels == 0).all(1).sum()),

@@ -28,7 +28,7 @@ from hivit_jax.tree import split_params
 from hivit_jax.weights import adapt, load
 from hivit_jax.xla.compile import announce
 
-CHUNK = 256  # maximum number of test images that are classified at a time
+CHUNK_SIZE = 256  # maximum number of test images that are classified at a time
 
 
 def nearest_neighbors(
@@ -49,8 +49,8 @@ def nearest_neighbors(
       heartbeat: called after every encoded batch.
 
     Returns:
-      Fractions knn/top1 and, with at least `MIN_TOP5` classes, knn/top5; and knn/count,
-      the number of test images.
+      Fractions knn/top1 and, with at least `MIN_TOP5_CLASSES` classes, knn/top5; and
+      knn/count, the number of test images.
 
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
@@ -61,7 +61,7 @@ def nearest_neighbors(
     num_classes = max(len(task.data.classes), config.model.get("num_classes") or 0)
 
     @jax.jit
-    def count_correct(features, labels, train_features, train_labels):
+    def correct_by_neighbors(features, labels, train_features, train_labels):
         cosine, indices = jax.lax.top_k(
             features @ train_features.T, min(neighbors, len(train_features))
         )
@@ -76,9 +76,11 @@ def nearest_neighbors(
     train_set = jax.device_put(train)
     count = len(features)
     chunks, progress = [], Progress("nearest neighbors", count, write=log)
-    for i in range(0, count, CHUNK):
-        part = jax.device_put((features[i : i + CHUNK], labels[i : i + CHUNK]))
-        chunks.append(jax.device_get(count_correct(*part, *train_set)))
+    for i in range(0, count, CHUNK_SIZE):
+        part = jax.device_put(
+            (features[i : i + CHUNK_SIZE], labels[i : i + CHUNK_SIZE])
+        )
+        chunks.append(jax.device_get(correct_by_neighbors(*part, *train_set)))
         progress.update(len(part[1]))
     accuracies = {
         name: float(np.concatenate([chunk[name] for chunk in chunks]).mean())
@@ -99,9 +101,9 @@ def fit_to_devices(config: Any) -> tuple[Any, Mesh]:
     # only when the mesh is known. Every valid mesh can split a multiple of the number
     # of devices.
     mesh = make_mesh(config.mesh, config.batch_size * jax.device_count())
-    shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    num_shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
     config = config.copy_and_resolve_references()
-    config.batch_size = -(-config.batch_size // shards) * shards
+    config.batch_size = -(-config.batch_size // num_shards) * num_shards
     return config, mesh
 
 

@@ -14,10 +14,10 @@ ADAM_PEAKS = (1e-6, 0.05)
 # A run of fewer steps is a trial, whose curves need no points before its end.
 TRIAL_STEPS = 20
 MIN_POINTS = 2  # of a curve, before the end of the run
-# No warning is logged if a run has fewer steps, because it is over soon, or if a split
-# has fewer images, because repeated images in a batch of 64 get different crops.
+# Checkpoint intervals (in steps) and batches of up to these sizes cause no warning: a
+# killed run loses little, and repeated images in a batch get different crops.
 HARMLESS_CHECKPOINT_INTERVAL = 500
-HARMLESS_BATCH = 64
+HARMLESS_BATCH_SIZE = 64
 
 
 def common_warnings(
@@ -57,7 +57,7 @@ def _length_warnings(
         found.append(
             f"optimizer.milestones: {end}, before epoch {', '.join(unreached)}"
         )
-    if config.batch_size > max(num_images, HARMLESS_BATCH):
+    if config.batch_size > max(num_images, HARMLESS_BATCH_SIZE):
         found.append(
             f"batch_size={config.batch_size} exceeds the {num_images:,} training "
             "images: a batch contains some images several times"
@@ -77,9 +77,9 @@ def _length_warnings(
 def _interval_warnings(config: Any, total_steps: int) -> list[str]:
     """Return warnings about intervals that are too long for the length of the run."""
     evaluated = config.data.eval_split != NO_EVALUATION
-    verb = "is evaluated" if evaluated else "draws its curves and figures"
+    eval_action = "is evaluated" if evaluated else "draws its curves and figures"
     steps, found = counted(total_steps, "step"), []
-    for name, action in (("log_every", "logs"), ("eval_every", verb)):
+    for name, action in (("log_every", "logs"), ("eval_every", eval_action)):
         points = (total_steps - 1) // config[name]  # before the end
         if total_steps < TRIAL_STEPS or points >= MIN_POINTS:
             continue

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hivit_jax.checkpoints.read import find_checkpoints
-from hivit_jax.keys import show
+from hivit_jax.keys import short_repr
 from hivit_jax.models import configure
 from hivit_jax.models.base import make_info
 from hivit_jax.paths import open_path
@@ -45,7 +45,7 @@ def preprocessing_note(pretrained: Pretrained) -> str:
     notes = []
     if missing:
         info = make_info(configure(**pretrained.arguments)[1], **pretrained.info)
-        values = [f"{name} {show(getattr(info, name))}" for name in missing]
+        values = [f"{name} {short_repr(getattr(info, name))}" for name in missing]
         notes.append(f"assumed, as not in the file: {', '.join(values)}")
     if "head/kernel" in pretrained.params and not pretrained.info.get("class_names"):
         notes.append("the names of the classes are unknown")

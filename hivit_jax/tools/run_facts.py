@@ -80,7 +80,7 @@ def _parameters(task: Task | None) -> str:
     return f"{nnx.eval_shape(task.build_model).parameter_count():,}"
 
 
-def best_metric(config: Mapping[str, Any]) -> metrics.Best:
+def best_metric(config: Mapping[str, Any]) -> metrics.Criterion:
     """Return the metric that selects the best checkpoint, from a saved config."""
     try:
         return tasks.find(config["task"]).best_metric(config)
@@ -88,7 +88,7 @@ def best_metric(config: Mapping[str, Any]) -> metrics.Best:
         return Task.best
 
 
-def _best(lines: Lines, best: metrics.Best) -> str:
+def _best(lines: Lines, best: metrics.Criterion) -> str:
     """Return the best evaluation as text."""
     found = metrics.finite_evaluations(lines, best)
     if not found:

@@ -78,5 +78,5 @@ def _summed_axes(microbatch_size: int) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     # Axes of size 1 are left out, because XLA:CPU refuses to sum over such an axis.
     axes = tuple(a for a in ("replica", "data") if mesh.shape.get(a, 1) > 1)
-    parts = math.prod(mesh.shape[axis] for axis in axes)
-    return axes if microbatch_size // parts % 2 == 0 else ()
+    num_parts = math.prod(mesh.shape[axis] for axis in axes)
+    return axes if microbatch_size // num_parts % 2 == 0 else ()

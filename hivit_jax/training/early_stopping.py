@@ -6,11 +6,11 @@ import jax
 
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.reporting.console import log
-from hivit_jax.reporting.metrics import Best, evaluation_progress
+from hivit_jax.reporting.metrics import Criterion, evaluation_progress
 
 
 def check_progress(
-    workdir: Path, patience: int, criterion: Best, step: int
+    workdir: Path, patience: int, criterion: Criterion, step: int
 ) -> tuple[bool, bool]:
     """Return two flags, (stalled, improved), for a step.
 

@@ -26,7 +26,7 @@ def random_features(count=60, classes=4, dim=7):
 @pytest.mark.parametrize("penalty", [1e-6, 0.1, 100.0])
 def test_weights_solve_the_normal_equations(penalty, monkeypatch):
     """The images are processed in chunks of 13."""
-    monkeypatch.setattr(closed_form, "CHUNK", 13)
+    monkeypatch.setattr(closed_form, "CHUNK_SIZE", 13)
     features, labels = random_features()
     x = np.float64(features)
     scale = x.std(0)
