@@ -39,7 +39,7 @@ def read_model(path: str | Path, **options: Any) -> Pretrained:
 def preprocessing_note(pretrained: Pretrained) -> str:
     """Return a line about the mean, std or crop that a model's file lacks; "": none.
 
-    The line also mentions unknown class names.
+    If there is such a line, it also mentions unknown class names.
     """
     missing = [name for name in ("mean", "std", "crop") if name not in pretrained.info]
     notes = []
