@@ -60,12 +60,12 @@ def load_split(config, split: str) -> np.ndarray:
 def demo(workdir: Path, stop: Callable) -> None:
     """Pretrain, train the classifiers, and print accuracies and relative losses."""
     began = time.perf_counter()
-    pretrain = workdir / "pretrain"
-    loss = run("digits_mae.py", pretrain, stop)["eval/loss"]
+    pretrain_dir = workdir / "pretrain"
+    loss = run("digits_mae.py", pretrain_dir, stop)["eval/loss"]
 
     top1 = np.empty((len(SUBSETS), 2))
     for row, subset in enumerate(SUBSETS):
-        starts = {"finetune": pretrain, "scratch": ""}
+        starts = {"finetune": pretrain_dir, "scratch": ""}
         for column, (name, init_from) in enumerate(starts.items()):
             overrides = {"init_from": init_from, "data.subset": subset}
             path = workdir / f"{name}_{subset}"
@@ -79,15 +79,15 @@ def demo(workdir: Path, stop: Callable) -> None:
     log(f"{'subset':<12}{'pretrained':>12}{'scratch':>12}")
     for subset, values in zip(SUBSETS, top1, strict=True):
         log(f"{subset:<12}" + "".join(f"{value:12.1f}" for value in values))
-    cells = [f"{column.mean():.1f} +- {column.std(ddof=1):.1f}" for column in top1.T]
+    cells = [f"{each.mean():.1f} +- {each.std(ddof=1):.1f}" for each in top1.T]
     log(f"{'mean +- std':<12}" + "".join(f"{cell:>12}" for cell in cells))
     log(
         "\nreconstruction loss, divided by the loss of predicting the mean training "
         f"image: {loss / mean_image_loss:.2f}; the mean training pixel: "
         f"{loss / mean_pixel_loss:.2f}"
     )
-    newest = max((pretrain / "figures").glob("reconstruction_*.png"))
-    log(f"figures: {newest}\n         {pretrain / 'figures' / 'curves.png'}")
+    newest = max((pretrain_dir / "figures").glob("reconstruction_*.png"))
+    log(f"figures: {newest}\n         {pretrain_dir / 'figures' / 'curves.png'}")
     log(f"{time.perf_counter() - began:.0f} seconds")
 
 

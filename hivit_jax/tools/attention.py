@@ -52,9 +52,9 @@ def attention_maps(
     block: int = -1,
     unit: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Return attention weights of one unit to all units, float32 [B, heads, h, w].
+    """Return attention weights of a unit or class token, float32 [B, heads, h, w].
 
-    The weights of a map add up to 1, or to less if the model has a class token.
+    The h * w weights to all units add up to 1, or to less with a class token.
 
     Args:
       images: float32 [B, H, W, C], normalized, such as the result of `preprocess`.
@@ -66,19 +66,20 @@ def attention_maps(
       ConfigError: the block or unit does not exist, or the block has windows.
     """
     graphdef, params = split(model)
-    (rows, columns), class_tokens = model.config.grid, model.config.class_tokens
+    num_rows, num_columns = model.config.grid
+    num_class_tokens = model.config.class_tokens
     row, column = unit or center_unit(model)
-    if not (0 <= row < rows and 0 <= column < columns):
+    if not (0 <= row < num_rows and 0 <= column < num_columns):
         raise ConfigError(
             f"unit {row},{column} of {model.name}: expected 0,0 to "
-            f"{rows - 1},{columns - 1}"
+            f"{num_rows - 1},{num_columns - 1}"
         )
-    query = class_tokens + row * columns + column
-    if class_tokens and unit is None:
-        query = 0
+    token_index = num_class_tokens + row * num_columns + column
+    if num_class_tokens and unit is None:
+        token_index = 0
 
     @jax.jit
-    def run(params, images):
+    def compute(params, images):
         layers = nnx.merge(graphdef, params).layers(images, attention=True)
         if not -len(layers) <= block < len(layers):
             raise ConfigError(
@@ -90,16 +91,16 @@ def attention_maps(
                 f"block {block} of {model.name} computes attention in windows; "
                 "expected a block with attention between all units"
             )
-        weights = weights[:, :, query, class_tokens:]
-        return weights.reshape(*weights.shape[:2], rows, columns)
+        weights = weights[:, :, token_index, num_class_tokens:]
+        return weights.reshape(*weights.shape[:2], num_rows, num_columns)
 
-    return np.asarray(announce(run, "the model")(params, images))
+    return np.asarray(announce(compute, "the model")(params, images))
 
 
 def center_unit(model: Model) -> tuple[int, int]:
     """Return row and column of the unit in the center of a model's images."""
-    rows, columns = model.config.grid
-    return rows // 2, columns // 2
+    num_rows, num_columns = model.config.grid
+    return num_rows // 2, num_columns // 2
 
 
 def panels(
@@ -119,11 +120,11 @@ def panels(
     if unit:
         (top, left), thickness = (side * index for index in unit), max(1, side // 8)
         square = np.s_[:, top : top + side, left : left + side]
-        rows, columns = (
-            slice(top + thickness, top + side - thickness),
-            slice(left + thickness, left + side - thickness),
-        )
-        inside = np.s_[:, rows, columns]
+        inside = np.s_[
+            :,
+            top + thickness : top + side - thickness,
+            left + thickness : left + side - thickness,
+        ]
         marked = pictures["image"].copy()
         marked[square] = (1, 0, 0)
         marked[inside] = pictures["image"][inside]
@@ -154,8 +155,8 @@ def run(argv: Sequence[str] | None) -> None:
     platforms.start()
     out = figure_path("--out", args.out, [args.checkpoint, *args.images])
     model = build(read_model(args.checkpoint))
-    read = preprocess(model)
-    images = files.read_drawn(args.images, lambda path: read(path)[0])
+    load_images = preprocess(model)
+    images = files.read_drawn(args.images, lambda path: load_images(path)[0])
     maps = attention_maps(model, images, block=args.block, unit=unit)
     if not model.config.class_tokens:
         unit = unit or center_unit(model)
@@ -165,8 +166,8 @@ def run(argv: Sequence[str] | None) -> None:
         figures.write_png(out, figures.rows_of_panels(pictures))
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}") from error
-    query = f"unit {unit[0]},{unit[1]}" if unit else "the class token"
-    log(f"written: {out} (attention of {query}, {counted(maps.shape[1], 'head')})")
+    token = f"unit {unit[0]},{unit[1]}" if unit else "the class token"
+    log(f"written: {out} (attention of {token}, {counted(maps.shape[1], 'head')})")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

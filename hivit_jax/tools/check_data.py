@@ -32,14 +32,18 @@ from hivit_jax.models import Model
 from hivit_jax.progress import counted
 from hivit_jax.reporting import figures
 from hivit_jax.tasks.warnings import one_class_warnings
-from hivit_jax.tools.dataset_content import contact_sheet, content_report
+from hivit_jax.tools.dataset_content import (
+    SHEET_CLASSES,
+    contact_sheet,
+    content_report,
+)
 from hivit_jax.tools.dataset_split import IMAGES_PER_JOB, UNREADABLE, Split
-from hivit_jax.tools.dataset_verdict import Verdict, nested_classes
+from hivit_jax.tools.dataset_verdict import Verdict, nested_class_notes
 from hivit_jax.tools.outputs import figure_path, output_path
 from hivit_jax.xla.chips import CHIPS, utilization_notes
 
 MAX_LISTED = 20  # lines per fault in the printed report
-MIN_MERGED = 5  # images with equal details that share a line
+MIN_MERGED = 5  # smallest number of images whose equal details share a line
 TIMING_SECONDS = 3.0  # CPU-seconds to spend on measuring the loader's speed
 
 
@@ -60,40 +64,40 @@ def split_report(split: Split, faults: dict[str, list[str]]) -> str:
         quantiles = np.quantile(values, (0, 0.5, 1)) if values.size else ()
         lines.append(_row(label, *(f"{value:,.0f}" for value in quantiles)))
     lines += ["", _row("", "images", "share")]
-    for finding, images in sorted(split.findings.items()):
-        row = _row(finding, f"{len(images):,}", f"{len(images) / max(k, 1):.3%}")
-        lines.append(row + (f"   e.g. {split.name(min(images))}" if images else ""))
+    for finding, details in sorted(split.findings.items()):
+        row = _row(finding, f"{len(details):,}", f"{len(details) / max(k, 1):.3%}")
+        lines.append(row + (f"   e.g. {split.name(min(details))}" if details else ""))
     if ignored := split.source.ignored_text():
         lines += ["", f"  ignored files: {ignored}"]
-    for fault, affected in faults.items():
-        if not affected:
+    for fault, fault_lines in faults.items():
+        if not fault_lines:
             continue
-        listed = merge_equal_details(split, fault, affected)
-        lines += ["", f"  {len(affected):,} {fault}"]
-        lines += [f"    {line}" for line in listed[:MAX_LISTED]]
-        if len(listed) > MAX_LISTED:
-            lines.append(f"    ... and {len(listed) - MAX_LISTED:,} more")
+        merged_lines = merge_equal_details(split, fault, fault_lines)
+        lines += ["", f"  {len(fault_lines):,} {fault}"]
+        lines += [f"    {line}" for line in merged_lines[:MAX_LISTED]]
+        if len(merged_lines) > MAX_LISTED:
+            lines.append(f"    ... and {len(merged_lines) - MAX_LISTED:,} more")
     return "\n".join(lines)
 
 
-def merge_equal_details(split: Split, fault: str, affected: list[str]) -> list[str]:
+def merge_equal_details(split: Split, fault: str, fault_lines: list[str]) -> list[str]:
     """Return the lines of a fault, with one line for each frequent detail.
 
     A detail is frequent if at least `MIN_MERGED` images and a quarter of the checked
-    images have it. It is a property of the dataset, such as its number of channels, and
-    not of single files.
+    images have it. Such a detail, for example the number of channels, is a property of
+    the dataset and not of single files.
 
     Args:
-      affected: lines of the fault, see `Split.faults`.
+      fault_lines: lines of the fault, see `Split.faults`.
     """
     found = sorted(split.findings.get(fault, {}).items())
     counts = Counter(detail for _, detail in found)
     minimum = max(MIN_MERGED, len(split.indices) / 4)
     frequent = {detail for detail, count in counts.items() if count >= minimum}
     if not frequent:
-        return affected
+        return fault_lines
     lines, merged = [], set()
-    for line, (_, detail) in zip(affected, found, strict=True):
+    for line, (_, detail) in zip(fault_lines, found, strict=True):
         if detail not in frequent:
             lines.append(line)
         elif detail not in merged:
@@ -120,13 +124,16 @@ def images_per_cpu_second(split: Split, transform: Transform) -> float:
     return done / spent
 
 
-def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) -> str:
+def speed_report(task: tasks.Task, model: Model, speed: float) -> str:
     """Return the loader's speed, and a table of the CPU cores that accelerators need.
 
     There is no table if the cost of the model is unknown.
+
+    Args:
+      speed: result of `images_per_cpu_second`.
     """
     flops = task.training_flops(model)
-    speed, cores = images_per_core_second, counted(available_cores(), "core")
+    cores = counted(available_cores(), "core")
     lines = [f"speed: {speed:,.0f} training images/s per core, {cores} here"]
     if not flops:
         return lines[0]
@@ -143,17 +150,16 @@ def check_dataset(
     config: Any,
     max_images: int,
     lists: Sequence[BinaryIO],
-    group: str = "",
+    group_pattern: str = "",
     sheet: Path | None = None,
 ) -> None:
     """Check all splits of a dataset and print the report.
 
     Args:
       max_images: number of random images to check per split; 0: all.
-      lists: two files for unreadable images, see `Split.write_unreadable`.
-      group: regular expression; values of its first group that occur in names of both
-        splits are reported. "": none.
-      sheet: PNG file for the first images of each class; None: not written.
+      lists: two open files, the arguments of `Split.write_unreadable`.
+      group_pattern: see `content_report`.
+      sheet: PNG file for the `contact_sheet` of the training images; None: not written.
 
     Raises:
       ConfigError: the dataset is synthetic.
@@ -173,13 +179,13 @@ def check_dataset(
         print(f"\n{split_report(split, faults)}", flush=True)
         split.write_unreadable(*lists)
         verdict.add(split, faults)
-    verdict.notes += nested_classes(splits[0])
+    verdict.notes += nested_class_notes(splits[0])
     verdict.notes += one_class_warnings(task.config)
     if splits[0].usable().any():
         speed = images_per_cpu_second(splits[0], task.transform(train=True))
         print(f"\n{speed_report(task, model, speed)}")
     has_head = hasattr(getattr(model, "config", None), "num_classes")
-    text, problems = content_report(splits, group, has_head)
+    text, problems = content_report(splits, group_pattern, has_head)
     verdict.notes += problems
     print(f"\n{text}\n")
     if sheet:
@@ -203,7 +209,7 @@ def written_lines(
     images = counted(count, "unreadable image")
     contents = {listing: f"names of {images}", reasons: f"reasons of {images}"}
     if sheet:
-        contents[str(sheet)] = "the first images of each class"
+        contents[str(sheet)] = f"the first images of up to {SHEET_CLASSES} classes"
     return [f"written: {file} ({text})" for file, text in contents.items() if file]
 
 
@@ -244,7 +250,7 @@ def run(argv: Sequence[str] | None) -> None:
         "--list_reasons",
         help="file to write: a line per unreadable image, with name, tab and reason",
     )
-    parser.add_argument("--sheet", help="PNG file to write: images of each class")
+    parser.add_argument("--sheet", help="PNG file to write: images of some classes")
     parser.add_argument(
         "--group",
         default="",

@@ -66,11 +66,11 @@ def compile_ahead(
 def step_report(
     config: Any, devices: Sequence[jax.Device], topology: str
 ) -> dict[str, Any]:
-    """Return the setup of a config's train step and its `compile_report`, as JSON."""
+    """Return the setup of a config's train step and its `compile_report`."""
     mesh = make_mesh(
         config.mesh, config.batch_size, config.optimizer.accumulate_steps, devices
     )
-    shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    num_shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
     chip = topology.partition(":")[0]
     setup = {
         "topology": topology,
@@ -79,7 +79,7 @@ def step_report(
         "model": config.model.name,
         "config_sha256": _digest(config),
         "batch_size": config.batch_size,
-        "batch_per_device": config.batch_size // shards,
+        "batch_per_device": config.batch_size // num_shards,
         "versions": {p: metadata.version(p) for p in ("jax", PLUGINS[chip])},
     }
     return setup | compile_report(prepare_training(config, mesh), chip)
@@ -92,15 +92,15 @@ def run_cost(config: Any, report: dict[str, Any]) -> dict[str, Any]:
     without evaluation and reading of images. Both are None if the step does not fit.
     """
     chip = CHIPS[report["topology"].partition(":")[0]]
-    chips, utilization = report["devices"] // chip.devices, chip.utilization
-    images = resolved_schedule(config)[1] * config.batch_size
+    num_chips, utilization = report["devices"] // chip.devices, chip.utilization
+    num_images = resolved_schedule(config)[1] * config.batch_size
     hours, roofline = None, report["roofline"]
     if roofline:
-        hours = images / (chips * roofline["images_per_second_per_chip"]) / 3600
+        hours = num_images / (num_chips * roofline["images_per_second_per_chip"]) / 3600
     return {
         "run": {
-            "images": images,
-            "chips": chips,
+            "images": num_images,
+            "chips": num_chips,
             "hours_at_bound": hours,
             "utilization": utilization.bound,
             "utilization_basis": utilization.basis,
@@ -121,8 +121,8 @@ def earlier_summary(config: Any, workdir: str | Path) -> str:
         text = f"{path}:\n{summary(report)}"
     except (OSError, ValueError, LookupError, TypeError):
         return ""
-    same = report.get("config_sha256") == _digest(config)
-    return text if same else f"{text}\nnote: compiled with another config"
+    same_config = report.get("config_sha256") == _digest(config)
+    return text if same_config else f"{text}\nnote: compiled with another config"
 
 
 def _digest(config: Any) -> str:
@@ -140,8 +140,8 @@ def largest_batch(
 ) -> dict[str, Any]:
     """Search for the largest batch that fits, by doubling and bisection.
 
-    Stops when the largest batch that fits and the smallest batch that does not fit are
-    at most an eighth apart, or when no valid batch size lies between them.
+    Stops when the largest batch that fits and the smallest batch that does not fit
+    differ by at most an eighth, or when no valid batch size lies between them.
 
     Args:
       report: `step_report` of the config's own batch size.
@@ -153,21 +153,21 @@ def largest_batch(
     """
     config = config.copy_and_resolve_references()
     size, fits = report["batch_per_device"], report["fits"]
-    shards, tried = report["batch_size"] // size, 0
+    num_shards, num_compilations = report["batch_size"] // size, 0
     multiple = tasks.find(config.task).batch_multiple(config)
     divisor = config.optimizer.accumulate_steps * multiple
     low, high = (size, None) if fits else (0, size)
     while high is None or high - low > max(divisor, low // 8):
         size = 2 * low if high is None else (low + high) // (2 * divisor) * divisor
-        config.batch_size = shards * size
+        config.batch_size = num_shards * size
         log(f"trying {size} images per device ...")
         fits = step_report(config, devices, report["topology"])["fits"]
-        tried += 1
+        num_compilations += 1
         low, high = (size, high) if fits else (low, size)
     return {
         "largest_batch_per_device": low,
         "smallest_that_does_not_fit": high,
-        "compiles_of_the_search": tried,
+        "compiles_of_the_search": num_compilations,
     }
 
 
@@ -207,15 +207,15 @@ def summary(report: dict[str, Any]) -> str:
             f"time to train on all {run['images']:,} images of the run on "
             f"{counted(run['chips'], 'chip')}:"
         )
-        # Files of earlier versions contain only the assumption.
+        # Earlier versions wrote no basis, because they assumed every utilization.
         basis = run.get("utilization_basis", "assumed")
-        fractions = {
+        hours_at = {
             "at the bound, which no run reaches": run["hours_at_bound"],
             f"at {run['utilization']:.0%} of it, {basis}": run["hours_at_utilization"],
         }
         lines += [
             f"  {label:<36}{hours:12,.2f} hours{hours * run['chips']:14,.1f} chip-hours"
-            for label, hours in fractions.items()
+            for label, hours in hours_at.items()
         ]
         if measurement := run.get("utilization_measurement"):
             lines.append(f"  measured: {measurement}")

@@ -74,21 +74,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def inspect(
-    source: str, *, averaged: bool = True, names: bool = False, **overrides: Any
+    source: str, *, averaged: bool = True, list_names: bool = False, **overrides: Any
 ) -> str:
     """Describe pretrained weights and how their arrays fit a model, as text.
 
     Args:
       averaged: read averaged weights (EMA) if they were saved.
-      names: list every array by name.
+      list_names: list every array by name.
       overrides: model arguments that differ from the saved ones.
     """
     pretrained = load.read(source, averaged=averaged, **overrides)
     model = abstract_model(merge_arguments(pretrained.arguments, overrides))
     _, config, run_options = configure(**pretrained.arguments)
     title = pretrained.arguments["name"]
-    standard, sizes = variant(title)[1], ("embed_dim", "depths", "num_heads")
-    if any(getattr(config, key) != getattr(standard, key) for key in sizes):
+    standard, size_keys = variant(title)[1], ("embed_dim", "depths", "num_heads")
+    if any(getattr(config, key) != getattr(standard, key) for key in size_keys):
         title += " with non-standard sizes"
     arguments = asdict(config) | asdict(run_options)
     values = [f"{key} {value}" for key, value in arguments.items()]
@@ -100,10 +100,10 @@ def inspect(
         lines.append(f"unused entries: {len(unused)}, {listed(unused, 3)}")
     text = "\n  ".join(lines) + f"\nas {model.name}:\n"
     _, report = match_arrays(pretrained, model)
-    if names:
+    if list_names:
         leaves = named_leaves(split(model)[1])
-        for outcome, arrays in vars(report).items():
-            for name in arrays:
+        for outcome, array_names in vars(report).items():
+            for name in array_names:
                 pair = pretrained.params.get(name), leaves.get(name)
                 shapes = [str(list(x.shape)) for x in pair if x is not None]
                 text += f"  {outcome:<17} {name} {' -> '.join(shapes)}\n"
@@ -120,8 +120,8 @@ def convert(
 ) -> None:
     """Write a pretrained model to a file or a directory.
 
-    The training config is also written, so that predictions equal those of the source.
-    A file contains it only without overrides.
+    Without overrides, the training config is also written, so that predictions equal
+    those of the source.
 
     Args:
       target: a ``.safetensors`` or ``.pth`` file, or a directory for `save_pretrained`.
@@ -130,7 +130,8 @@ def convert(
       overrides: model arguments that differ from the saved ones.
 
     Raises:
-      ConfigError: the target is the source, or cannot be written.
+      ConfigError: the target is the source, cannot be written, or requires PyTorch,
+        which is not installed.
     """
     target = output_path("DST", target, [source])
     if target.suffix not in files.SUFFIXES:
@@ -158,7 +159,7 @@ def run(argv: Sequence[str] | None) -> None:
     args = parse(argv)
     options = {"averaged": not args.plain, **args.overrides}
     if args.inspect:
-        log(inspect(args.source, names=args.names, **options))
+        log(inspect(args.source, list_names=args.names, **options))
     else:
         convert(args.source, args.target, layout=args.format, **options)
 

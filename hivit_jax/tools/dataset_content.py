@@ -13,9 +13,9 @@ from hivit_jax.reporting import figures
 from hivit_jax.tasks.defaults import pixel_scale
 from hivit_jax.tools.dataset_split import Split
 
-MAX_CLASSES = 100  # classes in the printed table: half the largest, half the smallest
-MAX_PAIRS = 5  # listed pairs of equal files, and listed groups
-# Contact sheet: classes, images per class, and side of an image in pixels.
+MAX_CLASSES = 100  # printed classes: at most the 50 largest and the 50 smallest
+MAX_PAIRS = 5  # printed pairs of equal files, and printed groups
+# Contact sheet: numbers of classes and of images per class, side of an image in pixels.
 SHEET_CLASSES, SHEET_IMAGES, SHEET_SIDE = 20, 6, 96
 
 
@@ -53,14 +53,16 @@ def class_lines(splits: Sequence[Split]) -> list[str]:
     titles = "".join(f"{split.title:>12}" for split in splits)
     lines = [f"  {'class':<28}{titles}"]
     for k in order:
-        numbers = "".join(f"{count[k]:>12,}" for count in counts)
-        lines.append(f"  {names[k]:<28}{numbers}")
+        cells = "".join(f"{per_class[k]:>12,}" for per_class in counts)
+        lines.append(f"  {names[k]:<28}{cells}")
     if len(order) < len(names):
         lines.append(f"  ... and {len(names) - len(order):,} classes in between")
     if splits[0].labels.ndim == 2:
-        no_class = [int((s.labels.max(1, initial=-1) == 0).sum()) for s in splits]
-        numbers = "".join(f"{count:>12,}" for count in no_class)
-        lines.append(f"  {'(images of no class)':<28}{numbers}")
+        no_class_counts = [
+            int((s.labels.max(1, initial=-1) == 0).sum()) for s in splits
+        ]
+        cells = "".join(f"{count:>12,}" for count in no_class_counts)
+        lines.append(f"  {'(images of no class)':<28}{cells}")
     smallest, largest = counts[0].min(), counts[0].max()
     ratio = f"{largest / smallest:.1f}" if smallest else "unlimited"
     lines.append(f"imbalance, largest class / smallest class: {ratio}")

@@ -71,9 +71,9 @@ class Split:
         shape = (len(self.source.classes),) if has_vectors else ()
         self.labels = np.full((len(self.indices), *shape), -1)
         self.sizes = np.zeros((len(self.indices), 2), np.int64)
-        empty = {UNREADABLE: {}, BAD_LABEL: {}}
+        always_listed = {UNREADABLE: {}, BAD_LABEL: {}}
         self.summary = Summary(self.channels)
-        self.findings: dict[str, dict[int, str]] = defaultdict(dict, empty)
+        self.findings: dict[str, dict[int, str]] = defaultdict(dict, always_listed)
 
     def read(self) -> None:
         """Read the images in threads and fill the attributes.

@@ -36,8 +36,8 @@ REMEDIES = {
 LIMITED = (UNREADABLE, BAD_CHECKSUM, LOST)  # faults that data.max_unreadable limits
 
 
-def nested_classes(split: Split) -> list[str]:
-    """Return a line if checked images are not directly in their class directory."""
+def nested_class_notes(split: Split) -> list[str]:
+    """Return a line about checked images in subdirectories of a class, or []."""
     source, data = split.source, split.config.data
     if data.name != "folder" or data.class_level != "top" or not source.labeled:
         return []
@@ -61,12 +61,12 @@ class Verdict:
     A dataset fails the check in the following cases. Other faults are noted or
     tolerated.
 
-    - The fraction of images that are unreadable, have a wrong checksum or lose values
-      exceeds `data.max_unreadable`.
+    - For one of the faults `LIMITED`, the fraction of images with this fault exceeds
+      `data.max_unreadable`.
     - An image has an invalid label, the wrong number of channels, or values that
       `data.dtype` and `data.value_range` do not cover.
-    - A class has no image in a split. This is only noted if the evaluation images are a
-      fraction of the images, because a small class then may have no evaluation image.
+    - A class has no image in a split. For an evaluation split that is cut from another
+      split, this is only noted, because a small class may then have no image in it.
 
     Args:
       splits: the training split and, if there is one, the evaluation split.
@@ -78,7 +78,7 @@ class Verdict:
 
     def __init__(self, splits: Sequence[Split]):
         self._splits, self._data = splits, splits[0].config.data
-        self._failed: dict[str, None] = {}  # distinct faults, in order of occurrence
+        self._failed_kinds: dict[str, None] = {}  # keys in order of occurrence
         self.failures: list[str] = []
         self._errors: list[str] = []  # the failures, with the number of allowed images
         sources = [split.source for split in splits]
@@ -94,15 +94,15 @@ class Verdict:
         max_unreadable = self._data.max_unreadable
         allowed = dict.fromkeys(LIMITED, max_unreadable * len(split.indices))
         allowed |= {CLIPPED: np.inf, DROPPED: np.inf}
-        for fault, affected in faults.items():
-            text = f"{split.title}: {len(affected):,} {fault}"
+        for fault, fault_lines in faults.items():
+            text = f"{split.title}: {len(fault_lines):,} {fault}"
             kind = NO_IMAGE if fault.endswith(NO_IMAGE) else fault
             if kind == NO_IMAGE and split.is_fraction:
                 if split.source.classes:
                     counts = [each.per_class() for each in self._splits]
                     self.notes += uncovered_classes(split.source.classes, *counts)
-            elif len(affected) > allowed.get(kind, 0):
-                self._failed[kind] = None
+            elif len(fault_lines) > allowed.get(kind, 0):
+                self._failed_kinds[kind] = None
                 self.failures.append(text)
                 if kind in LIMITED:
                     text += (
@@ -110,7 +110,7 @@ class Verdict:
                         f"{int(allowed[kind]):,} of {len(split.indices):,}"
                     )
                 self._errors.append(text)
-            elif affected and kind in (LOST, CLIPPED, DROPPED):
+            elif fault_lines and kind in (LOST, CLIPPED, DROPPED):
                 self.notes.append(text)
         if split.source.loose:
             self.notes.append(f"{split.title}: images outside the class directories")
@@ -128,7 +128,7 @@ class Verdict:
         remedies = REMEDIES | {UNREADABLE: self._unreadable_remedy(listing)}
         return DataError(
             f"{self._data.name} failed the dataset check\n{'; '.join(self._errors)}\n"
-            f"{'; '.join(remedies[kind] for kind in self._failed)}"
+            f"{'; '.join(remedies[kind] for kind in self._failed_kinds)}"
         )
 
     def _unreadable_remedy(self, listing: str) -> str:

@@ -38,14 +38,14 @@ def describe(config: Any) -> str:
     splits = inputs.used_splits(config)
     warnings = dataset_warnings(config.data, splits, task.needs_labels)
     warnings += task.warnings(*inputs.count_steps(config, images_per_epoch))
-    head = ["\n".join(f"warning: {line}" for line in warnings)] if warnings else []
+    preface = ["\n".join(f"warning: {line}" for line in warnings)] if warnings else []
     tables = [
         parameter_table(model, task.frozen_parameters(model)),
         cost_table(task, model),
         schedule_table(config),
         hours_table(config, task, model),
     ]
-    return "\n\n".join([*head, key_table(config), *tables])
+    return "\n\n".join([*preface, key_table(config), *tables])
 
 
 def key_table(config: Any) -> str:
@@ -60,7 +60,7 @@ def draw_figures(config: Any, workdir: str | Path) -> str:
     If the dataset cannot be read, draws only the schedule.
 
     Returns:
-      The paths of the figures, as text.
+      The paths of the figures, and the error of the dataset if there is one, as text.
     """
     directory = open_path(workdir) / "figures"
     _, total_steps, schedule = resolved_schedule(config)
@@ -101,30 +101,30 @@ def parameter_table(model: Model, frozen: Collection[str] = ()) -> str:
     """
     sizes: dict[str, int] = defaultdict(int)
     for name, leaf in named_leaves(split(model)[1]).items():
-        parts = name.split("/")
-        if parts[0] == "encoder":
-            index = int(parts[2]) + 1 if parts[1] in ("stages", "merges") else ""
-            part = f"encoder {parts[1].removesuffix('s')} {index}".rstrip()
+        path = name.split("/")
+        if path[0] == "encoder":
+            number = int(path[2]) + 1 if path[1] in ("stages", "merges") else ""
+            part = f"encoder {path[1].removesuffix('s')} {number}".rstrip()
         else:
-            part = parts[0]
+            part = path[0]
         sizes[part] += leaf.size
     lines = [f"{part:<30} {size:>12,}" for part, size in sizes.items()]
     total = model.parameter_count()
     lines.append(f"{'parameters':<30} {total:>12,}  = {total / 1e6:.4f} M")
-    named = named_leaves(split_params(model)[1])
-    trained = sum(leaf.size for name, leaf in named.items() if name not in frozen)
-    if trained != total:
-        lines[-1] += f" ({trained / 1e6:.4f} M trained)"
+    params = named_leaves(split_params(model)[1])
+    num_trained = sum(leaf.size for name, leaf in params.items() if name not in frozen)
+    if num_trained != total:
+        lines[-1] += f" ({num_trained / 1e6:.4f} M trained)"
     return "\n".join(lines)
 
 
 def cost_table(task: tasks.Task, model: Model) -> str:
     """Return the multiply-adds of an image's forward pass, without and with norms."""
     macs = task.macs(model) / 1e9
-    published = task.macs(model, layer_norm_cost=5) / 1e9
+    macs_with_norms = task.macs(model, layer_norm_cost=5) / 1e9
     return (
         f"multiply-adds per image        {macs:12.4f} G\n"
-        f"counting LayerNorm as 5 per element {published:7.4f} G  "
+        f"counting LayerNorm as 5 per element {macs_with_norms:7.4f} G  "
         "(as in published tables)"
     )
 
@@ -163,8 +163,8 @@ def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
     if not flops:
         return "operations per training image: unknown, because the model has no `macs`"
     title = f"about {flops / 1e9:,.3g} GFLOP per training image; {images:,} images"
-    slowest = min(chip.flops * chip.utilization.peak for chip in CHIPS.values())
-    if images * flops / slowest < 36:  # seconds
+    lowest_rate = min(chip.flops * chip.utilization.peak for chip in CHIPS.values())
+    if images * flops / lowest_rate < 36:  # chip-seconds
         return f"{title}; less than 0.01 chip-hours on every chip"
     lines = [
         title,

@@ -64,8 +64,8 @@ def export(
 def export_onnx(model: Model, what: str = "classifier") -> bytes:
     """Serialize a model as ONNX.
 
-    The input is named "images". The outputs are named "logits", or by their strides:
-    "stride4", "stride8", "stride16".
+    The input is named "images". The output is named "logits"; feature maps are named by
+    their strides, such as "stride4".
 
     Args:
       what: as in `export`.
@@ -81,8 +81,8 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
     jax2onnx = errors.require("jax2onnx", "hivit-jax[onnx]")
     # Without this, onnx_ir logs every shape.
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
-    cell, stages = model.config.cell_size, len(model.config.depths)
-    strides = [f"stride{cell << level}" for level in range(stages)]
+    cell_size, num_stages = model.config.cell_size, len(model.config.depths)
+    strides = [f"stride{cell_size << stage}" for stage in range(num_stages)]
     onnx = jax2onnx.to_onnx(
         function,
         inputs=[("b", *_input_spec(model).shape[1:])],
@@ -96,7 +96,7 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
 
 
 def info_of(model: Model) -> dict[str, Any]:
-    """Return `model.info` as JSON values: class names, size, crop, mean, std."""
+    """Return `model.info`, such as class names, mean and std, as JSON values."""
     return json.loads(json.dumps(asdict(model.info)))
 
 
@@ -133,11 +133,11 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
             f"{path} is not a valid exported model (truncated?)\n{reason}"
         ) from error
 
-    def run(images):
+    def call(images):
         outputs = session.run(None, {"images": np.asarray(images)})
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    return run
+    return call
 
 
 def compare(model: Model, what: str, path: Path) -> float:
@@ -156,12 +156,12 @@ def compare(model: Model, what: str, path: Path) -> float:
     with jax.default_matmul_precision("highest") if is_onnx else nullcontext():
         expected = _flat(jax.jit(_inference_function(model, what))(images))
     difference, largest = np.abs(exported - expected).max(), np.abs(expected).max()
-    limit = 1e-4 if model.run_options.dtype == "float32" else 3e-2
-    if not difference <= limit * largest:  # also true for NaN
+    tolerance = 1e-4 if model.run_options.dtype == "float32" else 3e-2
+    if not difference <= tolerance * largest:  # also true for NaN
         raise HivitError(
             f"the exported {what} differs from the model by {difference:.1e}; expected "
-            f"at most {limit * largest:.1e}, which is {limit:.0e} times the largest "
-            "output.\n"
+            f"at most {tolerance * largest:.1e}, which is {tolerance:.0e} times the "
+            "largest output.\n"
             "No file was written"
         )
     return float(difference)
@@ -171,7 +171,7 @@ def _inference_function(model: Model, what: str) -> Callable[[jax.Array], Any]:
     if what not in OUTPUTS:
         raise errors.unknown("output", what, OUTPUTS)
     model = nnx.merge(*nnx.split(model))  # a copy of the module that shares its arrays
-    # Fused kernels run only on this process's kind of device, not on all platforms.
+    # Fused kernels would run only on this process's kind of device.
     model.encoder.run_options = replace(model.run_options, kernels="plain")
     if what == "features":
         return lambda images: tuple(model.encoder.features(images))

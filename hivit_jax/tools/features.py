@@ -38,7 +38,7 @@ IMAGE|DIRECTORY
 arrays of FILE.npz:
   features    float32 [N, D], the input of the classifier's head; for a masked
               autoencoder, the mean of the tokens of the encoder's last stage
-  stride4, stride8, stride16
+  stride4, stride8, ...
               float32 [N, h, w, C]; with --pyramid, they replace features
   files       [N] names of the images; images that cannot be read are left out
   labels      int32 [N], -1 where unknown; with several labels per image,
@@ -97,11 +97,11 @@ def write_features(
     graphdef, params = split(load.build(pretrained))
     config = files.config_of(pretrained, batch_size)
     task, source = files.open_images(pretrained, config, images, directory_classes=True)
-    features = pyramid if with_pyramid else pooled
+    compute_features = pyramid if with_pyramid else pooled
 
     @jax.jit
     def step(params, batch):
-        return features(nnx.merge(graphdef, params), task.preprocess(batch))
+        return compute_features(nnx.merge(graphdef, params), task.preprocess(batch))
 
     parts = []
     for rows in files.compute(config, task, source, partial(step, params), "features"):

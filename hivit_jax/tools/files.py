@@ -1,4 +1,4 @@
-"""Compute outputs of a trained model for image files, batch by batch."""
+"""Shared parts of the commands that apply a trained model to image files."""
 
 import argparse
 import sys
@@ -82,7 +82,7 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
         if arguments.get("num_classes") == 0:
             arguments["num_classes"] = 1
         model_class, model_config, _ = configure(**pretrained.arguments)
-        names = [
+        task_names = [
             name
             for name, task in tasks.TASKS.items()
             if issubclass(model_class, task.model_class)
@@ -91,7 +91,7 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
         data = {key: getattr(info, name) for key, name in DATA_KEYS.items()}
         # Canvas 0, because `model.image_size` may exceed the default canvas.
         data |= {"canvas": 0, "scale": 1 / info.scale}
-        recipe = {"task": names[0], "model": arguments, "data": data}
+        recipe = {"task": task_names[0], "model": arguments, "data": data}
     config = configs.complete_saved(recipe, pretrained.path)
     config = config.copy_and_resolve_references()
     config.batch_size = batch_size or min(config.batch_size, MAX_BATCH)
@@ -125,8 +125,10 @@ def open_images(
         # With several labels per image, all labels are unknown, because the name of a
         # directory contains only one label.
         multi_label = config.data.multi_label
-        labels = () if multi_label else classes, directory_classes and not multi_label
-        source = Paths(paths, *labels)
+        if multi_label:
+            source = Paths(paths)
+        else:
+            source = Paths(paths, classes, directory_classes)
     info = DatasetInfo({"test": len(source)}, tuple(classes), source.encoded)
     return tasks.create(config, info), source
 
@@ -193,7 +195,7 @@ def _classes_of_dataset(config: Any) -> Sequence[str]:
         return ()
 
 
-def one_device() -> Mesh:
+def one_device_mesh() -> Mesh:
     """Return a mesh that contains only the first device."""
     axes = dict(replica=1, data=1, fsdp=1, tensor=1)
     return make_mesh(axes, 1, devices=jax.devices()[:1])
@@ -236,12 +238,13 @@ def compute(
 
     Yields:
       The rows without padding, [n, ...], and "index" int32, "name" str, "label" int32
-      (-1: unknown) and "error" str ("": readable; otherwise the rows of `step` have no
-      meaning), each [n]. With several labels per image, known labels are [n, classes].
+      and "error" str, each [n]. Unknown labels are -1. With several labels per image,
+      known labels are [n, classes]. "error" is "" for a readable image; for others, the
+      rows of `step` have no meaning.
     """
     transform = _TolerantTransform(task.transform(train=False))
     batches = inputs.source_batches(config, task, source, transform)
-    mesh = one_device()
+    mesh = one_device_mesh()
     step = announce(on_mesh(mesh, step), "the model")
     progress = Progress(title, len(source), write=_log_without_terminal)
     with tqdm(total=len(source), desc=title, unit=" images", disable=None) as bar:
@@ -272,7 +275,7 @@ def _log_without_terminal(line: str) -> None:
 
 
 def _labels(source: Source, facts: Mapping[str, np.ndarray], ndim: int) -> np.ndarray:
-    """Return the labels of a batch, int32 with `ndim` axes; -1 [n] if unknown."""
+    """Return the labels of a batch, int32 with `ndim` axes; if unknown, -1 [n]."""
     if isinstance(source, Paths):
         return source.labels[facts["index"]]
     known = len(source.classes) > 0 and np.ndim(facts.get("label")) == ndim

@@ -39,7 +39,7 @@ def read_model(path: str | Path, **options: Any) -> Pretrained:
 def preprocessing_note(pretrained: Pretrained) -> str:
     """Return a line about the mean, std or crop that a model's file lacks; "": none.
 
-    The line also mentions unknown class names.
+    If there is such a line, it also mentions unknown class names.
     """
     missing = [name for name in ("mean", "std", "crop") if name not in pretrained.info]
     notes = []
@@ -61,11 +61,11 @@ def checkpoint_rank(pretrained: Pretrained) -> str:
     checkpoint = open_path(pretrained.path)
     step, workdir = int(checkpoint.name), checkpoint.parent.parent
     steps = [int(path.name) for path in find_checkpoints(checkpoint.parent)]
-    ranks = {"newest": max(steps)}
+    step_of = {"newest": max(steps)}
     best = best_metric(pretrained.recipe)
     lines = metrics.finite_evaluations(metrics.evaluations(workdir), best)
     if lines := [line for line in lines if line["step"] in steps]:
-        ranks["best"] = metrics.best_evaluation(lines, best)["step"]
-    own = " and ".join(name for name, k in ranks.items() if k == step)
-    others = [f"the {name} is step {k}" for name, k in ranks.items() if k != step]
+        step_of["best"] = metrics.best_evaluation(lines, best)["step"]
+    own = " and ".join(name for name, k in step_of.items() if k == step)
+    others = [f"the {name} is step {k}" for name, k in step_of.items() if k != step]
     return "; ".join([pretrained.label + (f", the {own}" if own else ""), *others])

@@ -32,13 +32,13 @@ class Columns(NamedTuple):
       image: name of the column of image files, or of structs with a field "bytes".
       label: name of the column of labels: numbers, texts, or lists of either.
       class_names: class names in the metadata; None: there are none.
-      several: True if the labels are lists.
+      several_labels: True if the labels are lists.
     """
 
     image: str
     label: str
     class_names: list[str] | None
-    several: bool
+    several_labels: bool
 
 
 def convert(
@@ -85,19 +85,19 @@ def convert(
         features=features.FeaturesDict(
             {
                 "image": features.Image(),
-                "label": features.Sequence(label) if columns.several else label,
+                "label": features.Sequence(label) if columns.several_labels else label,
                 "file_name": features.Text(),
             }
         ),
         supervised_keys=("image", "label"),
     )
     info.set_file_format("array_record", override=True)
-    final = directory / VERSION
-    if is_complete(final):
-        info.read_from_directory(final)
-    label_of = {class_name: k for k, class_name in enumerate(class_names)}
+    target = directory / VERSION
+    if is_complete(target):
+        info.read_from_directory(target)
+    index_of = {class_name: k for k, class_name in enumerate(class_names)}
     write_dataset(
-        info, final, short_side, shard_size, lambda: _splits(files, columns, label_of)
+        info, target, short_side, shard_size, lambda: _splits(files, columns, index_of)
     )
     print(f"to train on it: {' '.join(_flags(directory, info, columns))}")
 
@@ -105,7 +105,7 @@ def convert(
 def _flags(directory: Path, info: Any, columns: Columns) -> list[str]:
     """Return the flags that select the converted dataset."""
     flags = [f"name={directory.name}", f"dir={directory.parent}"]
-    if columns.several:
+    if columns.several_labels:
         flags.append("multi_label=True")
     if "validation" not in info.splits:
         flags.append(f"eval_split={'test' if 'test' in info.splits else 'none'}")
@@ -151,7 +151,7 @@ def _columns(files: dict[str, list[Path]], label_column: str) -> Columns:
     paths = [path for group in files.values() for path in group]
     schemas = [_call_pyarrow(path, "read_schema") for path in paths]
     schema, features = schemas[0], _features(schemas[0])
-    image_columns = [field.name for field in schema if _is_image(field.type)]
+    image_columns = [field.name for field in schema if _is_image_type(field.type)]
     candidates = [label_column] if label_column else []
     candidates += [name for name in LABEL_COLUMNS if name in schema.names]
     candidates += [name for name, feature in features.items() if _names_of(feature)[0]]
@@ -170,9 +170,9 @@ def _columns(files: dict[str, list[Path]], label_column: str) -> Columns:
                 or other.field(name).type != schema.field(name).type
             ):
                 raise DataError(f"{path}: expected column {name!r} as in {paths[0]}")
-    class_names, several = _names_of(features.get(label))
-    several = several or hasattr(schema.field(label).type, "value_field")
-    return Columns(image, label, class_names, several)
+    class_names, several_labels = _names_of(features.get(label))
+    several_labels |= hasattr(schema.field(label).type, "value_field")
+    return Columns(image, label, class_names, several_labels)
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -181,10 +181,10 @@ def _features(schema: Any) -> dict[str, Any]:
     return json.loads(text).get("info", {}).get("features", {})
 
 
-def _is_image(kind: Any) -> bool:
-    if hasattr(kind, "get_field_index"):  # a struct
-        return kind.get_field_index("bytes") >= 0
-    return str(kind) in ("binary", "large_binary")
+def _is_image_type(arrow_type: Any) -> bool:
+    if hasattr(arrow_type, "get_field_index"):  # a struct
+        return arrow_type.get_field_index("bytes") >= 0
+    return str(arrow_type) in ("binary", "large_binary")
 
 
 def _names_of(feature: Any) -> tuple[list[str] | None, bool]:
@@ -223,17 +223,17 @@ def _class_names(files: dict[str, list[Path]], columns: Columns) -> list[str]:
     return sorted(found)
 
 
-def _class_indices(labels: list | None, label_of: dict[str, int]) -> list[int] | None:
+def _class_indices(labels: list | None, index_of: dict[str, int]) -> list[int] | None:
     """Return the class indices of an image; None if a label is missing or unknown."""
     if labels is None:
         return None
-    numbers = [label_of.get(x, -1) if isinstance(x, str) else x for x in labels]
-    valid = all(n is not None and 0 <= n < len(label_of) for n in numbers)
-    return [int(n) for n in numbers] if valid else None
+    indices = [index_of.get(x, -1) if isinstance(x, str) else x for x in labels]
+    valid = all(k is not None and 0 <= k < len(index_of) for k in indices)
+    return [int(k) for k in indices] if valid else None
 
 
 def _splits(
-    files: dict[str, list[Path]], columns: Columns, label_of: dict[str, int]
+    files: dict[str, list[Path]], columns: Columns, index_of: dict[str, int]
 ) -> Splits:
     """Return the examples of each split and the number of its rows.
 
@@ -242,27 +242,27 @@ def _splits(
     splits = {}
     for split, paths in files.items():
         rows = [labels for path in paths for labels in _labels(path, columns)]
-        if all(_class_indices(labels, label_of) is None for labels in rows):
+        if all(_class_indices(labels, index_of) is None for labels in rows):
             print(f"split {split} is left out: no valid label in {len(rows):,} rows")
             continue
-        splits[split] = _examples(paths, columns, label_of), len(rows)
+        splits[split] = _examples(paths, columns, index_of), len(rows)
     if not splits:
         raise DataError(f"no row of column {columns.label!r} has a valid label")
     return splits
 
 
 def _examples(
-    files: Sequence[Path], columns: Columns, label_of: dict[str, int]
+    files: Sequence[Path], columns: Columns, index_of: dict[str, int]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (key, example) of each row with image and valid label; print the others."""
     skipped = 0
     for file in files:
-        for number, (image, value) in enumerate(_rows(file, columns)):
+        for row, (image, label) in enumerate(_rows(file, columns)):
             content = image.get("bytes") if isinstance(image, dict) else image
             path = image.get("path") if isinstance(image, dict) else None
-            labels = _class_indices(_as_list(value), label_of)
-            key = f"{file.name}[{number}]"
-            if not content or labels is None:
+            indices = _class_indices(_as_list(label), index_of)
+            key = f"{file.name}[{row}]"
+            if not content or indices is None:
                 reason = "no valid label" if content else "no image"
                 skipped += 1
                 if skipped <= MAX_LISTED:
@@ -273,7 +273,7 @@ def _examples(
                 key,
                 {
                     "image": io.BytesIO(content),
-                    "label": labels if columns.several else labels[0],
+                    "label": indices if columns.several_labels else indices[0],
                     "file_name": name,
                 },
             )

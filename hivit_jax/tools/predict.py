@@ -66,7 +66,7 @@ def predict(
     config = files.config_of(pretrained, batch_size)
     _check_has_predictions(pretrained, config)
     task, source = files.open_images(pretrained, config, images)
-    graphdef, variables = evaluate.restore(pretrained, task, files.one_device())
+    graphdef, variables = evaluate.restore(pretrained, task, files.one_device_mesh())
 
     @jax.jit
     def step(variables, batch):

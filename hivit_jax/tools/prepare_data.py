@@ -80,23 +80,21 @@ def prepare(
     Args:
       manual_dir: directory of files that TFDS cannot download.
       data_dir: TFDS's data directory; "": TFDS's default.
-      short_side: short side that larger training images of 8 bits are shrunk to; 0: no
-        shrinking.
-      shard_size: images per shard. An interruption loses at most one shard.
+      short_side, shard_size: see `record_shards.write_dataset`.
     """
     manual_dir, data_dir = map(os.path.expanduser, (manual_dir, data_dir))
     builder = _open_builder(name, data_dir)
-    final = Path(builder.data_dir)
-    totals = {} if is_complete(final) else _check_manual_files(builder, manual_dir)
+    directory = Path(builder.data_dir)
+    totals = {} if is_complete(directory) else _check_manual_files(builder, manual_dir)
 
-    def splits() -> Splits:
+    def make_splits() -> Splits:
         generators = _generators(builder, manual_dir)
-        return {split: (x, totals.get(split)) for split, x in generators.items()}
+        return {split: (each, totals.get(split)) for split, each in generators.items()}
 
-    write_dataset(builder.info, final, short_side, shard_size, splits)
+    write_dataset(builder.info, directory, short_side, shard_size, make_splits)
     root = builder.data_dir_root
-    several = supervised_feature_types(builder.info)[1] == SEVERAL_LABELS
-    flag = " --config.data.multi_label=True" * several
+    multi_label = supervised_feature_types(builder.info)[1] == SEVERAL_LABELS
+    flag = " --config.data.multi_label=True" * multi_label
     print(f"to train on it: --config.data.name={name} --config.data.dir={root}{flag}")
 
 

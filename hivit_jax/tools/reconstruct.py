@@ -66,7 +66,7 @@ def reconstruct(
     graphdef, params = split(model)
 
     @jax.jit
-    def run(params, images, noise):
+    def compute(params, images, noise):
         model = nnx.merge(graphdef, params)
         out = model(images, noise=noise, mask_ratio=mask_ratio)
         _, mean, scale = model.targets(images)
@@ -80,9 +80,9 @@ def reconstruct(
             )
         return model.to_images(out, mean, scale)
 
-    units = math.prod(model.unit_grid)
-    noise = jax.random.uniform(jax.random.key(seed), (len(images), units))
-    return jax.device_get(announce(run, "the model")(params, images, noise))
+    num_units = math.prod(model.unit_grid)
+    noise = jax.random.uniform(jax.random.key(seed), (len(images), num_units))
+    return jax.device_get(announce(compute, "the model")(params, images, noise))
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -111,12 +111,12 @@ def run(argv: Sequence[str] | None) -> None:
         mask_ratio = pretrained.recipe.get("mask_ratio", 0.75)
     data = pretrained.recipe.get("data", {})
     value_range, dtype = data.get("value_range", ()), data.get("dtype", "uint8")
-    scale = data.get("scale") or MAXIMUM[dtype]
+    white = data.get("scale") or MAXIMUM[dtype]
     pixels = files.read_drawn(
         args.images, lambda path: read(path, shape, value_range, dtype)
     )
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
-    images = (np.float32(pixels) / scale - mean) / std
+    images = (np.float32(pixels) / white - mean) / std
     predicted, mask = reconstruct(
         model,
         jnp.asarray(images),
@@ -139,7 +139,7 @@ def read(
     value_range: Sequence[float] = (),
     dtype: str = "uint8",
 ) -> np.ndarray:
-    """Read an image file, and resize its center crop to the model's size.
+    """Read an image file, and resize its center crop to `shape`.
 
     Args:
       shape: (height, width, channels) of the result.

@@ -18,26 +18,26 @@ OPTIONS = "group_size:1,uncompressed"
 Splits = Mapping[str, tuple[Iterable[tuple[Any, Mapping[str, Any]]], int | None]]
 
 
-def is_complete(final: Path) -> bool:
+def is_complete(directory: Path) -> bool:
     """Return True if a dataset is completely written."""
-    return (final / "dataset_info.json").exists()
+    return (directory / "dataset_info.json").exists()
 
 
 def write_dataset(
     info: Any,
-    final: Path,
+    final_directory: Path,
     short_side: int,
     shard_size: int,
     make_splits: Callable[[], Splits],
 ) -> None:
-    """Write a dataset to the directory `final`, or resume writing it.
+    """Write a dataset to `final_directory`, or resume writing it.
 
     The directory has the suffix ``.incomplete`` until all splits are written.
 
     Args:
       info: DatasetInfo of TFDS. This function sets its splits.
-      short_side: short side that larger training images of 8 bits are shrunk to; 0: no
-        shrinking.
+      short_side: training images with a longer short side are shrunk to this short
+        side, unless they have more than 8 bits per channel; 0: no shrinking.
       shard_size: images per shard. An interruption loses at most one shard.
       make_splits: returns the splits; not called if the dataset is already complete.
 
@@ -50,15 +50,17 @@ def write_dataset(
 
     if short_side < 0:
         raise ConfigError(f"--short_side={short_side}: expected at least 0")
-    finished = is_complete(final)
-    directory = final if finished else final.with_name(f"{final.name}.incomplete")
+    finished = is_complete(final_directory)
+    directory = final_directory
+    if not finished:
+        directory = directory.with_name(f"{directory.name}.incomplete")
     # An empty file with this name records the option for later calls.
     option = f"short_side={short_side}"
-    earlier = [path.name for path in directory.glob("short_side=*")]
-    if earlier and earlier != [option]:
+    earlier_options = [path.name for path in directory.glob("short_side=*")]
+    if earlier_options and earlier_options != [option]:
         raise ConfigError(
-            f"--{option}: {directory} was started with --{earlier[0]}; delete it or "
-            "choose another directory"
+            f"--{option}: {directory} was started with --{earlier_options[0]}; delete "
+            "it or choose another directory"
         )
     if not finished:
         try:
@@ -70,16 +72,18 @@ def write_dataset(
         for split, (examples, total) in make_splits().items():
             side = short_side if split == "train" else 0
             with tqdm(examples, split, total, unit=" images") as bar:
-                splits[split] = _write(info, split, bar, directory, side, shard_size)
+                splits[split] = _write_split(
+                    info, split, bar, directory, side, shard_size
+                )
         info.set_splits(splits)
         info.write_to_directory(directory)
-        directory.replace(final)
+        directory.replace(final_directory)
     for split in info.splits.values():
         print(f"{split.name}: {counted(split.num_examples, 'image')}")
-    print(f"{final} is complete" + ("; nothing to do" if finished else ""))
+    print(f"{final_directory} is complete" + ("; nothing to do" if finished else ""))
 
 
-def _write(
+def _write_split(
     info: Any,
     split: str,
     examples: Iterable,
@@ -113,7 +117,7 @@ def _write(
     shards = sorted(directory.glob(f"{stem}-*"))
     readers = [array_record.ArrayRecordReader(str(shard)) for shard in shards]
     lengths = [reader.num_records() for reader in readers]
-    # The last of the examples in complete shards.
+    # Skips the examples in complete shards, and keeps only the last for a comparison.
     last = deque(islice(examples, sum(lengths)), maxlen=1)
     if last and serialize(encode(last[0])) != readers[-1].read([lengths[-1] - 1])[0]:
         raise DataError(
@@ -138,16 +142,16 @@ def _write(
 
 
 def shrink(encoded: bytes, short_side: int) -> bytes:
-    """Shrink an encoded image of 8 bits to a JPEG with the given short side.
+    """Shrink an encoded image to a JPEG with the given short side.
 
-    An image whose short side is not longer, or that has more bits, is returned
-    unchanged.
+    An image whose short side is not longer, or that has more than 8 bits per channel,
+    is returned unchanged.
     """
     from PIL import Image
 
     image = Image.open(io.BytesIO(encoded))
     scale = short_side / min(image.size)
-    if scale >= 1 or stored_values(image, encoded):
+    if scale >= 1 or stored_values(image, encoded) is not None:
         return encoded
     image = image if image.mode in ("L", "RGB") else image.convert("RGB")
     size = [round(side * scale) for side in image.size]

@@ -25,7 +25,7 @@ from hivit_jax.reporting.console import log
 from hivit_jax.tools.outputs import output_path
 from hivit_jax.tools.run_facts import Lines, events, summary
 
-MAX_STEPS = 24  # images per figure and run in a report
+MAX_IMAGES = 24  # per figure and run in a report
 METRICS = "metrics.jsonl"
 NOT_DRAWN = {"step", "epoch", "seconds_left", "eval/count"}
 # Titles of the first and last charts, in order. Charts of other metrics are in between.
@@ -53,9 +53,10 @@ def make_report(workdirs: Iterable[str]) -> str:
     """
     paths = list(dict.fromkeys(absolute(workdir) for workdir in workdirs))
     # Names are ends of the paths, with the fewest parts that make all names different.
-    names, parts = [], 1
+    names, num_parts = [], 0
     while len(set(names)) < len(paths):
-        names, parts = ["/".join(path.parts[-parts:]) for path in paths], parts + 1
+        num_parts += 1
+        names = ["/".join(path.parts[-num_parts:]) for path in paths]
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
     run_configs = [run.pop("config") for run in runs]
     data = {"runs": runs, "charts": charts(runs), "config": config_table(run_configs)}
@@ -201,7 +202,7 @@ def config_table(run_configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 def figures(workdir: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
     """Return the images of each figure in the order of their steps, as data URIs.
 
-    If a figure has more than `MAX_STEPS` images, returns evenly spaced images that
+    If a figure has more than `MAX_IMAGES` images, returns evenly spaced images that
     include the first and the last. The figure of the curves is not included.
 
     Returns:
@@ -214,7 +215,7 @@ def figures(workdir: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, i
             paths.setdefault(name, []).append((int(step or 0), path))
     images, left_out = {}, {}
     for name, pairs in sorted(paths.items()):
-        pairs, n = sorted(pairs), min(len(pairs), MAX_STEPS)
+        pairs, n = sorted(pairs), min(len(pairs), MAX_IMAGES)
         chosen = [pairs[k * (len(pairs) - 1) // max(n - 1, 1)] for k in range(n)]
         images[name] = [{"step": step, "src": _data_uri(p)} for step, p in chosen]
         left_out[name] = len(pairs) - n

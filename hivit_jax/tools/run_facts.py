@@ -30,9 +30,9 @@ def summary(
     config: Mapping[str, Any],
 ) -> dict[str, str]:
     """Return the facts about a run, as text by label."""
-    training = [line for line in lines if "images_per_second" in line]
+    training_lines = [line for line in lines if "images_per_second" in line]
     step, total = max(line["step"] for line in lines), None
-    if config and training and "seconds_left" in (last := training[-1]):
+    if config and training_lines and "seconds_left" in (last := training_lines[-1]):
         images_left = last["seconds_left"] * last["images_per_second"]
         total = last["step"] + round(images_left / config["batch_size"])
     task, dataset = _task(workdir, config)
@@ -45,9 +45,9 @@ def summary(
         "state": "finished" if step == total else "not finished" if total else UNKNOWN,
         "best evaluation": _best(lines, best_metric(config)),
     }
-    if training:
-        speeds = [line["images_per_second"] for line in training]
-        facts["last training loss"] = f"{training[-1]['loss']:.4g}"
+    if training_lines:
+        speeds = [line["images_per_second"] for line in training_lines]
+        facts["last training loss"] = f"{training_lines[-1]['loss']:.4g}"
         facts["median throughput"] = f"{statistics.median(speeds):,.0f} images/s"
     if config:
         facts["batch size"] = f"{config['batch_size']:,}"
@@ -107,30 +107,30 @@ def events(workdir: Path, lines: Lines, starts: Starts) -> list[dict[str, Any]]:
     Returns:
       Dicts of "text" and, where they are known, "step", "time" and "details" (lines).
     """
-    begun, previous = [], None
+    start_events, previous = [], None
     for name, config in starts:
         event = {"text": "first start" if previous is None else "later start"}
         if previous is not None:
             event["time"] = f"{datetime.strptime(name, record.LATER_NAME)} UTC"
             event["details"] = record.differences(previous, config)
-        begun.append(event)
+        start_events.append(event)
         previous = config
-    kept = _checkpoint_steps(workdir / "checkpoints")
+    saved_steps = _checkpoint_steps(workdir / "checkpoints")
     text = "interrupted, or ended by an error; this step was saved"
-    steps = _early_ends(lines, [config for _, config in starts], kept)
-    ended = [{"step": step, "text": text} for step in steps]
-    if len(begun) - len(ended) in (0, 1):
-        pairs = zip_longest(begun, ended)
+    steps = _early_ends(lines, [config for _, config in starts], saved_steps)
+    end_events = [{"step": step, "text": text} for step in steps]
+    if len(start_events) - len(end_events) in (0, 1):
+        pairs = zip_longest(start_events, end_events)
         found = [event for pair in pairs for event in pair if event]
     else:
-        found = begun + ended
+        found = start_events + end_events
     for step in _checkpoint_steps(workdir / "damaged"):
         found.append({"step": step, "text": "damaged checkpoint, moved to damaged/"})
     unreadable = sum(line.get("unreadable", 0) for line in lines)
     if unreadable:
         found.append({"text": f"images were unreadable {counted(unreadable, 'time')}"})
-    if kept:
-        text = "checkpoints of steps " + ", ".join(f"{step:,}" for step in kept)
+    if saved_steps:
+        text = "checkpoints of steps " + ", ".join(f"{step:,}" for step in saved_steps)
         found.append({"text": text})
     return found
 
@@ -142,7 +142,7 @@ def _checkpoint_steps(directory: Path) -> list[int]:
 
 
 def _early_ends(
-    lines: Lines, start_configs: Sequence[Mapping[str, Any]], kept: Iterable[int]
+    lines: Lines, start_configs: Sequence[Mapping[str, Any]], saved_steps: Iterable[int]
 ) -> list[int]:
     """Return the steps that a run logged or saved because it ended early.
 
@@ -151,7 +151,7 @@ def _early_ends(
     """
     names = ("log_every", "eval_every", "checkpoint_every")
     intervals = {c.get(name) for c in start_configs for name in names} - {None, 0}
-    steps = {line["step"] for line in lines if "seconds_left" in line} | {*kept}
-    last = {line["step"] for line in lines if line.get("seconds_left") == 0}
-    steps = steps - last - {0} if intervals else ()
+    steps = {line["step"] for line in lines if "seconds_left" in line} | {*saved_steps}
+    last_steps = {line["step"] for line in lines if line.get("seconds_left") == 0}
+    steps = steps - last_steps - {0} if intervals else ()
     return sorted(step for step in steps if all(step % n for n in intervals))

@@ -37,7 +37,7 @@ class Pretrained(NamedTuple):
     arguments: `create_model(**arguments)` builds the saved model.
     params: NumPy float32 arrays by name, see `named_leaves`.
     notes: remarks for the user, such as the file format.
-    guesses: arguments that the file does not determine, with the reason for each value.
+    guesses: lines on arguments that the file does not determine: value and reason.
     unused: official names of the file's entries that the model does not need.
     recipe: the training config, {} if unknown.
     results: the evaluation results, {} if unknown.

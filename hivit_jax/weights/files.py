@@ -1,8 +1,8 @@
 """Read and write state dicts as PyTorch (``.pth``) or safetensors files.
 
 Reading never runs code from a file, see `torch_format`. A safetensors file contains
-only numbers and a JSON header. The contents of a file, not its suffix, determine its
-format.
+only numbers and a JSON header. `read` infers the format of a file from its contents,
+`write` from its suffix.
 """
 
 import io
@@ -46,7 +46,7 @@ SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-# Files without weights, such as failed downloads: pattern of their first bytes ->
+# Files that cannot be read, such as failed downloads: pattern of their first bytes ->
 # description.
 OTHER_KINDS = {
     rb"\s*(<!doctype html|<html|<head)": "an HTML page, not the file that it links to",
@@ -98,21 +98,25 @@ def read(path: Path, averaged: bool = True) -> WeightFile:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            start = file.read(1024)
+            first_bytes = file.read(1024)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if not start:
+    if not first_bytes:
         raise CheckpointError(f"{path} is empty; copy or download it again")
-    header_size = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and header_size < path.stat().st_size:
+    header_size = int.from_bytes(first_bytes[:8], "little")
+    if first_bytes[8:9] == b"{" and header_size < path.stat().st_size:
         return _read_safetensors(path)
-    if start.startswith((b"PK", b"\x80")):
+    if first_bytes.startswith((b"PK", b"\x80")):
         return _read_torch(path, averaged)
-    found = (kind for p, kind in OTHER_KINDS.items() if re.match(b"(?is)" + p, start))
-    kind = next(found, "")
+    kinds = (
+        kind
+        for pattern, kind in OTHER_KINDS.items()
+        if re.match(b"(?is)" + pattern, first_bytes)
+    )
+    kind = next(kinds, "")
     if not kind and path.suffix == ".safetensors":
         return _read_safetensors(path)  # raises an error that describes the damage
-    kind = kind or f"of an unknown kind, its first bytes are {start[:8]!r}"
+    kind = kind or f"of an unknown kind, its first bytes are {first_bytes[:8]!r}"
     raise CheckpointError(
         f"{path} is {kind}; expected a file written by torch.save or safetensors"
     )
@@ -125,8 +129,8 @@ def write(path: Path, state: Mapping[str, np.ndarray], metadata: str) -> None:
       metadata: JSON description of the model, which `read` returns as a dict.
 
     Raises:
-      CheckpointError: PyTorch is required but not installed.
-      ConfigError: the file cannot be written. An existing file is then unchanged.
+      ConfigError: the file cannot be written, or requires PyTorch, which is not
+        installed. An existing file is then unchanged.
     """
     if path.suffix == ".safetensors":
         content = save(dict(state), {"format": "pt", METADATA_KEY: metadata})

@@ -62,13 +62,13 @@ def infer(
             arguments["multi_scale"] = latent_dim != arguments["embed_dim"]
     else:
         arguments |= _head_arguments(shapes, is_vit)
-    classes = {
+    model_classes = {
         (True, True): ViTMaskedAutoencoder,
         (True, False): ViTClassifier,
         (False, True): MaskedAutoencoder,
         (False, False): Classifier,
     }
-    return with_name(classes[is_vit, is_autoencoder], arguments), guessed
+    return with_name(model_classes[is_vit, is_autoencoder], arguments), guessed
 
 
 def _head_arguments(shapes: Shapes, is_vit: bool) -> dict[str, Any]:
@@ -84,11 +84,11 @@ def _vit_arguments(
     shapes: Shapes, image_size: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the arguments of a ViT's encoder, and the reasons for guesses."""
-    _, tokens, dim = shapes.require("pos_embed", 3)
+    _, num_tokens, dim = shapes.require("pos_embed", 3)
     _, channels, patch_size, _ = shapes.require("patch_embed.proj.weight", 4)
     hidden, _ = shapes.require("blocks.0.mlp.fc1.weight", 2)
     arguments = dict(
-        image_size=_image_size(tokens - 1, patch_size, image_size),
+        image_size=_image_size(num_tokens - 1, patch_size, image_size),
         in_channels=channels,
         embed_dim=dim,
         depth=shapes.count("blocks."),
@@ -102,15 +102,15 @@ def _vit_arguments(
     return arguments, {"num_heads": "assuming 64 channels per head"}
 
 
-def _image_size(units: int, patch_size: int, image_size: Any) -> Any:
+def _image_size(num_units: int, patch_size: int, image_size: Any) -> Any:
     """Return the side of a square image, or `image_size` if the grid is not square."""
-    side = round(units**0.5)
-    if side**2 == units:
-        return side * patch_size
+    grid_side = round(num_units**0.5)
+    if grid_side**2 == num_units:
+        return grid_side * patch_size
     if image_size is None:
         raise CheckpointError(
-            f"the grid of {units} units is not square; pass image_size=(height, width) "
-            "of the saved model"
+            f"the grid of {num_units} units is not square; pass image_size=(height, "
+            "width) of the saved model"
         )
     return image_size
 
@@ -119,16 +119,17 @@ def _hivit_arguments(
     shapes: Shapes, image_size: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the arguments of a HiViT's encoder, and the reasons for guesses."""
-    _, units, dim = shapes.require("absolute_pos_embed", 3)
-    width, channels, cell, _ = shapes.require("patch_embed.proj.weight", 4)
+    _, num_units, dim = shapes.require("absolute_pos_embed", 3)
+    width, channels, cell_size, _ = shapes.require("patch_embed.proj.weight", 4)
     counts = shapes.block_counts()
-    merges, last_block = len(counts) - 1, f"blocks.{sum(counts) + len(counts) - 2}"
+    num_merges = len(counts) - 1
+    last_block = f"blocks.{sum(counts) + num_merges - 1}"
     stem_hidden = counts[0] and shapes.require("blocks.0.mlp.fc1.weight", 2)[0]
     hidden, _ = shapes.require(f"{last_block}.mlp.fc1.weight", 2)
     table = shapes.get(f"{last_block}.attn.relative_position_bias_table")
-    patch_size = cell << merges
+    patch_size = cell_size << num_merges
     arguments = dict(
-        image_size=_image_size(units, patch_size, image_size),
+        image_size=_image_size(num_units, patch_size, image_size),
         in_channels=channels,
         embed_dim=dim,
         depths=(*(n // 2 for n in counts[:-1]), counts[-1]),  # see `HiViTConfig`
@@ -136,7 +137,7 @@ def _hivit_arguments(
         mlp_ratio=hidden / dim,
         stem_mlp_ratio=stem_hidden / width,
         patch_size=patch_size,
-        inner_patches=1 << merges,
+        inner_patches=1 << num_merges,
         relative_position=table is not None,
     )
     return arguments, {} if table else {"num_heads": "assuming 64 channels per head"}

@@ -30,13 +30,13 @@ def swin_arguments(
     prefix = "encoder." if is_simmim else ""
     embed = f"{prefix}patch_embed.proj.weight"
     dim, channels, patch_size, _ = shapes.require(embed, 4)
-    depths, heads, window_sides = [], [], []
+    depths, head_counts, window_sides = [], [], []
     for stage in range(shapes.count(f"{prefix}layers.")):
         blocks = f"{prefix}layers.{stage}.blocks."
         depths.append(shapes.count(blocks))
         table = f"{blocks}0.attn.relative_position_bias_table"
         rows, num_heads = shapes.require(table, 2)
-        heads.append(num_heads)
+        head_counts.append(num_heads)
         window_sides.append(round((rows**0.5 + 1) / 2))
     hidden, _ = shapes.require(f"{prefix}layers.0.blocks.0.mlp.fc1.weight", 2)
     guessed = {"layer_norm_eps": "as in the official code"}
@@ -45,10 +45,10 @@ def swin_arguments(
         image_size = window_sides[-1] * stride
         guessed["image_size"] = "so that the last stage is one window"
         mask = f"{prefix}layers.0.blocks.1.attn_mask"
-        windows, window_tokens, _ = shapes.get(mask, (0, 0, 0))
-        tokens = windows * window_tokens
-        grid_side = round(tokens**0.5)
-        if tokens and grid_side**2 == tokens:
+        num_windows, tokens_per_window, _ = shapes.get(mask, (0, 0, 0))
+        num_tokens = num_windows * tokens_per_window
+        grid_side = round(num_tokens**0.5)
+        if num_tokens and grid_side**2 == num_tokens:
             image_size = grid_side * patch_size
             guessed["image_size"] = "from the number of tokens in the shift masks"
     arguments = dict(
@@ -56,7 +56,7 @@ def swin_arguments(
         in_channels=channels,
         embed_dim=dim,
         depths=tuple(depths),
-        num_heads=tuple(heads),
+        num_heads=tuple(head_counts),
         mlp_ratio=hidden / dim,
         patch_size=patch_size,
         window_size=max(window_sides),

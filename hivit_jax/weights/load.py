@@ -70,9 +70,9 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
         ``hf://ORGANIZATION/NAME[@REVISION][/FILE]``. Directories and repositories of
         timm and transformers, with a config.json, are accepted too.
       averaged: prefer averaged weights (EMA) if they were saved.
-      overrides: as in `create_model`. Used only for files of other programs, and only
-        `NOT_IN_STATE_DICT` and image_size (of a Swin: if the size fits its tables; of
-        another model: if its grid of units is not square).
+      overrides: arguments of `create_model`. For a file of another program,
+        `NOT_IN_STATE_DICT` and image_size are used, the latter as in `infer`. All other
+        overrides are ignored.
 
     Raises:
       CheckpointError: there is no model at the path, the file is damaged or unsafe, or
@@ -215,9 +215,9 @@ def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return found if white in (255, math.inf) else found | {"scale": 1 / white}
 
 
-def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:
-    """Read a pretrained model; `model`, a recipe's section, sets numbers of heads."""
-    heads = {key: model.get(key) for key in ("num_heads", "decoder_num_heads")}
+def read_for(model_keys: Mapping[str, Any], path: str | Path) -> Pretrained:
+    """Read a pretrained model with the numbers of heads in a recipe's `model` keys."""
+    heads = {key: model_keys.get(key) for key in ("num_heads", "decoder_num_heads")}
     return read(path, **{key: value for key, value in heads.items() if value})
 
 
@@ -247,7 +247,7 @@ def load_pretrained(
         and a report is logged. A new head is initialized as for finetuning.
 
     Raises:
-      CheckpointError: no usable model at the path.
+      CheckpointError: there is no usable model at the path.
       ConfigError: the saved parameters do not fit a model with these overrides.
     """
     return build(read(path, averaged=averaged, **overrides), **overrides)
@@ -265,16 +265,16 @@ def build(pretrained: Pretrained, **overrides: Any) -> Model:
     model.info = make_info(model.config, **pretrained.info)
     graphdef, abstract = split(model)
     arrays = adapt(pretrained, model)
-    new = {name for name in named_leaves(abstract) if name not in arrays}
-    if new:
+    new_names = {name for name in named_leaves(abstract) if name not in arrays}
+    if new_names:
 
         @jax.jit  # so that XLA omits the initialization of all other arrays
         def initialize():
             leaves = named_leaves(split(create_model(**arguments))[1])
-            return {name: leaves[name] for name in new}
+            return {name: leaves[name] for name in new_names}
 
         arrays |= initialize()
-        if "head/kernel" in new:
+        if "head/kernel" in new_names:
             arrays["head/kernel"] *= model.new_head_scale
     params = jax.tree_util.tree_map_with_path(
         lambda key_path, _: jnp.asarray(arrays[leaf_name(key_path)]), abstract

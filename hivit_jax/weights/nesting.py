@@ -30,7 +30,7 @@ class Unwrapped(NamedTuple):
 
     state: {remaining name: array}, for `official_names`.
     removed: the removed wrappers and prefixes.
-    unused: names that do not start with the prefix, such as names of losses.
+    unused: names that do not start with the prefix, such as parameters of a loss.
     """
 
     state: dict[str, Any]

@@ -22,7 +22,7 @@ from hivit_jax.weights.names.official import from_official, to_state_dict
 
 # Keys of a recipe whose values are directories of this machine.
 DIRECTORIES = ("dir", "cache", "compilation_cache")
-PATH = re.compile(r"[/~.\\]|[A-Za-z]:[/\\]|\w+://")  # start of a path
+PATH_START = re.compile(r"[/~.\\]|[A-Za-z]:[/\\]|\w+://")
 
 
 def save_pretrained(
@@ -44,11 +44,11 @@ def save_pretrained(
       results: the evaluation results of the model, for the card.
 
     Raises:
-      ConfigError: `load_pretrained` would refuse the model, or the directory cannot be
-        written or contains files of another program. Nothing is written.
+      ConfigError: the directory contains files of another program or cannot be
+        written, or `load_pretrained` would refuse the model.
     """
     directory = Path(expand(str(directory)))
-    edited = _check_directory(directory)
+    card_edited = _check_directory(directory)
     metadata = {
         "arguments": arguments_of(model),
         "info": asdict(model.info),
@@ -66,7 +66,7 @@ def save_pretrained(
         raise ConfigError(f"{directory} cannot be written: {error.strerror}") from error
     files.write(directory / WEIGHTS, state, text)
     files.write_bytes(directory / CONFIG, text.encode())
-    if edited:
+    if card_edited:
         log(f"{directory / CARD} was edited and is kept; delete the file for a new one")
     else:
         files.write_bytes(directory / CARD, card)
@@ -86,7 +86,7 @@ def shareable(value: Any, key: str = "") -> Any:
         return value
     if key in DIRECTORIES:
         return ""
-    if PATH.match(value) or key == "init_from":
+    if PATH_START.match(value) or key == "init_from":
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
 
@@ -122,26 +122,26 @@ def _check_directory(directory: Path) -> bool:
       ConfigError: the directory contains weights or a config of another program, such
         as the config of a run.
     """
-    config, metadata = directory / CONFIG, {}
+    file, metadata = directory / CONFIG, {}
     try:
-        if config.is_file():
-            metadata = json.loads(config.read_text())
+        if file.is_file():
+            metadata = json.loads(file.read_text())
             ours = isinstance(metadata, dict) and "arguments" in metadata
         elif (directory / WEIGHTS).is_file():
-            config = directory / WEIGHTS
-            ours = bool(files.read(config).metadata)
+            file = directory / WEIGHTS
+            ours = bool(files.read(file).metadata)
         else:
             ours = True
         card = directory / CARD
-        text = card.read_bytes() if card.is_file() else None
+        card_bytes = card.read_bytes() if card.is_file() else None
     except (OSError, ValueError, CheckpointError):
         ours = False
     if not ours:
         raise ConfigError(
-            f"{config} is not a file of save_pretrained, and would be overwritten; "
+            f"{file} is not a file of save_pretrained, and would be overwritten; "
             "use another directory"
         )
-    return text is not None and _digest(text) != metadata.get("card")
+    return card_bytes is not None and _digest(card_bytes) != metadata.get("card")
 
 
 def _digest(content: bytes) -> str:

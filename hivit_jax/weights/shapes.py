@@ -54,8 +54,10 @@ class Shapes(dict[str, tuple[int, ...]]):
                 counts[-1] += 1
             index += 1
         dim = self.require("absolute_pos_embed", 3)[2]
-        width, stems = self.require("patch_embed.proj.weight", 4)[0], len(counts) - 1
-        if not stems or width << stems != dim or any(n % 2 for n in counts[:-1]):
+        width = self.require("patch_embed.proj.weight", 4)[0]
+        num_merges = len(counts) - 1
+        has_odd_count = any(count % 2 for count in counts[:-1])
+        if has_odd_count or not num_merges or width << num_merges != dim:
             raise CheckpointError(
                 f"not a HiViT: found {counts} blocks between merges and widths from "
                 f"{width} to {dim}; expected an even number of blocks before each "

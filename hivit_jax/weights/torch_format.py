@@ -149,8 +149,8 @@ class TorchFile:
         self._offsets: dict[str, int] = {}
         try:
             with path.open("rb") as file:
-                archive = file.read(2) == b"PK"
-            self._read_archive() if archive else self._read_legacy()
+                is_archive = file.read(2) == b"PK"
+            self._read_archive() if is_archive else self._read_legacy()
         except CheckpointError:
             raise
         except Exception as error:  # damaged files cause exceptions of many types
@@ -295,6 +295,6 @@ def _numpy_array(record: StandIn) -> np.ndarray:
         data = data.encode("latin1")
     if not re.fullmatch("[biufc][0-9]+", dtype.args[0]):
         raise ValueError(f"has dtype {dtype.args[0]!r}; expected numbers")
-    stored = np.dtype(dtype.args[0]).newbyteorder(dtype.state[1].replace("|", "="))
-    array = np.frombuffer(data, stored).reshape(shape, order=order)
-    return array.astype(stored.newbyteorder("="), copy=False)
+    file_dtype = np.dtype(dtype.args[0]).newbyteorder(dtype.state[1].replace("|", "="))
+    array = np.frombuffer(data, file_dtype).reshape(shape, order=order)
+    return array.astype(file_dtype.newbyteorder("="), copy=False)

@@ -182,7 +182,7 @@ def test_unfinished_run_is_reported_without_checkpoint_or_config(tmp_path):
 
 def test_figures_of_many_steps_are_an_evenly_spaced_selection(tmp_path, monkeypatch):
     """The selection includes the first and last step. The omitted steps are counted."""
-    monkeypatch.setattr(report, "MAX_STEPS", 3)
+    monkeypatch.setattr(report, "MAX_IMAGES", 3)
     run = write_run(tmp_path / "a")
     for step in range(10, 60, 10):
         pixels = np.full((1, 2, 3), step, np.uint8)

@@ -234,10 +234,10 @@ def to_state_dict(
 ) -> dict[str, np.ndarray]:
     """Convert nested parameters of `model` to a state dict of another program.
 
-    The state dict of a HiViT contains the relative position index. A HiViT with windows
-    has none, because the other programs do not support such a model. The state dict of
-    a Swin contains the indices and shift masks that the other program stores. For
-    MMPretrain and timm, masked autoencoders are reduced to the encoder.
+    The state dict of a HiViT with relative position tables contains their index. With
+    windows it does not, because the other programs do not support such a model. The
+    state dict of a Swin contains the indices and shift masks that the other program
+    stores. For MMPretrain and timm, masked autoencoders are reduced to the encoder.
 
     Args:
       layout: one of `LAYOUTS`.

@@ -10,7 +10,7 @@ import numpy as np
 
 from hivit_jax.errors import CheckpointError
 
-PATCHES = "embeddings.patch_embeddings.projection.weight"
+PATCH_WEIGHT = "embeddings.patch_embeddings.projection.weight"
 PARTS = ("query", "key", "value")  # in the order of the rows of the official qkv
 # (pattern in a name of the library, official replacement), applied in this order.
 TO_OFFICIAL = [
@@ -39,7 +39,7 @@ TO_OFFICIAL = [
 
 def is_transformers(state: Mapping[str, np.ndarray]) -> bool:
     """Return True if a state dict has the names of the library transformers."""
-    return any(name.endswith(PATCHES) for name in state)
+    return any(name.endswith(PATCH_WEIGHT) for name in state)
 
 
 def from_transformers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
