@@ -38,8 +38,8 @@ def test_half_of_the_images_are_flipped():
 def test_erased_rectangles_follow_their_distributions():
     """Frequency, area, aspect ratio and noise are as documented.
 
-    The corners have equal mean rows and columns. The key of an image alone determines
-    its rectangle and noise.
+    The corners have the same mean row and mean column. The key of an image alone
+    determines its rectangle and noise.
     """
     count, side = 1500, 40
     images = jnp.full((count, side, side, 3), 7.0)

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from hivit_jax.augment import mixing
 
 
-def test_smoothed_labels_sum_to_1():
+def test_label_smoothing_is_spread_evenly_over_all_classes():
     out = np.asarray(mixing.smooth_labels(jnp.asarray([2, 0]), 4, 0.1))
     expected = [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]
     assert_allclose(out, expected, atol=1e-7)
@@ -18,12 +18,12 @@ def test_smoothed_labels_sum_to_1():
     assert_array_equal(hard, np.eye(4)[[2, 0]])
 
 
-def mixed(seed, mixup, cutmix, batch=6, size=(20, 30), weight=None):
+def mix_numbered_images(seed, mixup, cutmix, batch_size=6, size=(20, 30), weight=None):
     """Mix images whose pixels are their index; return mixed images and targets."""
-    numbers = jnp.arange(batch, dtype=jnp.float32)
-    images = jnp.broadcast_to(numbers[:, None, None, None], (batch, *size, 1))
-    weight = jnp.ones(batch) if weight is None else jnp.array(weight)
-    out = MIX(images, jnp.eye(batch), weight, jax.random.key(seed), mixup, cutmix)
+    indices = jnp.arange(batch_size, dtype=jnp.float32)
+    images = jnp.broadcast_to(indices[:, None, None, None], (batch_size, *size, 1))
+    weight = jnp.ones(batch_size) if weight is None else jnp.array(weight)
+    out = MIX(images, jnp.eye(batch_size), weight, jax.random.key(seed), mixup, cutmix)
     return [np.asarray(x) for x in out]
 
 
@@ -35,7 +35,7 @@ PARTNERS = [1, 0, 3, 2, 5, 4]  # index of the image that is mixed into each imag
 def test_mixup_mixes_all_neighbors_with_the_same_ratio():
     ratios = []
     for seed in range(300):
-        images, targets = mixed(seed, 0.8, 0.0)
+        images, targets = mix_numbered_images(seed, 0.8, 0.0)
         ratio = targets[0, 0]
         ratios.append(ratio)
         expected_targets = ratio * np.eye(6) + (1 - ratio) * np.eye(6)[PARTNERS]
@@ -53,7 +53,7 @@ def test_cutmix_exchanges_one_rectangle_between_neighbors():
     """Targets weight the two labels by the remaining and the exchanged area."""
     remaining_areas = []
     for seed in range(300):
-        images, targets = mixed(seed, 0.0, 1.0)
+        images, targets = mix_numbered_images(seed, 0.0, 1.0)
         own, partner = (np.array(x)[:, None, None] for x in (range(6), PARTNERS))
         exchanged = images[..., 0] != own
         assert (exchanged == exchanged[0]).all()
@@ -75,13 +75,14 @@ def test_cutmix_exchanges_one_rectangle_between_neighbors():
 @pytest.mark.slow
 def test_half_of_the_batches_get_mixup_and_half_cutmix():
     # Pixels are integers after CutMix, but not after Mixup, which averages images.
-    is_cutmix = [(mixed(seed, 0.8, 1.0)[0] % 1 == 0).all() for seed in range(300)]
+    batches = [mix_numbered_images(seed, 0.8, 1.0)[0] for seed in range(300)]
+    is_cutmix = [(images % 1 == 0).all() for images in batches]
     assert np.mean(is_cutmix) == pytest.approx(0.5, abs=0.12)  # four standard errors
 
 
 @pytest.mark.slow
-def test_unreadable_images_are_not_mixed():
-    images, targets = mixed(3, 0.8, 0.0, weight=[1, 0, 1, 1, 0, 1])
+def test_pairs_with_an_unreadable_image_are_not_mixed():
+    images, targets = mix_numbered_images(3, 0.8, 0.0, weight=[1, 0, 1, 1, 0, 1])
     for i in (0, 1, 4, 5):  # images 1 and 4 are unreadable, 0 and 5 their partners
         assert (images[i] == i).all()
         assert targets[i, i] == 1

@@ -23,7 +23,7 @@ LABELS = LABELS[permutation(9, 9, 64)]  # because datasets may be unsorted
 )
 def test_balanced_counts_are_rounded_by_the_largest_remainder(balance, counts):
     # With balance=0.5, the square roots 7.07, 3.16, 1.73 and 1 divide the 64 positions
-    # into 34.9, 15.6, 8.6 and 4.9.
+    # into 34.90, 15.61, 8.55 and 4.94.
     assert balanced_counts([50, 10, 3, 1], balance).tolist() == counts
 
 
@@ -39,7 +39,8 @@ def test_balanced_counts_add_up_to_the_dataset(n):
 def test_examples_of_a_class_are_used_equally_often():
     """The use counts of two examples of a class differ by at most 1 after every epoch.
 
-    No pair (example, pass) occurs twice, because random numbers depend on the pair.
+    No pair (example, pass) may occur twice: the random numbers of the augmentation
+    depend on the pair.
     """
     order = BalancedOrder(LABELS, 1.0, 0)
     uses, pairs = np.zeros(64, int), set()
@@ -54,7 +55,7 @@ def test_examples_of_a_class_are_used_equally_often():
 
 
 def test_order_is_a_function_of_seed_and_position():
-    """A new `BalancedOrder` returns the same examples for any positions."""
+    """The example at a position does not depend on other positions or their order."""
     all_positions = np.arange(300)
     expected = np.stack(BalancedOrder(LABELS, 0.5, 3).samples_at(all_positions))
     unordered = all_positions[permutation(0, 0, 300)[:70]]
@@ -68,11 +69,11 @@ def test_order_is_a_function_of_seed_and_position():
 def test_balanced_order_is_frozen():
     """The order never changes, so that saved runs resume exactly."""
     found = BalancedOrder(LABELS, 1.0, 0).samples_at(np.arange(62, 70))
-    assert np.stack(found).tolist() == FROZEN
+    assert np.stack(found).tolist() == FROZEN_SAMPLES
 
 
 # Example indices and passes at positions 62 to 69
-FROZEN = [[52, 57, 16, 16, 36, 16, 0, 16], [0, 0, 21, 20, 2, 18, 5, 16]]
+FROZEN_SAMPLES = [[52, 57, 16, 16, 36, 16, 0, 16], [0, 0, 21, 20, 2, 18, 5, 16]]
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def folder(tmp_path, cache_directory):
 
 
 def test_balanced_batches_contain_each_class_equally_often(folder):
-    """data.balance=1 balances each epoch of two steps; 0 uses `permutation`."""
+    """With data.balance=0, the order is `permutation`. An epoch has two steps."""
     plain = folder_config(folder, batch_size=7, data__balance=0)
     indices = [batch["index"] for batch in inputs.train_batches(plain, 0, 2)]
     assert_array_equal(np.concatenate(indices), permutation(0, 0, 14))
@@ -109,7 +110,7 @@ def test_balanced_batches_contain_each_class_equally_often(folder):
 def test_balanced_batches_of_two_processes_concatenate_to_the_batch(
     folder, monkeypatch, balance
 ):
-    """Steps 1 to 3 include the end of an epoch, 14 images in batches of 8."""
+    """Steps 1 to 3, positions 8 to 31, include the ends of two epochs of 14 images."""
     config = folder_config(folder, batch_size=8, data__balance=balance)
     expected, per_process = list(inputs.train_batches(config, 1, 4)), []
     monkeypatch.setattr(jax, "process_count", lambda: 2)

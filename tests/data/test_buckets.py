@@ -196,19 +196,17 @@ def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
     """Errors of the bucket end the run, even with data.max_unreadable=1."""
     cfg = config("gs://bucket/tfrecord", data__max_unreadable=1.0)
     batches(cfg)
-    shard = f"{VERSION}/noise_images-train.tfrecord-00001-of-00004"
+    key = f"{VERSION}/noise_images-train.tfrecord-00001-of-00004"
     for status in (403, 503):
-        bucket.statuses = {shard: status}
-        with pytest.raises(
-            LocalDataError, match=f"gs://.*{shard}: HTTP status {status}"
-        ):
+        bucket.statuses = {key: status}
+        with pytest.raises(LocalDataError, match=f"gs://.*{key}: HTTP status {status}"):
             batches(cfg)
     bucket.statuses, bucket.truncated = {}, 10**6
     with pytest.raises(LocalDataError, match="cannot access"):
         batches(cfg)
     bucket.truncated = 0
-    (bucket.root / "tfrecord" / shard).unlink()
-    with pytest.raises(LocalDataError, match=rf"{shard} does not exist \(HTTP .*404"):
+    (bucket.root / "tfrecord" / key).unlink()
+    with pytest.raises(LocalDataError, match=rf"{key} does not exist \(HTTP .*404"):
         batches(cfg)
 
 
@@ -248,7 +246,7 @@ def test_later_runs_read_the_copies_in_data_cache(
     assert "4 are present" in capfd.readouterr().err
 
 
-def shard(bucket):
+def locate_shard(bucket):
     """Return the address and the path of a shard."""
     [path] = bucket.root.glob("tfrecord/noise_images/1.0.0/*train*00002-of*")
     return f"gs://bucket/{path.relative_to(bucket.root)}", path
@@ -256,7 +254,7 @@ def shard(bucket):
 
 def test_partial_copy_is_never_read(bucket, tmp_path):
     """`fetch` returns the address after an error, else the path of a complete copy."""
-    address, path = shard(bucket)
+    address, path = locate_shard(bucket)
     cache = ShardCache(str(tmp_path / "cache"))
     partial_copy = cache.target(address).with_name(f"{path.name}.part")
     partial_copy.parent.mkdir(parents=True)
@@ -272,9 +270,9 @@ def test_partial_copy_is_never_read(bucket, tmp_path):
     assert [*partial_copy.parent.iterdir()] == [cache.target(address)]
 
 
-def test_processes_share_copies(bucket, tmp_path):
-    """Four caches that share a directory download a file only once."""
-    address, path = shard(bucket)
+def test_caches_that_share_a_directory_download_a_file_once(bucket, tmp_path):
+    """Threads stand for processes. Each thread has its own `ShardCache`."""
+    address, path = locate_shard(bucket)
     caches = [ShardCache(str(tmp_path / "cache")) for _ in range(4)]
     bucket.delay = 0.05
     threads = [

@@ -29,7 +29,7 @@ def crops(height, width, count, scale=(0.2, 1.0), seed=0):
     ]
 
 
-def on_device(samples, size=SIZE, canvas=512, **options):
+def resize_on_device(samples, size=SIZE, canvas=512, **options):
     """Resize crops on the device; return float [n, *size, C], canvases and boxes.
 
     Args:
@@ -41,26 +41,26 @@ def on_device(samples, size=SIZE, canvas=512, **options):
         for (pixels, crop), out in zip(samples, images, strict=True)
     ]
     boxes = np.array(boxes, np.float32)
-    return np.asarray(resize(images, boxes, size, **options)), images, boxes
+    return np.asarray(jit_resample(images, boxes, size, **options)), images, boxes
 
 
-def resize(images, boxes, size=SIZE, **options):
+def jit_resample(images, boxes, size=SIZE, **options):
     """Run `resample` as one program, because single operations compile slowly."""
     return jax.jit(partial(resample.resample, size=size, **options))(images, boxes)
 
 
 def pil_resize(image, size, box=None, filter=Image.Resampling.BICUBIC):
-    """Resize with PIL, first along the width; PIL 13 may start with the height."""
+    """Resize with PIL in two steps, width first. PIL 13 may start with the height."""
     left, top, right, bottom = box or (0, 0, image.width, image.height)
     height = image.height
     image = image.resize((size[1], height), filter, (left, 0, right, height))
     return np.asarray(image.resize(size[::-1], filter, (0, top, size[1], bottom)))
 
 
-def test_uniforms_are_frozen():
+def test_uniforms_are_frozen_uniform_and_independent():
     """Random numbers of crops never change, so that saved runs resume exactly."""
     draws = transforms.uniforms(7, 3, 1_281_166)
-    assert draws[:3] == FROZEN
+    assert draws[:3] == FIRST_UNIFORMS
     assert len(draws) == transforms.DRAWS
     # Seed, epoch and image index each change all numbers.
     for other in ((8, 3, 5), (7, 4, 5), (7, 3, 6)):
@@ -74,7 +74,7 @@ def test_uniforms_are_frozen():
     assert np.abs(np.corrcoef(draws.T) - np.eye(draws.shape[1])).max() < 0.15
 
 
-FROZEN = [0.2921524578225323, 0.3256742663793454, 0.9849989507135709]
+FIRST_UNIFORMS = [0.2921524578225323, 0.3256742663793454, 0.9849989507135709]
 
 
 @pytest.mark.parametrize(("height", "width"), [(120, 120), (100, 160)])
@@ -138,7 +138,7 @@ def test_random_crops_equal_pil():
         if max(crop.box[2:]) <= 512
     ]
     assert len(samples) > 15
-    device = on_device(samples)[0]
+    device = resize_on_device(samples)[0]
     for (pixels, crop), actual in zip(samples, device, strict=True):
         top, left, height, width = crop.box
         part = Image.fromarray(pixels[top : top + height, left : left + width])
@@ -162,11 +162,11 @@ def test_center_crops_equal_pil(size):
         height, width = pixels.shape[:2]
         samples.append((pixels, data_crops.center_crop(height, width, size, 0.875)))
         scale = max(size[0] / 0.875 / height, size[1] / 0.875 / width)
-        full = [math.floor(side * scale + 1e-9) for side in (height, width)]
-        image = pil_resize(Image.fromarray(pixels), full)
-        top, left = (round((f - s) / 2) for f, s in zip(full, size, strict=True))
+        resized = [math.floor(side * scale + 1e-9) for side in (height, width)]
+        image = pil_resize(Image.fromarray(pixels), resized)
+        top, left = (round((r - s) / 2) for r, s in zip(resized, size, strict=True))
         expected.append(image[top : top + size[0], left : left + size[1]])
-    device = on_device(samples, size, canvas=640)[0]
+    device = resize_on_device(samples, size, canvas=640)[0]
     for (pixels, crop), actual, reference in zip(
         samples, device, expected, strict=True
     ):
@@ -199,7 +199,7 @@ def test_resizing_equals_a_reference_up_to_rounding(interpolation, antialias):
     options = dict(interpolation=interpolation, antialias=antialias)
     pixels = photographs()["cat"]
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)
-    device = on_device([(pixels, crop)], **options)[0][0]
+    device = resize_on_device([(pixels, crop)], **options)[0][0]
     out = np.zeros((*SIZE, 3), np.uint8)
     data_crops.paste_crop(pixels, crop, out, SIZE, **options)
     # Bilinear interpolation has many ties, which are rounded either way.
@@ -243,7 +243,7 @@ def test_host_copies_only_the_crop_to_the_canvas():
     """The unresized crop is at the top left of a canvas of zeros."""
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
-    _, images, boxes = on_device([(pixels, crop)])
+    _, images, boxes = resize_on_device([(pixels, crop)])
     assert_array_equal(images[0, :200, :250], pixels[20:220, 30:280])
     assert (images[0, 200:] == 0).all()
     assert (images[0, :, 250:] == 0).all()
@@ -256,8 +256,8 @@ def test_pixels_outside_a_random_crop_have_no_effect():
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
     changed = np.full_like(pixels, 255)
     changed[20:220, 30:280] = pixels[20:220, 30:280]
-    resized, resized_changed = on_device([(pixels, crop), (changed, crop)])[0]
-    assert_array_equal(resized, resized_changed)
+    result, result_changed = resize_on_device([(pixels, crop), (changed, crop)])[0]
+    assert_array_equal(result, result_changed)
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_canvas_of_a_center_crop_includes_the_margin_of_the_filter():
     """The result equals the resampling of the whole image."""
     pixels = noise_image(375, 500, 3)
     crop = data_crops.center_crop(375, 500, SIZE, 0.875)
-    actual, images, boxes = on_device([(pixels, crop)])
+    actual, images, boxes = resize_on_device([(pixels, crop)])
     extents = boxes[0, :, 2].astype(int)
     # The box has 328 rows and columns, and the filter reads a few pixels around it.
     assert (extents < 345).all()
@@ -279,14 +279,14 @@ def test_canvas_of_a_center_crop_includes_the_margin_of_the_filter():
         ],
         np.float32,
     )
-    assert np.abs(actual - resize(canvas, box[None])).mean() < 1e-3
+    assert np.abs(actual - jit_resample(canvas, box[None])).mean() < 1e-3
 
 
 @pytest.mark.slow
 def test_crop_larger_than_the_canvas_is_resized_on_the_host():
     pixels = noise_image(700, 600, 3)
     crop = Crop(*[Box(0, 0, 700, 600)] * 2)
-    actual, images, boxes = on_device([(pixels, crop)])
+    actual, images, boxes = resize_on_device([(pixels, crop)])
     assert boxes[0].tolist() == [[0, 224, 224]] * 2
     expected = Image.fromarray(pixels).resize(SIZE, Image.Resampling.BICUBIC)
     assert_array_equal(images[0, :224, :224], expected)
@@ -299,12 +299,12 @@ def test_resizing_keeps_flat_colors_and_clips_overshoots():
     for level in (0, 1, 127, 255):
         image = np.full((9, 7, 3), level, np.uint8)
         crop = Crop(*[Box(0, 0, 9, 7)] * 2)
-        assert (on_device([(image, crop)], (16, 5), canvas=32)[0] == level).all()
+        assert (resize_on_device([(image, crop)], (16, 5), canvas=32)[0] == level).all()
     # A bicubic filter overshoots at an edge; the pixels must not wrap around.
     edge = np.zeros((8, 8, 3), np.uint8)
     edge[:, 4:] = 255
     crop = Crop(*[Box(0, 0, 8, 8)] * 2)
-    larger = on_device([(edge, crop)], (32, 32), canvas=64)[0][0, 0, :, 0]
+    larger = resize_on_device([(edge, crop)], (32, 32), canvas=64)[0][0, 0, :, 0]
     assert larger[:12].max() < 40
     assert larger[20:].min() > 215
     assert larger.min() >= 0
@@ -318,7 +318,7 @@ def test_samples_are_resampled_independently():
         (photographs()[name], crops(*photographs()[name].shape[:2], 1, (0.2, 0.3))[0])
         for name in sorted(photographs())
     ]
-    _, images, boxes = on_device(samples)
+    _, images, boxes = resize_on_device(samples)
     run = jax.jit(resample.resample, static_argnums=2)
     together = np.asarray(run(images, boxes, SIZE))
     for i in (0, 3, 6):

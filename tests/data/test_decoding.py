@@ -95,7 +95,7 @@ def test_undecodable_files_are_errors(encoded, channels):
         decode(encoded, channels)
 
 
-# Images whose values have more than 8 bits
+# Images whose values are not unsigned 8-bit integers
 
 RAMP = np.linspace(0, 65535, 16 * 18 * 3).astype(np.uint16).reshape(16, 18, 3)
 GRAY = RAMP[..., 1].copy()
@@ -181,7 +181,7 @@ def tiff_12_bits(values):
 
 
 # Kind of file -> (encoded image, uint16 values; None: `GRAY` with 10 or 12 bits)
-SIXTEEN_BIT = {
+UP_TO_16_BITS = {
     "png": (encode(GRAY, "PNG"), GRAY),
     "png, color": (png(RAMP), RAMP),
     "png, color and alpha": (png(np.dstack([RAMP, GRAY])), RAMP),
@@ -208,22 +208,22 @@ WITHOUT_LOW_BYTES = {
 }
 
 
-@pytest.mark.parametrize("name", [*SIXTEEN_BIT, *WITHOUT_LOW_BYTES])
-def test_9_to_16_bits_are_scaled_to_8_bits(name):
+@pytest.mark.parametrize("kind", [*UP_TO_16_BITS, *WITHOUT_LOW_BYTES])
+def test_9_to_16_bits_are_scaled_to_8_bits(kind):
     """Unsigned integers of 9 to 16 bits become value / maximum * 255, rounded.
 
     The maximum of 16 bits is 65535 = 255 * 257. The result is exact, except where
     Pillow itself has reduced the values.
     """
-    encoded, values = (SIXTEEN_BIT | WITHOUT_LOW_BYTES)[name]
+    encoded, values = (UP_TO_16_BITS | WITHOUT_LOW_BYTES)[kind]
     if values is None:
-        maximum = 1023 if "10 bit" in name else 4095
+        maximum = 1023 if "10 bit" in kind else 4095
         values = (GRAY // (65536 // (maximum + 1))) * (65535 / maximum)
     expected = np.rint(values / 257)
     color = decode(encoded, 3)
     assert color.dtype == np.uint8
     expected_color = np.broadcast_to(expected.reshape(16, 18, -1), (16, 18, 3))
-    np.testing.assert_allclose(color, expected_color, atol=name in WITHOUT_LOW_BYTES)
+    np.testing.assert_allclose(color, expected_color, atol=kind in WITHOUT_LOW_BYTES)
     gray = np.asarray(Image.fromarray(color).convert("L"))
     assert_array_equal(decode(encoded, 1)[..., 0], gray)
     assert len(np.unique(color)) > 200
@@ -254,10 +254,10 @@ NEEDS_RANGE = {
 }
 
 
-@pytest.mark.parametrize("name", NEEDS_RANGE)
-def test_floats_and_signed_or_32_bit_integers_require_a_range(name):
+@pytest.mark.parametrize("kind", NEEDS_RANGE)
+def test_floats_and_signed_or_32_bit_integers_require_a_range(kind):
     """Without `value_range`, decoding raises a DataError that names the config key."""
-    encoded, value_range = NEEDS_RANGE[name]
+    encoded, value_range = NEEDS_RANGE[kind]
     with pytest.raises(DataError, match=r"found .* from .* data\.value_range="):
         decode(encoded, 3)
     expected = np.rint(GRAY / 257)

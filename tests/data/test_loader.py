@@ -78,26 +78,28 @@ def test_evaluation_batches_hold_every_image_once(batch_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("num_processes", [2, 4])
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
-def test_process_batches_concatenate_to_the_global_batch(monkeypatch, processes, name):
-    examples = 1000 if name == "synthetic" else 0
-    cfg = digits_config(
-        data__name=name, data__crop_scale=(0.3, 1.0), data__train_examples=examples
-    )
+def test_process_batches_concatenate_to_the_global_batch(
+    monkeypatch, num_processes, name
+):
+    train_examples = 1000 if name == "synthetic" else 0
+    keys = dict(data__crop_scale=(0.3, 1.0), data__train_examples=train_examples)
+    cfg = digits_config(data__name=name, **keys)
 
     def batches():
         return [*inputs.train_batches(cfg, 14, 16), *inputs.eval_batches(cfg)]
 
-    expected, shares = batches(), []
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
-    for index in range(processes):
+    expected, per_process = batches(), []
+    monkeypatch.setattr(jax, "process_count", lambda: num_processes)
+    for index in range(num_processes):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        shares.append(batches())
-    assert {len(b["label"]) for share in shares for b in share} == {96 // processes}
+        per_process.append(batches())
+    sizes = {len(batch["label"]) for part in per_process for batch in part}
+    assert sizes == {96 // num_processes}
     joined = [
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        for parts in zip(*shares, strict=True)
+        for parts in zip(*per_process, strict=True)
     ]
     assert_batches_equal(joined, expected)
 

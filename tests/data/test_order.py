@@ -55,12 +55,11 @@ def test_late_step_computes_only_the_permutations_of_its_epochs(monkeypatch):
 
     monkeypatch.setattr(order, "permutation", record)
     start = 100_000 * 4096  # step 100,000 of batches of 4096
-    epoch, position = divmod(start, IMAGENET)
+    epoch, offset = divmod(start, IMAGENET)
     indices, epochs = samples_at(np.arange(start, start + 4096), IMAGENET, 0)
     assert computed == [(0, epoch, IMAGENET)]
-    assert_array_equal(
-        indices, permutation(0, epoch, IMAGENET)[position : position + 4096]
-    )
+    expected = permutation(0, epoch, IMAGENET)[offset : offset + 4096]
+    assert_array_equal(indices, expected)
     assert (epochs == epoch).all()
     assert epoch == 319
 

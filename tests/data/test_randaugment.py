@@ -13,13 +13,8 @@ from hivit_jax.data import randaugment
 from hivit_jax.data.randaugment import DRAWS, FILL, OPERATIONS
 
 GOLDEN = golden("randaugment")
-
-
 ALMOST_ONE = 1 - 2.0**-53  # the largest draw below 1
-
-
-# Values of an operation's second draw. At probability 0.5, the first value applies the
-# operation and the second omits it.
+# Values of an operation's second draw that apply or omit it, at probability 0.5
 APPLIED, OMITTED = 0.0, 0.5
 
 
@@ -127,21 +122,21 @@ def test_operations_have_the_documented_distribution():
 
 
 def test_policy_parameters_set_probability_magnitude_and_num_ops():
-    many = draws(200)
-    for sample in many:
+    samples = draws(200)
+    for sample in samples:
         a, b = randaugment.choose(sample, mean_magnitude=5, std=0, probability=1)
         assert a[1] == b[1] == 5
         assert randaugment.choose(sample, probability=0) == []
         assert randaugment.choose(sample, num_ops=1) == (
             randaugment.choose([*sample[:4], *[OMITTED] * 4])
         )
-    four = randaugment.choose(sum(many[:2], []), num_ops=4, probability=1)
-    pairs = [randaugment.choose(sample, probability=1) for sample in many[:2]]
+    four = randaugment.choose(sum(samples[:2], []), num_ops=4, probability=1)
+    pairs = [randaugment.choose(sample, probability=1) for sample in samples[:2]]
     assert four == sum(pairs, [])
     for magnitude, std in ((0, 1), (10, 1), (5, 100)):
         magnitudes = [
             operation[1]
-            for sample in many
+            for sample in samples
             for operation in randaugment.choose(sample, magnitude, std)
         ]
         assert min(magnitudes) >= 0
@@ -167,16 +162,16 @@ def test_operations_are_chained():
 
 def test_threads_do_not_change_results():
     """Results are equal in any thread, and the input images stay unchanged."""
-    many = draws(80)
+    samples = draws(80)
     images = [photo[:112, :112] for photo in photographs().values()]
     before = [image.copy() for image in images]
 
     def run(i):
-        return randaugment.randaugment(images[i % len(images)], many[i]).tobytes()
+        return randaugment.randaugment(images[i % len(images)], samples[i]).tobytes()
 
-    sequential = [run(i) for i in range(len(many))]
+    sequential = [run(i) for i in range(len(samples))]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(run, range(len(many)))) == sequential
+        assert list(pool.map(run, range(len(samples)))) == sequential
     for image, copy in zip(images, before, strict=True):
         assert_array_equal(image, copy)
 

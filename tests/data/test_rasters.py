@@ -185,16 +185,16 @@ def lzw_pages(*pages):
 @NO_CODECS
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_error_for_a_missing_codec_names_the_compression_and_the_package(dtype):
-    """Pillow cannot read the first file, and only the first page of the second."""
-    bands = io.BytesIO(KINDS["tiff"][0])
-    with tifffile.TiffFile(bands, mode="r+") as file:
+    """Pillow cannot read the first file, and reads only one page of the second."""
+    five_bands = io.BytesIO(KINDS["tiff"][0])
+    with tifffile.TiffFile(five_bands, mode="r+") as file:
         file.pages[0].tags["Compression"].overwrite(tifffile.COMPRESSION.LZW)
     pages = lzw_pages(*noise_image(4, 9, 8))
-    for encoded, channels, kind in (
-        (bands.getvalue(), 5, "16 bits, 1 page"),
+    for encoded, channels, facts in (
+        (five_bands.getvalue(), 5, "16 bits, 1 page"),
         (pages, 4, "8 bits, 4 pages"),
     ):
-        message = f"LZW compression, {kind}: .* imagecodecs; run pip install imagecod"
+        message = f"LZW compression, {facts}: .* imagecodecs; run pip install imagecod"
         with pytest.raises(OSError, match=message):
             decode(encoded, channels, dtype=dtype)
 
@@ -209,12 +209,12 @@ def test_single_lzw_page_is_read_without_imagecodecs(shape):
 # Resizing
 
 
-def exact_axis(pixels, span, size, axis, radius, antialias=True):
+def resize_exactly(pixels, span, size, axis, radius, antialias=True):
     """Resize one axis in float64 with an independent implementation of the filters.
 
     Args:
       span: (start, length, number of pixels that the filter may read).
-      radius: 1 for the bilinear filter, 2 for the bicubic one.
+      radius: 1: bilinear filter; 2: bicubic filter.
     """
     start, length, extent = span
     scale = length / size
@@ -249,7 +249,7 @@ CROPS = [
 def test_resizing_differs_from_float64_by_less_than_one_level(
     dtype, interpolation, antialias
 ):
-    """Device and host differ from `exact_axis` by less than 1/65535 of the range.
+    """Device and host differ from `resize_exactly` by less than 1/65535 of the range.
 
     Edges in the image span the whole range, because errors of position change values
     most at such edges.
@@ -263,7 +263,9 @@ def test_resizing_differs_from_float64_by_less_than_one_level(
         expected = canvas
         for axis in (1, 0):
             span = box[axis]
-            expected = exact_axis(expected, span, size[axis], axis, radius, antialias)
+            expected = resize_exactly(
+                expected, span, size[axis], axis, radius, antialias
+            )
         if dtype == "uint16":
             expected = expected.clip(0, 65535)
         spans = np.float32([[*map(resample.precise_span, box, size)]])
@@ -366,7 +368,7 @@ def test_dtypes_reach_the_batches(tiles):
         (dict(dtype="int8"), "expected 'uint8' or 'uint16' or 'float32'"),
     ],
 )
-def test_contradictory_keys_are_an_error(keys, message):
+def test_contradictory_or_invalid_keys_are_an_error(keys, message):
     with pytest.raises(ConfigError, match=message):
         folder_config("x", **{f"data__{key}": value for key, value in keys.items()})
 
@@ -421,8 +423,8 @@ ALPHA, FRAMES = "alpha channel, dropped", "several frames, one is read"
 PAGES = tiff(noise_image(4, 9, 8), photometric="minisblack")
 
 
-def appended_page(encoded):
-    """Return a TIFF file with another page, of another size."""
+def append_page(encoded):
+    """Append a page of another size to an encoded TIFF file."""
     buffer = io.BytesIO(encoded)
     tifffile.imwrite(buffer, noise_image(5, 6), append=True)
     return buffer.getvalue()
@@ -447,7 +449,7 @@ GIF = encode(
         (PAGES, 4, "uint8", set()),
         (PAGES, 4, "uint16", set()),
         (PAGES, 3, "uint8", {FRAMES}),
-        (appended_page(PAGES), 4, "uint8", {"several frames, 4 are read"}),
+        (append_page(PAGES), 4, "uint8", {"several frames, 4 are read"}),
         (GIF, 3, "uint8", {FRAMES}),
         (GIF, 3, "float32", {FRAMES}),
     ],
@@ -455,7 +457,7 @@ GIF = encode(
 def test_findings_about_alpha_and_frames_agree_with_the_decoder(
     encoded, channels, dtype, expected
 ):
-    """A finding lists only the parts of the file that the decoder drops."""
+    """Only parts of the file that the decoder drops are reported."""
     pixels = decode(encoded, channels, dtype=dtype)
     found = findings.image_findings(encoded, lambda: "a", pixels, (8, 8), 0, ())
     assert {f for f in found if "alpha" in f or "frames" in f} == expected

@@ -78,10 +78,7 @@ def open_together(caches, *directories):
 
 
 def take_reads_of_record_headers(bucket):
-    """Return {(key, range): number of reads} of record headers, and clear the requests.
-
-    The requests are `bucket.requests`.
-    """
+    """Return {(key, range): number of reads of a header}; clear `bucket.requests`."""
     found = Counter()
     for _, key, byte_range in bucket.requests:
         first, _, last = byte_range.removeprefix("bytes=").partition("-")
@@ -111,12 +108,12 @@ def test_each_file_is_indexed_once(bucket, tmp_path):
 
 
 @pytest.mark.extras
-def test_both_processes_index_if_only_one_has_a_cached_index(
+def test_each_process_caches_the_index_if_only_one_had_it(
     bucket, tmp_path, monkeypatch
 ):
     """The bucket is read-only, so each process saves the index in its own cache.
 
-    The second run reads no record headers.
+    Of the two runs with two processes, the second reads no record headers.
     """
     bucket.read_only = True
     caches = [tmp_path / name for name in "ab"]

@@ -40,7 +40,7 @@ def tf():
 
 
 # (height, width), options of the JPEG. Crops of the last two may exceed the canvas.
-ORDINARY = [
+JPEGS = [
     ((48, 64), dict(quality=90)),
     ((47, 63), dict(subsampling=0)),
     ((61, 45), dict(subsampling=1, quality=60)),
@@ -63,7 +63,7 @@ def images(damaged=()):
     random, files = np.random.RandomState(0), []
     photos = [*photographs.photographs().values()]
     for index in range(COUNT):
-        size, options = ORDINARY[index % len(ORDINARY)]
+        size, options = JPEGS[index % len(JPEGS)]
         image = photographs.variant(photos[index % 7], index, size[::-1])
         suffix, kind = "jpg", "JPEG"
         if index == 5:
@@ -159,7 +159,7 @@ def cache(tmp_path_factory):
 def roots(tmp_path_factory):
     """Return {name: directory}: datasets in three formats, also with damaged files.
 
-    The names are "folder", "tfrecord" and "array_record", and "folder damaged" etc.
+    The names are "folder", "tfrecord", "array_record", "folder damaged" and so on.
     """
     by_format = {}
     for suffix, damaged in (("", ()), (" damaged", DAMAGED)):
@@ -275,7 +275,7 @@ def test_readers_mark_the_same_unreadable_images(roots, name, capfd, monkeypatch
     errors = capfd.readouterr().err
     assert_batches_equal(batches, inputs.train_batches(config, 0, 10))
     unreadable = sum(batch["unreadable"].sum() for batch in batches)
-    # Two epochs. Five of the six damaged files are unreadable.
+    # In each of the two epochs, five of the six damaged files are unreadable.
     assert unreadable == 2 * 5
     assert errors.count("cannot read ") == 5
     # The first reader has already logged these images.

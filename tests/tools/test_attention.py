@@ -47,8 +47,7 @@ def test_class_token_is_the_default_query():
     assert_allclose(maps.reshape(2, 6), weights[0, :, 6, 1:], atol=1e-5)
 
 
-def test_strongest_unit_is_brightest_and_selected_unit_is_red():
-    """Only the border of the selected unit is red."""
+def test_strongest_unit_is_brightest_and_selected_unit_has_a_red_frame():
     maps = np.full((1, 2, 3, 5), 0.01, np.float32)
     maps[0, 0, 2, 4] = maps[0, 1, 0, 0] = 0.5
     image = np.full((1, 48, 80, 1), 0.5, np.float32)
@@ -71,7 +70,7 @@ def test_strongest_unit_is_brightest_and_selected_unit_is_red():
 
 
 def write_image(path):
-    """Write an image of noise."""
+    """Write an image of noise; return its path."""
     Image.fromarray(
         np.random.RandomState(0).randint(0, 256, (40, 60, 3), np.uint8)
     ).save(path)

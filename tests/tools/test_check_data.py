@@ -170,15 +170,15 @@ def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
     """A chip's row contains its images per second and the cores that supply them."""
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
-    row = next(i for i, line in enumerate(lines) if "estimate" in line)
-    images_per_core = float(lines[row - 2][1].replace(",", ""))
+    header = next(i for i, line in enumerate(lines) if "estimate" in line)
+    images_per_core = float(lines[header - 2][1].replace(",", ""))
     config = mini_runs.mae("photographs", model__image_size=224)
     model = check_data.nnx.eval_shape(
         check_data.inputs.task_of_recipe(config).build_model
     )
     # Two FLOP per multiply-add; forward and backward pass cost three forward passes.
     flops = 6 * model.macs(mask_ratio=0.75, layer_norm_cost=0)
-    rows = {line[1]: line[2:] for line in lines[row + 1 :] if line[:1] == ["one"]}
+    rows = {line[1]: line[2:] for line in lines[header + 1 :] if line[:1] == ["one"]}
     assert rows.keys() == chips.CHIPS.keys()
     expected = {
         "h100": (0.2453, 989, "at 24.5%, measured"),
@@ -325,7 +325,9 @@ def test_values_without_a_range_fail_the_check(check, tmp_path):
     )
 
 
-@pytest.mark.skipif(find_spec("imagecodecs") is not None, reason="needs its absence")
+@pytest.mark.skipif(
+    find_spec("imagecodecs") is not None, reason="imagecodecs is installed"
+)
 def test_missing_codec_has_its_own_remedy(check, tmp_path):
     """LZW pages require imagecodecs. Pillow would read only the first page."""
     pages = [Image.fromarray(RAMP.astype(np.uint8) + k) for k in range(2)]
@@ -389,9 +391,9 @@ def test_report_lists_classes_kinds_of_files_and_settings(check, healthy, tmp_pa
 
 
 def test_images_in_both_splits_are_reported(check, tmp_path, monkeypatch):
-    """One file occurs in both splits, and so do four groups, of which three are listed.
+    """One file and four groups occur in both splits. Three of the groups are listed.
 
-    The groups of the pattern are file numbers; 10 to 13 occur in both splits.
+    The pattern groups files by number. The numbers 10 to 13 occur in both splits.
     """
     monkeypatch.setattr(dataset_content, "MAX_PAIRS", 3)
     write_folder(tmp_path)
@@ -429,10 +431,11 @@ def test_tiles_of_four_bands_require_channels_and_dtype(check, tmp_path):
     assert f"  '--config.data.mean=({mean})'\n" in out
 
 
-def test_problem_of_all_images_has_one_line_and_no_advice_about_classes(
-    check, tmp_path
-):
-    """The kinds of a mismatch are counted; a rare kind has a line per image."""
+def test_frequent_mismatch_has_one_line_and_no_advice_about_classes(check, tmp_path):
+    """A frequent mismatch has one line with its number of images.
+
+    A rare mismatch has one line per image.
+    """
     channels = [4] * 6 + [2] * 2
     for k, count in enumerate(channels):
         path = tmp_path / f"c{k % 2}" / f"{k}.npy"
@@ -566,7 +569,7 @@ def test_class_without_an_image_is_reported(check, tmp_path):
 
 
 def test_class_without_held_out_images_is_noted(check, tmp_path):
-    """The only image of a class is for training. A class without images still fails."""
+    """The class has one image, for training. If it is unreadable, the check fails."""
     root = tmp_path / "own"
     write(root, {".": 21}, (64, 48))
     photo(root, 7, ".").unlink()

@@ -60,8 +60,8 @@ def test_search_batch_adds_the_largest_batch_to_the_report(
         assert content["run"]["hours_at_bound"] == pytest.approx(hours)
         assert content["run"]["hours_at_utilization"] == pytest.approx(hours / 0.4)
         assert [line.split() for line in out.splitlines() if "chip-hours" in line] == [
-            [*bound.split(), "0.00", "hours", "0.0", "chip-hours"]
-            for bound in (
+            [*label.split(), "0.00", "hours", "0.0", "chip-hours"]
+            for label in (
                 "at the bound, which no run reaches",
                 "at 40% of it, assumed",
             )
@@ -90,7 +90,7 @@ def test_hours_use_the_measured_utilization_of_a_chip():
     summary = compile_ahead.summary(report)
     assert "at 53% of it, measured" in summary
     assert "measured: HiViT-B, pretraining on one H100" in summary
-    # Reports of earlier versions do not contain the basis, which was an assumption.
+    # In reports of earlier versions, which lack the basis, utilization is assumed.
     report["run"] = {
         name: value for name, value in run.items() if "utilization_" not in name
     }
@@ -195,10 +195,10 @@ def test_report_lists_memory_collectives_and_regions(tmp_path, monkeypatch):
     assert all_reduce["kind"] == "all-reduce"
     gradient_bytes = 4 * model.parameter_count()
     assert_allclose(all_reduce["bytes_per_step"], gradient_bytes, rtol=0.02)
-    network = {
+    network_regions = {
         f"{part} {branch}" for part in ("main", "decoder") for branch in BRANCHES
     }
-    network |= {
+    network_regions |= {
         "input",
         "embedding",
         "stem1",
@@ -208,8 +208,8 @@ def test_report_lists_memory_collectives_and_regions(tmp_path, monkeypatch):
         "loss",
     }
     regions = report["regions"]
-    assert network | {"optimizer", "exchange"} <= regions.keys()
-    for name in network:
+    assert network_regions | {"optimizer", "exchange"} <= regions.keys()
+    for name in network_regions:
         assert all(value > 0 for value in regions[name].values()), name
     assert regions["optimizer"]["flops_per_image"] == 0
     # Four microbatches, each as large as the batch above, exchange gradients once.

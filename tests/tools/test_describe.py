@@ -68,8 +68,8 @@ def test_hours_count_forward_and_backward_passes():
             chip_hours = images / speed / 3600
             at_peak = [f"{x:,.2f}" for x in (chip_hours / 8, chip_hours)]
             chip_hours /= utilization
-            realistic = [f"{x:,.2f}" for x in (chip_hours / 8, chip_hours)]
-            expected = [name, "8", f"{speed:,.0f}", *at_peak, *cells, *realistic]
+            at_utilization = [f"{x:,.2f}" for x in (chip_hours / 8, chip_hours)]
+            expected = [name, "8", f"{speed:,.0f}", *at_peak, *cells, *at_utilization]
             assert row.split() == expected
         assert any("measured on h100: HiViT-B" in line for line in lines)
 
@@ -101,16 +101,16 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
     lines, images = [], []
     plot, imshow = Axes.plot, Axes.imshow
 
-    def recorded_plot(axes, *arrays, **options):
+    def record_plot(axes, *arrays, **options):
         lines.append(arrays)
         return plot(axes, *arrays, **options)
 
-    def recorded_imshow(axes, image, **options):
+    def record_imshow(axes, image, **options):
         images.append((image, options))
         return imshow(axes, image, **options)
 
-    monkeypatch.setattr(Axes, "plot", recorded_plot)
-    monkeypatch.setattr(Axes, "imshow", recorded_imshow)
+    monkeypatch.setattr(Axes, "plot", record_plot)
+    monkeypatch.setattr(Axes, "imshow", record_imshow)
     recipe = mini_runs.ROOT / "configs" / "digits_finetune.py"
     overrides = [
         "--config.batch_size=24",

@@ -16,7 +16,7 @@ from hivit_jax.weights import load
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "task", "classes"),
+    ("overrides", "task", "num_classes"),
     [
         (dict(num_classes=2), "classify", 2),
         (dict(num_classes=0), "classify", 1),
@@ -24,19 +24,19 @@ from hivit_jax.weights import load
     ],
 )
 def test_config_without_a_recipe_contains_the_arguments_of_the_model(
-    model, task, classes, tmp_path
+    overrides, task, num_classes, tmp_path
 ):
     """`config_of` makes a config from a model's arguments and its `info`.
 
     Values that `info` lacks have defaults.
     """
-    model = mini(depths=(1, 1, 1), **model)
+    model = mini(depths=(1, 1, 1), **overrides)
     channels = model.config.in_channels
     model.info = replace(model.info, crop=0.9, std=(0.1,) * channels)
     hivit_jax.save_pretrained(model, tmp_path)
     pretrained = load.read(tmp_path)
     config = files.config_of(pretrained)
-    assert (config.task, config.model.num_classes) == (task, classes)
+    assert (config.task, config.model.num_classes) == (task, num_classes)
     assert config.model.image_size == model.config.image_size
     assert (config.data.crop_pct, config.data.std) == (0.9, (0.1,) * channels)
     assert config.batch_size == files.MAX_BATCH
@@ -98,10 +98,7 @@ def test_model_without_a_recipe_predicts_the_argmax_and_softmax(tmp_path, capsys
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
 def test_class_folders_label_the_features_of_an_encoder(name, tmp_path, capsys):
-    """Directories are classes, also more than `num_classes` of the model.
-
-    An image outside of the class directories has the label -1.
-    """
+    """Directories are classes. An image outside of them has the label -1."""
     model = mini(name, **({} if "mae" in name else dict(depths=(1, 1, 1))))
     hivit_jax.save_pretrained(model, tmp_path / "model")
     images = ["ant/0.png", "bee/0.png", "bee/1.png", "c/0.png", "d/0.png", "e/0.png"]

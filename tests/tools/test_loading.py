@@ -34,14 +34,14 @@ def test_checkpoint_rank_contains_the_newest_and_best_step(
     ]
     text = "\n".join(json.dumps(line) for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + "\n")
-    pretrained = read_stub(tmp_path / "checkpoints" / str(step), recipe)
+    pretrained = pretrained_stub(tmp_path / "checkpoints" / str(step), recipe)
     assert loading.checkpoint_rank(pretrained).startswith(expected)
     (tmp_path / "metrics.jsonl").unlink()
     rank = "the newest" if step == 40 else "the newest is step 40"
     assert loading.checkpoint_rank(pretrained).endswith(rank)
 
 
-def read_stub(path, recipe):
+def pretrained_stub(path, recipe):
     """Return a pretrained model without arrays, as if read from a checkpoint."""
     empty = dict(
         arguments={}, params={}, notes=[], guesses=[], unused=[], results={}, info={}
@@ -67,9 +67,9 @@ def read_stub(path, recipe):
     ],
 )
 def test_assumed_preprocessing_is_noted(name, info, expected, tmp_path):
-    arrays = {} if name.startswith("mae") else {"head/kernel": None}
-    pretrained = read_stub(tmp_path, {})._replace(
-        arguments={"name": name}, info=info, params=arrays
+    params = {} if name.startswith("mae") else {"head/kernel": None}
+    pretrained = pretrained_stub(tmp_path, {})._replace(
+        arguments={"name": name}, info=info, params=params
     )
     assert loading.preprocessing_note(pretrained) == expected
 

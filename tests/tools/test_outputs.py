@@ -1,7 +1,7 @@
 """Tests of paths that commands write to.
 
-An output must not be a file that the command reads, under any name or link, nor a file
-of a model in a directory that the command reads. Other files may be replaced.
+An output must not be a file that the command reads, under any name or link, nor an
+existing file of a model in a directory that the command reads.
 """
 
 import os

@@ -117,21 +117,23 @@ def test_files_without_metadata_are_converted(
         ("test/training-0.parquet", "train"),
     ],
 )
-def test_split_is_a_whole_word_of_the_path(path, split, tmp_path):
+def test_words_of_file_and_directory_names_determine_the_split(path, split, tmp_path):
     file = tmp_path / path
     file.parent.mkdir()
     file.touch()
     assert parquet._find_files(str(file)) == {split: [file]}
 
 
-@pytest.mark.parametrize("sequence", [True, False])
-def test_lists_of_labels_are_converted(sequence, tmp_path, capsys):
+@pytest.mark.parametrize("as_list_feature", [True, False])
+def test_lists_of_labels_are_converted(as_list_feature, tmp_path, capsys):
     """An image with an empty list has no class.
 
     Images without a list, or with a label that is not a class, are skipped.
     """
     out, labels = tmp_path / "several", [[0, 2], [], None, [1], [7]]
-    feature = {"feature": CLASS_LABEL, "_type": "List"} if sequence else [CLASS_LABEL]
+    feature = [CLASS_LABEL]
+    if as_list_feature:
+        feature = {"feature": CLASS_LABEL, "_type": "List"}
     write(tmp_path / "train.parquet", structs(*"abcde"), labels, feature)
     assert main([f"--from={tmp_path / 'train.parquet'}", f"--out={out}"]) == 0
     text = capsys.readouterr().out

@@ -22,7 +22,7 @@ MEAN = (0.4, 0.4, 0.4)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Return class folders. The images of a class have one color, with noise."""
+    """Return class folders. The images of a class are noise around its color."""
     root, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
     for split, count in (("train", 8), ("val", 5)):
         for name, color in COLORS.items():

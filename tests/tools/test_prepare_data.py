@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow  # importing tensorflow takes seconds
 VERSION = Path("imagenet2012") / "5.1.0"
 
 
-def stored(directory: Path, split: str) -> list[dict]:
+def read_examples(directory: Path, split: str) -> list[dict]:
     """Return the examples of a split as TFDS reads them, with encoded images."""
     builder = tfds.builder_from_directory(directory)
     decoders = {"image": tfds.decode.SkipDecoding()}
@@ -81,11 +81,11 @@ def small(flags, tmp_path_factory):
 
 
 def test_records_contain_images_and_labels_of_the_tars(complete, originals):
-    train = stored(complete / VERSION, "train")
+    train = read_examples(complete / VERSION, "train")
     assert [e["file_name"].decode() for e in train] == list(originals["train"])
     assert [e["image"] for e in train] == list(originals["train"].values())
     assert [e["label"] for e in train] == [LABELS[w] for w in WNIDS for _ in range(5)]
-    validation = stored(complete / VERSION, "validation")
+    validation = read_examples(complete / VERSION, "validation")
     assert [e["image"] for e in validation] == list(originals["validation"].values())
     assert [e["label"] for e in validation] == VALIDATION_LABELS
 
@@ -107,9 +107,9 @@ def test_dataset_consists_of_shards_and_descriptions(complete):
 
 def test_only_training_images_are_shrunk(complete, small):
     """Shrinking keeps the aspect ratio."""
-    reduced = [e["image"] for e in stored(small / VERSION, "train")]
+    reduced = [e["image"] for e in read_examples(small / VERSION, "train")]
     assert {size_of(jpeg) for jpeg in reduced} == {(43, 32)}
-    assert stored(small / VERSION, "validation") == stored(
+    assert read_examples(small / VERSION, "validation") == read_examples(
         complete / VERSION, "validation"
     )
 
@@ -309,7 +309,7 @@ class Rings(tfds.core.GeneratorBasedBuilder):
 
 def test_dataset_without_manual_files_is_prepared(tmp_path):
     assert main(["--name=rings", f"--data_dir={tmp_path}", "--short_side=4"]) == 0
-    train = stored(tmp_path / "rings" / "1.0.0", "train")
+    train = read_examples(tmp_path / "rings" / "1.0.0", "train")
     assert [e["label"] for e in train] == [0, 1, 0]
     assert [size_of(e["image"]) for e in train] == [(4, 4), (4, 4), (5, 4)]
     assert Image.open(io.BytesIO(train[0]["image"])).mode == "L"
@@ -378,8 +378,8 @@ def test_answers_of_a_server_are_handled_by_tfds(status, tmp_path, monkeypatch, 
     monkeypatch.setenv("no_proxy", "*")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/ropes.txt"
-        monkeypatch.setattr(Ropes, "url", address)
+        url = f"http://127.0.0.1:{server.server_port}/ropes.txt"
+        monkeypatch.setattr(Ropes, "url", url)
         code = main(["--name=ropes", f"--data_dir={tmp_path}"])
         server.shutdown()
     assert code == (0 if status == 200 else 4)
@@ -393,8 +393,8 @@ def test_tfrecords_of_tfds_are_read(tmp_path):
     Rings(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
     source = Tfds("rings", str(tmp_path), "train")
     examples = [mini_runs.sample(source, i) for i in range(3)]
-    widths = [(size_of(png)[0], label) for png, label in examples]
-    assert sorted(widths) == [(8, 0), (9, 1), (10, 0)]
+    widths_and_labels = [(size_of(png)[0], label) for png, label in examples]
+    assert sorted(widths_and_labels) == [(8, 0), (9, 1), (10, 0)]
     part = Tfds("rings", str(tmp_path), "train[1:]")
     assert [mini_runs.sample(part, 0), mini_runs.sample(part, 1)] == examples[1:]
     (shard,) = tmp_path.glob("rings/1.0.0/*tfrecord*")

@@ -51,11 +51,11 @@ class Elements(HTMLParser):
         assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] == ("script", DATA):
+        if self.open and self.open[-1] == ("script", SCRIPT_ATTRIBUTES):
             self.json += data
 
 
-DATA = {"type": "application/json", "id": "data"}
+SCRIPT_ATTRIBUTES = {"type": "application/json", "id": "data"}
 
 
 def write_run(workdir, lines=LINES, **overrides):

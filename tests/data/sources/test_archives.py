@@ -74,7 +74,9 @@ def order(name, split):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_samples_contain_image_label_and_name(dataset, split, cache_directory):
+def test_archives_contain_images_labels_names_and_sizes(
+    dataset, split, cache_directory
+):
     source = registry.open_source(data_config(dataset).data, split)
     stored_split = "train" if split == "train" else "val"
     expected = images(stored_split)
@@ -102,7 +104,7 @@ def test_archive_index_is_rebuilt_after_a_change(dataset):
 
 
 def test_batches_of_archives_in_a_bucket_equal_local_ones(dataset, tmp_path):
-    """The index is saved in the bucket. The test runs with and without data.cache."""
+    """The index is saved in the bucket. Batches are equal with data.cache too."""
 
     def batches(cfg):
         registry._open.cache_clear()
@@ -116,7 +118,7 @@ def test_batches_of_archives_in_a_bucket_equal_local_ones(dataset, tmp_path):
         bucket.requests.clear()
         assert_batches_equal(batches(data_config(dataset, "gs://bucket")), expected)
         ending = ".tar" if name == "webdataset" else ".zip"
-        assert bucket.reads(ending) <= 3 * 8 + 2  # images of the batches
+        assert bucket.reads(ending) <= 3 * 8 + 2  # one per image of the batches
         copied = data_config(dataset, "gs://bucket", data__cache=tmp_path / "copies")
         assert_batches_equal(batches(copied), expected)
         for split in ("train", "test"):
@@ -144,7 +146,7 @@ def test_long_names_of_tar_members_are_read(tmp_path):
     assert len(registry.open_source(two_files, "train")) == 2
 
 
-def test_archives_without_labels_are_accepted(tmp_path):
+def test_tar_files_without_labels_are_accepted(tmp_path):
     """Unlabeled images are accepted; a mixture with labeled images is an error."""
     write_tar(
         tmp_path / "train.tar", [("a.png", b"1"), ("b.png", b"2"), ("c.txt", b"")]
@@ -222,7 +224,7 @@ def open_labels(root, label_format, split="train", **keys):
 
 @pytest.mark.parametrize("label_format", ["cls", "json", "zip"])
 def test_archives_may_have_several_labels_per_image(tmp_path, label_format):
-    """Several labels are separated by ";", or a list in JSON; ";" stands for none."""
+    """Labels are separated by ";" or are a JSON list; ";" and [] stand for no class."""
     write_labels(tmp_path, label_format, "train", ["0;3", ";", "2"])
     write_labels(tmp_path, label_format, "val", ["1;0"])
     train = open_labels(tmp_path, label_format, data__multi_label=True)
@@ -245,7 +247,7 @@ def test_archives_may_have_several_labels_per_image(tmp_path, label_format):
 
 @pytest.mark.parametrize("text", [b'{"label": ["cat", "dog"]}', b"{}"])
 def test_json_without_class_indices_is_not_a_label(tmp_path, text):
-    """Class names are not class indices. The error suggests a CSV file."""
+    """With data.multi_label, missing class indices are an error."""
     write_tar(tmp_path / "train.tar", [("a.jpg", b"image"), ("a.json", text)])
     with pytest.raises(DataError, match=r"train\.tar, found none\n.*data\.name=csv"):
         open_labels(tmp_path, "json", data__multi_label=True)
@@ -289,9 +291,9 @@ def test_archive_index_of_an_earlier_version_is_rebuilt(tmp_path):
 def test_archives_are_split_by_fraction_or_slice(dataset):
     """One set of archives can be split into training and evaluation images."""
     name, root = dataset
-    files = "*train*.tar" if name == "webdataset" else "train"
-    held_out = dict(data__train_split=files, data__eval_fraction=0.4)
-    slices = dict(data__train_split=f"{files}[:50%]", data__eval_split=f"{files}[50%:]")
+    whole = "*train*.tar" if name == "webdataset" else "train"
+    held_out = dict(data__train_split=whole, data__eval_fraction=0.4)
+    slices = dict(data__train_split=f"{whole}[:50%]", data__eval_split=f"{whole}[50%:]")
     everything = registry.open_source(data_config(dataset).data, "train")
     names = sorted(everything.name(i) for i in range(len(everything)))
     for options in (held_out, slices):
@@ -344,7 +346,7 @@ def test_truncated_or_missing_tar_file_is_an_error(tmp_path):
         registry.open_source(data, "train")
 
 
-def test_unusable_zip_file_is_an_error(tmp_path):
+def test_compressed_zip_file_or_bad_map_is_an_error(tmp_path):
     with zipfile.ZipFile(tmp_path / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.jpg", bytes(np.zeros(1000)))
     (tmp_path / "train_map.txt").write_text("a.jpg\t0\n")

@@ -14,7 +14,7 @@ from hivit_jax.errors import ConfigError, DataError
 pytestmark = pytest.mark.usefixtures("cache_directory")
 
 
-def make(root, *files):
+def write_files(root, *files):
     """Write files; the content of a file is its name."""
     for name in files:
         path = root / name
@@ -24,9 +24,9 @@ def make(root, *files):
 
 @pytest.fixture
 def root(tmp_path):
-    """Return a directory of three classes, which were not created in sorted order."""
+    """Return a directory with two splits. Classes are not created in sorted order."""
     root = tmp_path / "data"
-    make(
+    write_files(
         root,
         "train/n02/b.JPEG",
         "train/n02/a.jpg",
@@ -41,7 +41,7 @@ def root(tmp_path):
     return root
 
 
-def listed(source):
+def read_all(source):
     """Return the content and label of every example."""
     examples = [mini_runs.sample(source, i) for i in range(len(source))]
     return [(encoded.decode(), label) for encoded, label in examples]
@@ -50,7 +50,7 @@ def listed(source):
 def test_files_are_in_the_order_of_torchvision(root):
     source = folder.Folder(str(root), "train")
     assert source.classes == ["n02", "n1", "n10"]
-    assert listed(source) == [
+    assert read_all(source) == [
         ("train/n02/a.jpg", 0),
         ("train/n02/b.JPEG", 0),
         ("train/n02/deeper/c.png", 0),
@@ -66,7 +66,7 @@ def test_validation_has_the_classes_of_training(root):
     """Labels of val are indices of train's classes; torchvision would use 0 and 1."""
     source = folder.Folder(str(root), "val")
     assert source.classes == ["n02", "n1", "n10"]
-    assert listed(source) == [("val/n02/ä.JPEG", 0), ("val/n10/v.JPEG", 2)]
+    assert read_all(source) == [("val/n02/ä.JPEG", 0), ("val/n10/v.JPEG", 2)]
 
 
 def test_splits_have_configured_names(root):
@@ -86,18 +86,18 @@ def test_splits_have_configured_names(root):
 
 
 def test_index_is_cached_until_a_directory_changes(root, cache_directory, monkeypatch):
-    first = listed(folder.Folder(str(root), "train"))
+    first = read_all(folder.Folder(str(root), "train"))
     (index_file,) = cache_directory.glob("hivit_jax/*.npz")
     walks, walk = [], os.walk
     monkeypatch.setattr(os, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
-    assert listed(folder.Folder(str(root), "train")) == first
+    assert read_all(folder.Folder(str(root), "train")) == first
     assert not walks
-    make(root, "train/n02/deeper/d.png")
-    again = listed(folder.Folder(str(root), "train"))
+    write_files(root, "train/n02/deeper/d.png")
+    again = read_all(folder.Folder(str(root), "train"))
     assert again == [*first[:3], ("train/n02/deeper/d.png", 0), *first[3:]]
-    make(root, "train/n05/e.png")
+    write_files(root, "train/n05/e.png")
     assert len(folder.Folder(str(root), "train").classes) == 4
-    assert len(walks) == 3 + 4  # one per class, of three and then four classes
+    assert len(walks) == 3 + 4  # one per class: three classes, later four
     # An index without classes and a damaged index are rebuilt.
     with np.load(index_file) as index:
         without_classes = {name: index[name] for name in index if name != "classes"}
@@ -113,9 +113,9 @@ def test_index_is_cached_until_a_directory_changes(root, cache_directory, monkey
 
 
 def test_labels_follow_the_classes_of_training(root):
-    """A new class in train changes the labels of val, although its index is cached."""
+    """A new class in train changes the labels of val, whose index is cached."""
     assert folder.Folder(str(root), "val").labels.tolist() == [0, 2]
-    make(root, "train/n01/first.png")
+    write_files(root, "train/n01/first.png")
     assert folder.Folder(str(root), "val").labels.tolist() == [1, 3]
 
 
@@ -130,7 +130,7 @@ def test_missing_split_directory_is_an_error(root):
 
 
 def test_class_without_images_is_an_error(root):
-    make(root, "train/n03/readme.txt")
+    write_files(root, "train/n03/readme.txt")
     with pytest.raises(DataError, match=r"train/n03: expected .*\.jpg, .*; found none"):
         folder.Folder(str(root), "train")
     (root / "empty/train").mkdir(parents=True)
@@ -139,7 +139,7 @@ def test_class_without_images_is_an_error(root):
 
 
 def test_class_that_is_missing_in_train_is_an_error(root):
-    make(root, "val/n99/a.JPEG")
+    write_files(root, "val/n99/a.JPEG")
     with pytest.raises(
         DataError, match="val/n99: .* 3 classes of train; found 1 .* val"
     ):
@@ -153,7 +153,7 @@ def test_deleted_image_is_an_oserror(root):
         mini_runs.sample(source, 4)
 
 
-# Names that are neither classes nor images
+# Files that are ignored because of their names or directories
 IGNORED = [
     ".ipynb_checkpoints/a-checkpoint.png",
     "n1/.ipynb_checkpoints/z-checkpoint.webp",
@@ -178,23 +178,23 @@ def test_hidden_and_system_names_are_ignored(root):
 
     Similar names, such as @x, __x, cache and _.png, are not ignored.
     """
-    make(root, "val/n1/v.png")
-    before = {s: listed(folder.Folder(str(root), s)) for s in ("train", "val")}
-    make(root, *(f"{split}/{name}" for split in before for name in IGNORED))
+    write_files(root, "val/n1/v.png")
+    before = {s: read_all(folder.Folder(str(root), s)) for s in ("train", "val")}
+    write_files(root, *(f"{split}/{name}" for split in before for name in IGNORED))
     for split, examples in before.items():
         source = folder.Folder(str(root), split)
         assert source.classes == ["n02", "n1", "n10"]
-        assert listed(source) == examples
+        assert read_all(source) == examples
     ordinary = [
         "train/@x/a.png",
         "train/__x/a.png",
         "train/cache/a.png",
         "train/n1/_.png",
     ]
-    make(root, *ordinary)
+    write_files(root, *ordinary)
     source = folder.Folder(str(root), "train")
     assert source.classes == ["@x", "__x", "cache", "n02", "n1", "n10"]
-    assert {name for name, _ in listed(source)} - {n for n, _ in before["train"]} == {
+    assert {name for name, _ in read_all(source)} - {n for n, _ in before["train"]} == {
         *ordinary
     }
 
@@ -202,17 +202,17 @@ def test_hidden_and_system_names_are_ignored(root):
 def test_named_paths_may_be_hidden(tmp_path):
     """A path that the user names, and its parents, may have hidden or system names."""
     root = tmp_path / ".cache" / "lost+found"
-    make(root, "train/a/0.png", "val/a/0.png")
+    write_files(root, "train/a/0.png", "val/a/0.png")
     assert len(folder.Folder(str(root), "train")) == 1
     assert len(folder.Images(root)) == 2
     assert len(folder.Images(root / "train/a/0.png")) == 1
-    make(root, ".shown.png")
+    write_files(root, ".shown.png")
     assert folder.Images(root / ".shown.png").name(0) == f"{root}/.shown.png"
 
 
 def test_unlabeled_images_ignore_hidden_and_system_names(root):
     names = [folder.Images(root).name(i) for i in range(7)]
-    make(root, *(f"train/{name}" for name in IGNORED))
+    write_files(root, *(f"train/{name}" for name in IGNORED))
     source = folder.Images(root)
     assert [source.name(i) for i in range(len(source))] == names
     assert source.ignored == {
@@ -222,10 +222,10 @@ def test_unlabeled_images_ignore_hidden_and_system_names(root):
     }
 
 
-def test_folder_counts_ignored_files_by_ending(root):
+def test_folder_counts_ignored_files_by_reason(root):
     """A hidden directory counts as one file. The cached index contains the counts."""
-    make(root, *(f"train/{name}" for name in IGNORED), "train/stray.png")
-    make(root, *(f"train/n1/{k}.heic" for k in range(3)), "train/n02/x.HEIC")
+    write_files(root, *(f"train/{name}" for name in IGNORED), "train/stray.png")
+    write_files(root, *(f"train/n1/{k}.heic" for k in range(3)), "train/n02/x.HEIC")
     for _ in range(2):
         source = folder.Folder(str(root), "train")
         assert source.ignored == {
@@ -237,13 +237,13 @@ def test_folder_counts_ignored_files_by_ending(root):
         }
     assert source.ignored_text().startswith(f"{len(IGNORED)} hidden or system, 4 .heic")
     assert folder.Folder(str(root), "val").ignored_text() == ""
-    make(root, *(f"train/n1/{k}.{k:04}" for k in range(20)))
+    write_files(root, *(f"train/n1/{k}.{k:04}" for k in range(20)))
     assert folder.Folder(str(root), "train").ignored_text().count(",") == 8
 
 
 def test_folder_index_of_an_earlier_version_is_not_used(root, cache_directory):
     """An old index is not used, because its classes may be hidden directories."""
-    make(root, "train/.ipynb_checkpoints/a.png")
+    write_files(root, "train/.ipynb_checkpoints/a.png")
     folder.Folder(str(root), "train")
     index_file = max(cache_directory.glob("hivit_jax/*.npz"), key=os.path.getmtime)
     with np.load(index_file) as index:
@@ -255,7 +255,7 @@ def test_folder_index_of_an_earlier_version_is_not_used(root, cache_directory):
 
 
 def test_class_whose_files_are_all_ignored_is_an_error(root):
-    make(root, "train/n05/._a.png", "train/n05/a.heic")
+    write_files(root, "train/n05/._a.png", "train/n05/a.heic")
     with pytest.raises(DataError) as error:
         folder.Folder(str(root), "train")
     assert "train/n05: expected " in str(error.value)

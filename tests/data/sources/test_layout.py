@@ -27,8 +27,8 @@ def open_error(name, directory, error_class=DataError, **keys):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_errors_name_the_key_and_its_content_and_the_layout(name, fraction, tmp_path):
-    """`data.dir` is a file, or contains other files."""
+def test_errors_contain_data_dir_its_content_and_the_layout(name, fraction, tmp_path):
+    """`data.dir` is a file, or a directory without the expected files."""
     if name == "mnist" and fraction:
         pytest.skip("not supported by TFDS")
     (tmp_path / "other").mkdir()
@@ -67,7 +67,7 @@ def test_missing_data_dir_is_an_error_of_the_config(name, tmp_path, monkeypatch)
         assert message.startswith(f"data.name={name!r} requires data.dir=DIR")
 
 
-def test_text_of_a_directory_lists_its_first_names(tmp_path):
+def test_description_of_a_directory_lists_its_first_names(tmp_path):
     directory = str(tmp_path)
     assert layout.describe_content(directory).endswith(" contains nothing")
     for k in range(layout.MAX_NAMES + 1):

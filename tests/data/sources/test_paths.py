@@ -8,26 +8,26 @@ FILES = "photos/cat/a.png", "photos/dog/cat/b.png", "photos/c.png", "more/owl/d.
 
 
 @pytest.mark.parametrize(
-    ("classes", "directory_classes", "found", "labels"),
+    ("classes", "directory_classes", "expected_classes", "labels"),
     [
         # The images of more/ come first. The nearest directory counts.
         (["cat", "dog"], False, ["cat", "dog"], [-1, -1, 0, 0]),
         (["cat", "dog"], True, ["cat", "dog"], [-1, -1, 0, 0]),
         (["ant"], False, ["ant"], [-1] * 4),
-        # The directories directly below the given ones are the classes.
+        # No directory is named ant. Those directly below more/ and photos/ are classes.
         (["ant"], True, ["cat", "dog", "owl"], [2, -1, 0, 1]),
         ([], True, ["cat", "dog", "owl"], [2, -1, 0, 1]),
     ],
 )
 def test_labels_are_names_of_directories(
-    classes, directory_classes, found, labels, tmp_path
+    classes, directory_classes, expected_classes, labels, tmp_path
 ):
     for file in FILES:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes(file.encode())
     paths = [tmp_path / "more", tmp_path / "photos"]
     source = Paths(paths, classes, directory_classes)
-    assert source.classes == tuple(found)
+    assert source.classes == tuple(expected_classes)
     assert source.labels.tolist() == labels
     assert source.sample(0) == {"image": b"more/owl/d.png"}
 

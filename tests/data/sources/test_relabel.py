@@ -12,7 +12,7 @@ from hivit_jax.errors import ConfigError, DataError
 PETS = ("bird", "cat", "dog")
 
 
-class Listed(Source):
+class FixedLabels(Source):
     """Source of given labels. If `known` is False, the attribute `labels` is None."""
 
     def __init__(self, classes, labels, known=True):
@@ -47,7 +47,7 @@ def labels_of(source):
     ],
 )
 def test_classes_are_matched_by_name(classes, labels, expected, known):
-    source = match_classes(Listed(classes, labels, known), PETS, "DIR")
+    source = match_classes(FixedLabels(classes, labels, known), PETS, "DIR")
     assert labels_of(source) == expected
     assert source.classes == PETS
     assert [source.record(k).label for k in range(len(labels))] == expected
@@ -59,24 +59,24 @@ def test_classes_are_matched_by_name(classes, labels, expected, known):
 def test_vectors_of_labels_are_matched_by_name():
     """A vector may be shorter than the list of classes."""
     vectors = [[1, 0], [1, 1]]
-    source = match_classes(Listed(["dog", "bird"], vectors), PETS, "DIR")
+    source = match_classes(FixedLabels(["dog", "bird"], vectors), PETS, "DIR")
     assert labels_of(source) == [[0, 0, 1], [1, 0, 1]]
-    short = match_classes(Listed(["dog", "bird"], [[1]], False), PETS, "DIR")
+    short = match_classes(FixedLabels(["dog", "bird"], [[1]], False), PETS, "DIR")
     assert labels_of(short) == [[0, 0, 1]]
 
 
 def test_relabeled_source_has_no_tf_example_records():
     """The records of a source with `example_keys` contain the old labels."""
-    source = Listed(["dog"], [0])
+    source = FixedLabels(["dog"], [0])
     source.example_keys = ("image", "label")
     assert match_classes(source, PETS, "DIR").record(0) is None
 
 
 def test_labels_stay_unchanged_for_equal_or_numbered_classes_and_without_labels():
-    named, numbered = Listed([*PETS], [2, 0]), Listed(["0", "1", "2"], [2, 0])
-    unlabeled = Listed(["other"], [0])
+    named, numbered = FixedLabels([*PETS], [2, 0]), FixedLabels(["0", "1", "2"], [2, 0])
+    unlabeled = FixedLabels(["other"], [0])
     unlabeled.labeled = False
-    for source in (named, unlabeled, Listed((), [5])):
+    for source in (named, unlabeled, FixedLabels((), [5])):
         assert match_classes(source, PETS, "DIR") is source
     assert labels_of(match_classes(numbered, PETS, "DIR")) == [2, 0]
     assert labels_of(match_classes(named, ["0", "1", "2"], "DIR")) == [2, 0]
@@ -85,24 +85,24 @@ def test_labels_stay_unchanged_for_equal_or_numbered_classes_and_without_labels(
 def test_numbered_model_with_more_classes_than_a_named_dataset_is_an_error():
     """The class number of a name is unknown, because the dataset lacks a class."""
     with pytest.raises(ConfigError, match="the model has no class 'bird'"):
-        match_classes(Listed([*PETS], [2, 0]), ["0", "1", "2", "3"], "DIR")
+        match_classes(FixedLabels([*PETS], [2, 0]), ["0", "1", "2", "3"], "DIR")
 
 
 def test_class_that_the_model_lacks_is_an_error():
     """A class without images is not an error, because no label is wrong."""
     classes = ["bird", "cow", "dog", "yak"]
     with pytest.raises(ConfigError) as error:
-        match_classes(Listed(classes, [0, 1, 2, 3]), PETS, "DIR")
+        match_classes(FixedLabels(classes, [0, 1, 2, 3]), PETS, "DIR")
     text = str(error.value)
     assert "data.dir='DIR': the model has no class 'cow'" in text
     assert "expected its 3 classes bird, cat, dog; found 2 unknown" in text
     assert len(text.splitlines()) <= 3
-    assert labels_of(match_classes(Listed(classes, [2, 0]), PETS, "DIR")) == [2, 0]
+    assert labels_of(match_classes(FixedLabels(classes, [2, 0]), PETS, "DIR")) == [2, 0]
 
 
 @pytest.mark.parametrize("label", [-1, 2])
 def test_label_out_of_range_is_an_error(label):
-    source = match_classes(Listed(["cat", "dog"], [label]), PETS, "DIR")
+    source = match_classes(FixedLabels(["cat", "dog"], [label]), PETS, "DIR")
     assert source.labels.tolist() == [-1]
     with pytest.raises(LabelError, match=f"from 0 to 1, found {label}"):
         source.sample(0)

@@ -30,7 +30,7 @@ def root(tmp_path):
     return root
 
 
-def opened(root, split, **keys):
+def open_split(root, split, **keys):
     """Open a split, bypassing the cache of open sources."""
     registry._open.cache_clear()
     return registry.open_source(DATA | {"dir": str(root)} | keys, split)
@@ -38,7 +38,7 @@ def opened(root, split, **keys):
 
 def paths(root, split, **keys):
     """Return the relative paths of a split, and check contents and labels."""
-    source = opened(root, split, **keys)
+    source = open_split(root, split, **keys)
     names = [source.name(i) for i in range(len(source))]
     for i, name in enumerate(names):
         encoded, label = mini_runs.sample(source, i)
@@ -61,12 +61,13 @@ def test_eval_fraction_puts_every_image_on_one_side(root):
     assert train == sorted(train)
     counts = Counter(path.split("/")[0] for path in held_out)
     assert counts == {"brick": 13, "cat": 1}
-    assert opened(root, "test", eval_fraction=0.25).classes == ["brick", "cat", "lone"]
-    assert held_out[:3] == FROZEN
+    source = open_split(root, "test", eval_fraction=0.25)
+    assert source.classes == ["brick", "cat", "lone"]
+    assert held_out[:3] == FIRST_HELD_OUT
 
 
 # These names must not change, because saved runs depend on them.
-FROZEN = [f"brick/{name}.png" for name in ("s0_00", "s0_03", "s1_04")]
+FIRST_HELD_OUT = [f"brick/{name}.png" for name in ("s0_00", "s0_03", "s1_04")]
 
 
 def test_held_out_images_do_not_depend_on_other_files(root):
@@ -126,11 +127,11 @@ def test_slices_of_each_class_are_disjoint(root):
 
 
 def test_slice_of_the_training_images_does_not_change_the_held_out_images(root):
-    whole, sliced = dict(eval_fraction=0.25), {}
+    options, sliced = dict(eval_fraction=0.25), {}
     for split in ("train", "test"):
-        sliced[split] = paths(root, split, train_split="[:50%]", **whole)
-    assert sliced["test"] == paths(root, "test", **whole)
-    train = paths(root, "train", **whole)
+        sliced[split] = paths(root, split, train_split="[:50%]", **options)
+    assert sliced["test"] == paths(root, "test", **options)
+    train = paths(root, "train", **options)
     assert set(sliced["train"]) < set(train)
     assert len(sliced["train"]) == pytest.approx(len(train) / 2, abs=1)
 
@@ -150,7 +151,7 @@ def test_slices_may_refer_to_a_directory(root):
 @pytest.mark.parametrize("text", ["train[:10]", "[50%:20%]", "x[:200%]", "x[a]"])
 def test_invalid_slice_is_an_error(root, text):
     with pytest.raises(DataError, match=r"expected NAME or NAME\[A%:B%\]"):
-        opened(root, "train", train_split=text)
+        open_split(root, "train", train_split=text)
 
 
 def test_excluded_paths_may_be_absolute_or_relative(
@@ -163,15 +164,15 @@ def test_excluded_paths_may_be_absolute_or_relative(
     monkeypatch.chdir(root)
     lines = ["brick/s0_00.png", f"{root}/cat/s0_01.png", "./cat/s0_00.png", ""]
     file.write_text("\n".join([*lines, f"{root}/brick/a\\nb.png", "elsewhere.png"]))
-    source = opened(root, "train", train_split=".", exclude=str(file))
+    source = open_split(root, "train", train_split=".", exclude=str(file))
     assert len(source) == 40
     assert source.ignored_text() == "4 excluded by data.exclude"
     assert source.unmatched == ["elsewhere.png"]
     options = dict(eval_fraction=0.3, exclude=str(file))
-    both = [opened(root, split, **options) for split in ("train", "test")]
+    both = [open_split(root, split, **options) for split in ("train", "test")]
     assert sum(map(len, both)) == 40
     with pytest.raises(ConfigError, match="data.exclude=nowhere: No such file"):
-        opened(root, "train", train_split=".", exclude="nowhere")
+        open_split(root, "train", train_split=".", exclude="nowhere")
 
 
 def test_leaf_directories_are_classes(root):
@@ -182,41 +183,41 @@ def test_leaf_directories_are_classes(root):
         (nested / name / "0.png").write_text("x")
     (nested / "train" / "loose.png").touch()
     (nested / "train" / "animals" / "wild.png").touch()
-    assert opened(nested, "train").classes == ["animals", "things"]
-    source = opened(nested, "train", class_level="leaf")
+    assert open_split(nested, "train").classes == ["animals", "things"]
+    source = open_split(nested, "train", class_level="leaf")
     assert source.classes == ["animals", "animals/cat", "things/flower"]
     assert source.labels.tolist() == [0, 1, 2]
     assert source.loose == ["loose.png"]
     assert source.ignored_text() == "1 outside the class directories"
-    test = opened(nested, "test", class_level="leaf")
+    test = open_split(nested, "test", class_level="leaf")
     assert (test.classes, test.labels.tolist()) == (source.classes, [1])
 
 
 def test_images_outside_class_folders_have_no_labels(root):
     """Images have no labels outside class folders or with class_level="none"."""
-    source = opened(root / "brick", "train", eval_split="none")
+    source = open_split(root / "brick", "train", eval_split="none")
     assert (len(source), source.classes, source.labeled) == (40, (), False)
     assert mini_runs.sample(source, 3) == (b"brick3", 0)
     assert source.name(0) == f"{root}/brick/s0_00.png"
     (root / "brick" / "below" / "deeper").mkdir(parents=True)
     (root / "brick" / "below" / "deeper" / "x.png").touch()
-    source = opened(root, "train", eval_split="none", class_level="none")
+    source = open_split(root, "train", eval_split="none", class_level="none")
     assert (len(source), source.labeled) == (44, False)
     assert source.labels.tolist() == [0] * 44
     assert len(paths(root, "test", eval_fraction=0.25, class_level="none")) == 14
     (root / "train").mkdir()
     (root / "train" / "x.png").touch()
-    assert len(opened(root, "train", eval_split="none")) == 1
+    assert len(open_split(root, "train", eval_split="none")) == 1
     with pytest.raises(ConfigError, match="the config has no evaluation images"):
-        opened(root, "test", eval_split="none")
+        open_split(root, "test", eval_split="none")
 
 
 def test_npy_files_are_images_only_without_other_images(root):
     (root / "brick" / "features.npy").touch()
-    assert len(opened(root, "train", eval_split="none")) == 43
+    assert len(open_split(root, "train", eval_split="none")) == 43
     for path in root.glob("*/*.png"):
         path.rename(path.with_suffix(".npy"))
-    assert len(opened(root, "train", eval_split="none")) == 44
+    assert len(open_split(root, "train", eval_split="none")) == 44
 
 
 @pytest.mark.parametrize(
@@ -230,11 +231,11 @@ def test_npy_files_are_images_only_without_other_images(root):
         ({"name": "mnist", "class_level": "leaf"}, "class_level='leaf' has no effect"),
     ],
 )
-def test_contradictory_selection_is_an_error(root, keys, message):
+def test_contradictory_or_invalid_selection_is_an_error(root, keys, message):
     with pytest.raises(ConfigError, match=message):
-        opened(root, "train", **keys)
+        open_split(root, "train", **keys)
 
 
 def test_group_pattern_that_matches_no_path_is_an_error(root):
     with pytest.raises(DataError, match="none of 43 paths, such as brick/s0"):
-        opened(root, "train", eval_fraction=0.1, eval_group="(patient)")
+        open_split(root, "train", eval_fraction=0.1, eval_group="(patient)")

@@ -15,7 +15,7 @@ def test_synthetic_images_ignore_the_canvas():
     assert next(inputs.train_batches(cfg, 0, 1))["image"].shape == (96, 64, 64, 1)
 
 
-def test_synthetic_images_need_no_tensorflow(monkeypatch):
+def test_synthetic_batches_are_reproducible_without_tensorflow(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # importing it fails
     cfg = digits_config(data__name="synthetic", data__train_examples=1000)
     batches = list(inputs.train_batches(cfg, 0, 12))

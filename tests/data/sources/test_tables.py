@@ -27,13 +27,13 @@ def root(tmp_path):
     return tmp_path
 
 
-def opened(file, split="train", **keys):
+def open_split(file, split="train", **keys):
     """Open a split of a table, bypassing the cache of open sources."""
     registry._open.cache_clear()
     return registry.open_source(DATA | {"dir": str(file)} | keys, split)
 
 
-def listed(source):
+def read_all(source):
     """Return the content and label of every example."""
     examples = [mini_runs.sample(source, i) for i in range(len(source))]
     return [(encoded.decode(), label) for encoded, label in examples]
@@ -55,18 +55,18 @@ def test_label_names_become_sorted_classes(root, separator):
         "9,c/0.png,dog",
     ]
     file = write(root, *(line.replace(",", separator) for line in lines))
-    source = opened(file, eval_split="none")
+    source = open_split(file, eval_split="none")
     assert source.classes == ["cat", "dog"]
-    assert listed(source) == [("a/0.png", 1), ("b/1 2.png", 0), ("c/0.png", 1)]
+    assert read_all(source) == [("a/0.png", 1), ("b/1 2.png", 0), ("c/0.png", 1)]
     assert source.name(1) == f"{root}/b/1 2.png"
 
 
 def test_label_numbers_are_class_indices(root):
     """Numbers in the table are the labels; some labels may have no image."""
     file = write(root, "path,label", f"{root}/a/0.png,3", "b/0.png,1")
-    source = opened(file, eval_split="none")
+    source = open_split(file, eval_split="none")
     assert source.classes == [*"0123"]
-    assert listed(source) == [("a/0.png", 3), ("b/0.png", 1)]
+    assert read_all(source) == [("a/0.png", 3), ("b/0.png", 1)]
 
 
 def test_split_column_selects_the_rows(root):
@@ -74,45 +74,50 @@ def test_split_column_selects_the_rows(root):
     rows = ["a/0.png,x,train", "b/0.png,y,val", "b/1 2.png,y,test", "c/0.png,z,train"]
     file = write(root, "path,label,split", *rows)
     for keys in ({}, {"eval_fraction": 0.999}):
-        train, test = (opened(file, split, **keys) for split in ("train", "test"))
-        assert listed(train) == [("a/0.png", 0), ("c/0.png", 2)]
-        assert listed(test) == [("b/0.png", 1)]
+        train, test = (open_split(file, split, **keys) for split in ("train", "test"))
+        assert read_all(train) == [("a/0.png", 0), ("c/0.png", 2)]
+        assert read_all(test) == [("b/0.png", 1)]
         assert test.classes == [*"xyz"]
         assert test.ignored_text() == "2 of split 'train', 1 of split 'test'"
-    assert listed(opened(file, "test", eval_split="test")) == [("b/1 2.png", 1)]
+    assert read_all(open_split(file, "test", eval_split="test")) == [("b/1 2.png", 1)]
     with pytest.raises(DataError, match="with the split extra; found test, train, val"):
-        opened(file, "test", eval_split="extra")
+        open_split(file, "test", eval_split="extra")
 
 
 def test_rows_are_held_out_or_excluded(root):
     file = write(root, "path,label", *(f"{name},{name[0]}" for name in NAMES))
-    sides = [listed(opened(file, s, eval_fraction=0.5)) for s in ("train", "test")]
+    sides = [
+        read_all(open_split(file, s, eval_fraction=0.5)) for s in ("train", "test")
+    ]
     assert sorted(sides[0] + sides[1]) == [(n, "abc".index(n[0])) for n in NAMES]
     assert [label for _, label in sides[1]] == [1]
     bad = write(root, "b/0.png", f"{root}/c/0.png", name="bad.txt")
-    assert len(opened(file, eval_split="none", exclude=str(bad))) == 2
+    assert len(open_split(file, eval_split="none", exclude=str(bad))) == 2
 
 
 def test_evaluation_table_has_the_classes_of_the_training_table(root):
     """Labels of the evaluation table are indices of the training table's classes."""
     write(root, "path,label", "a/0.png,x", "b/0.png,y", name="train.csv")
     write(root, "path,label", "c/0.png,y", name="val.csv")
-    assert listed(opened(root, "test")) == [("c/0.png", 1)]
+    assert read_all(open_split(root, "test")) == [("c/0.png", 1)]
     write(root, "path,label", "c/0.png,w", name="other.csv")
     with pytest.raises(DataError, match="c/0.png has the label 'w'; expected one of"):
-        opened(root, "test", eval_split="other.csv")
+        open_split(root, "test", eval_split="other.csv")
     with pytest.raises(DataError, match="no.csv: expected a CSV file or a list"):
-        opened(root, "test", eval_split="no.csv")
+        open_split(root, "test", eval_split="no.csv")
 
 
 def test_lists_of_paths_may_have_labels(root):
     file = write(root, "a/0.png 1", "b/1 2.png   0", name="train.txt")
-    assert listed(opened(file, eval_split="none")) == [("a/0.png", 1), ("b/1 2.png", 0)]
+    assert read_all(open_split(file, eval_split="none")) == [
+        ("a/0.png", 1),
+        ("b/1 2.png", 0),
+    ]
     file = write(root, *NAMES, name="unlabeled.txt")
-    source = opened(file, eval_split="none")
+    source = open_split(file, eval_split="none")
     assert (source.labeled, source.classes, len(source)) == (False, (), 4)
     file = write(root, "path", *NAMES)
-    assert not opened(file, eval_split="none").labeled
+    assert not open_split(file, eval_split="none").labeled
 
 
 @pytest.mark.parametrize(
@@ -127,7 +132,7 @@ def test_lists_of_paths_may_have_labels(root):
 )
 def test_invalid_table_is_an_error(root, lines, message):
     with pytest.raises(DataError, match=message):
-        opened(write(root, *lines), eval_split="none")
+        open_split(write(root, *lines), eval_split="none")
 
 
 def test_table_without_evaluation_images_is_an_error(root):
@@ -135,16 +140,16 @@ def test_table_without_evaluation_images_is_an_error(root):
     with pytest.raises(
         DataError, match="has no column 'split'; set data.eval_fraction"
     ):
-        opened(file, "test")
+        open_split(file, "test")
     with pytest.raises(ConfigError, match="class_level='leaf' has no effect"):
-        opened(file, class_level="leaf")
+        open_split(file, class_level="leaf")
 
 
 def test_tables_may_have_several_labels_per_image(root):
     """Several labels are separated by ";"; an empty label stands for no class."""
     rows = ["a/0.png,dog;cat", "b/0.png,", "b/1 2.png, cat ;;cat", "c/0.png,emu"]
     file = write(root, "path,label", *rows)
-    source = opened(file, eval_split="none", multi_label=True)
+    source = open_split(file, eval_split="none", multi_label=True)
     assert (source.classes, source.labeled) == (["cat", "dog", "emu"], True)
     expected = [[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 1]]
     np.testing.assert_array_equal(source.labels, expected)
@@ -156,9 +161,9 @@ def test_tables_may_have_several_labels_per_image(root):
         "1 of 4 images of the train split have no label; each counts"
     )
     file = write(root, "a/0.png 3;0", "b/0.png 1", "c/0.png", name="list.txt")
-    numbers = opened(file, eval_split="none", multi_label=True)
-    assert numbers.classes == [*"0123"]
-    assert numbers.labels.tolist() == [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    numbered = open_split(file, eval_split="none", multi_label=True)
+    assert numbered.classes == [*"0123"]
+    assert numbered.labels.tolist() == [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
 
 
 def test_held_out_images_with_several_labels_cover_every_class(root):
@@ -166,7 +171,8 @@ def test_held_out_images_with_several_labels_cover_every_class(root):
     rows = [f"{k}.png,{'x' if k % 2 else ''};{'y' if k % 3 else ''}" for k in range(60)]
     file, keys = write(root, "path,label", *rows), {"multi_label": True}
     sides = [
-        opened(file, split, eval_fraction=0.4, **keys) for split in ("train", "test")
+        open_split(file, split, eval_fraction=0.4, **keys)
+        for split in ("train", "test")
     ]
     assert sum(map(len, sides)) == 60
     assert 12 < len(sides[1]) < 36
@@ -174,9 +180,9 @@ def test_held_out_images_with_several_labels_cover_every_class(root):
         assert side.labels.any(0).all()
         assert not side.labels.any(1).all()
     bad = write(root, "1.png", name="bad.txt")
-    left = opened(file, eval_split="none", exclude=str(bad), **keys)
-    assert len(left) == 59
-    assert len(left.labels) == 59
+    remaining = open_split(file, eval_split="none", exclude=str(bad), **keys)
+    assert len(remaining) == 59
+    assert len(remaining.labels) == 59
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,7 @@ def test_held_out_images_with_several_labels_cover_every_class(root):
 )
 def test_invalid_labels_in_a_table_are_an_error(root, lines, keys, message):
     with pytest.raises(DataError, match=message):
-        opened(write(root, "path,label", *lines), eval_split="none", **keys)
+        open_split(write(root, "path,label", *lines), eval_split="none", **keys)
 
 
 def test_evaluation_table_with_unknown_or_no_labels_is_an_error(root):
@@ -200,11 +206,11 @@ def test_evaluation_table_with_unknown_or_no_labels_is_an_error(root):
     write(root, "path,label", "a/0.png,x;y", name="train.csv")
     write(root, "path,label", "b/0.png,x;z", name="val.csv")
     with pytest.raises(DataError, match="b/0.png has the label 'x;z'; expected one of"):
-        opened(root, "test", multi_label=True)
+        open_split(root, "test", multi_label=True)
     write(root, "path", "b/0.png", name="val.csv")
     with pytest.raises(
         DataError, match="expected labels as in .*train.csv, found none"
     ):
-        opened(root, "test", multi_label=True)
+        open_split(root, "test", multi_label=True)
     with pytest.raises(ConfigError, match="with data.name='folder'; expected 'csv'"):
-        opened(root, name="folder", multi_label=True)
+        open_split(root, name="folder", multi_label=True)
