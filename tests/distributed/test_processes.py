@@ -26,24 +26,21 @@ def test_process_without_a_cluster_runs_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("process", "message"),
+    ("arguments", "message"),
     [
-        (
-            ("host:1", 4, 3),
-            "process 3 of 4 cannot reach process 0 at host:1: no",
-        ),
-        (("", -1, -1), "this process cannot reach the other processes of the run: no"),
+        (("host:1", 4, 3), "process 3 of 4 cannot reach process 0 at host:1"),
+        (("", -1, -1), "this process cannot reach the other processes of the run"),
     ],
 )
-def test_unreachable_process_is_a_config_error(process, message, monkeypatch):
+def test_unreachable_process_is_a_config_error(arguments, message, monkeypatch):
     """With an address, the message names the address and the index of the process."""
 
     def initialize(*args, **options):
         raise RuntimeError("no answer")
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
-    with pytest.raises(ConfigError, match=f"^{message}"):
-        processes.connect(*process, 60.0)
+    with pytest.raises(ConfigError, match=f"^{message}: no answer"):
+        processes.connect(*arguments, 60.0)
 
 
 def test_process_flags_reach_jax_or_are_refused(run_main, tmp_path, capsys):

@@ -12,9 +12,10 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_slices_lie_along_the_first_divisible_axis():
-    """The size of the axis must be divisible by the number of slices.
+    """Two slices lie along the first of replica, data and fsdp with an even size.
 
-    Each case is the shape of a mesh and the axis along which the two slices must lie.
+    They never lie along the tensor axis. Each case is the shape of a mesh and the axis
+    along which the slices must lie.
     """
     devices = [
         SimpleNamespace(
@@ -31,9 +32,9 @@ def test_slices_lie_along_the_first_divisible_axis():
     ):
         array = sharding.arrange_across_slices(shape, 2, devices)
         assert array.shape == shape
-        slices = np.vectorize(lambda device: device.slice_index)(array)
-        assert sorted(np.unique(slices.take(0, axis))) == [0]
-        assert slices.sum() == 8
-        assert (np.diff(slices, axis=axis) >= 0).all()
+        slice_indices = np.vectorize(lambda device: device.slice_index)(array)
+        assert sorted(np.unique(slice_indices.take(0, axis))) == [0]
+        assert slice_indices.sum() == 8
+        assert (np.diff(slice_indices, axis=axis) >= 0).all()
     with pytest.raises(ConfigError, match="over 2 slices or nodes; expected replica"):
         sharding.arrange_across_slices((1, 1, 1, 16), 2, devices)

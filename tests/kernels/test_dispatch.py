@@ -138,9 +138,9 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
     """
     calls, target_run = [], target.Target.run
 
-    def run(target, kernel, *arguments):
-        calls.append((kernel, target.shards))
-        return target_run(target, kernel, *arguments)
+    def run(self, kernel, *arguments):
+        calls.append((kernel, self.shards))
+        return target_run(self, kernel, *arguments)
 
     monkeypatch.setattr(target.Target, "run", run)
     results = {}
@@ -168,7 +168,10 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
 
 @pytest.mark.slow
 def test_unsupported_shapes_and_backends_use_no_kernels(one_device):
-    """Plain JAX runs with shapes that do not fit tiles, and with "auto" on a CPU."""
+    """Plain JAX runs for widths that do not fit tiles, and with "auto" on a CPU.
+
+    Unknown values of `kernels` are an error.
+    """
     loss, params = loss_of("auto")
     assert kernels_in(jax.make_jaxpr(loss)(params).jaxpr) == []
     narrow = dict(embed_dim=256, decoder_embed_dim=64, decoder_num_heads=2)
@@ -245,7 +248,7 @@ def test_each_backend_runs_its_kernels(platform, dtype, on_platform):
     """A block runs the kernels in `KERNELS`, for even and odd numbers of tokens.
 
     With a key mask or padded windows, the block runs neither an attention kernel nor
-    cuDNN. With tensor parallelism, the block runs only cuDNN.
+    cuDNN. With tensor parallelism or without a mesh, the block runs only cuDNN.
     """
     calls, batch = on_platform(platform), 64
 
@@ -300,14 +303,14 @@ def test_each_backend_runs_its_kernels(platform, dtype, on_platform):
 def test_block_equals_plain_jax(
     special, platform, dtype, tolerance, on_platform, one_device
 ):
-    """Output and gradients of a block with kernels equal plain JAX.
+    """Output and gradients of a block with kernels equal those of plain JAX.
 
     The MLP is too narrow for a kernel. On CPUs, attention runs as a kernel, except with
     a key mask or padded windows. On GPUs, both LayerNorms run as kernels.
     """
     calls = on_platform(platform)
-    sizes = {"mlp_ratio": 0.5, "dtype": dtype}
-    graphdef, params, inputs = main_stage_block(special, 8, **sizes)
+    options = {"mlp_ratio": 0.5, "dtype": dtype}
+    graphdef, params, inputs = main_stage_block(special, 8, **options)
     x, cotangent = random_arrays((8, 15, 128), (8, 15, 128))
     names = tuple(named_leaves(params))
 

@@ -1,8 +1,8 @@
-"""Tests that fused kernels equal plain JAX.
+"""Tests of fused kernels: MLP and attention branches on TPUs, LayerNorm on GPUs.
 
-The kernels are the MLP and attention branches on TPUs and LayerNorm on GPUs, all
-interpreted on the CPU. Other tests check cuDNN attention, GELU, LayerNorm, and the
-choice of block sizes and saved residuals.
+Interpreted on the CPU, the kernels equal plain JAX. The compilers for TPUs and GPUs
+accept them. Further tests check attention without these kernels, GELU, LayerNorm, and
+the choice of block sizes and saved residuals.
 """
 
 from functools import partial
@@ -75,11 +75,11 @@ def test_gelu_in_bfloat16_is_exact_up_to_rounding():
     bfloat16.
     """
     x = jnp.linspace(-8, 8, 4001).astype(jnp.bfloat16)
-    wide = x.astype(jnp.float32)
+    x32 = x.astype(jnp.float32)
     exact_gelu = partial(jax.nn.gelu, approximate=False)
-    ones = jnp.ones_like(wide)
+    ones = jnp.ones_like(x32)
     for exact, ours in zip(
-        output_and_gradients(exact_gelu, [wide], ones),
+        output_and_gradients(exact_gelu, [x32], ones),
         output_and_gradients(layers.gelu, [x], ones),
         strict=True,
     ):
@@ -88,7 +88,7 @@ def test_gelu_in_bfloat16_is_exact_up_to_rounding():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["", "bias", "mask", "bias, mask"])
-def test_plain_attention_equals_jax(arguments):
+def test_attention_without_kernels_equals_jax(arguments):
     """Output and gradients of attention agree with JAX in float32.
 
     The mask leaves one image without keys.
@@ -103,12 +103,13 @@ def test_plain_attention_equals_jax(arguments):
             q, k, v, bias=bias, mask=mask, choice="auto"
         )
 
-    def plain(q, k, v, bias):
+    def library(q, k, v, bias):
         return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
 
     inputs = 9 * q, k, v, bias
-    expected, actual = (
-        output_and_gradients(function, inputs, cotangent) for function in (plain, ours)
+    actual, expected = (
+        output_and_gradients(function, inputs, cotangent)
+        for function in (ours, library)
     )
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
@@ -118,7 +119,10 @@ def test_plain_attention_equals_jax(arguments):
 @pytest.mark.parametrize("tokens", [9, 10])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, with_bias, monkeypatch):
-    """9 tokens are padded to 10; output and gradients equal unpadded attention."""
+    """9 tokens are padded to 10; output and gradients equal unpadded attention.
+
+    With "plain", cuDNN does not run.
+    """
     library, calls = jax.nn.dot_product_attention, []
 
     def record(*qkv, implementation=None, **others):
@@ -145,7 +149,7 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, with_bias, monkeypat
     assert calls[1:] == [(None, tokens)]
 
 
-# (drop some images, number of saved arrays, which a kernel may limit)
+# (drop some images, `num_saved`); a kernel gets at most its own `max_saved`.
 DROP_AND_SAVED = [(False, 0), (False, 1), (True, 2)]
 
 
@@ -153,9 +157,12 @@ DROP_AND_SAVED = [(False, 0), (False, 1), (True, 2)]
 @pytest.mark.parametrize(
     ("name", "drop", "num_saved"),
     [
-        pair
+        arguments
         for name, case in CASES.items()
-        for pair in {(name, d, min(n, case.max_saved)): 0 for d, n in DROP_AND_SAVED}
+        for arguments in dict.fromkeys(
+            (name, drop, min(num_saved, case.max_saved))
+            for drop, num_saved in DROP_AND_SAVED
+        )
     ],
 )
 def test_fused_equals_plain(name, drop, num_saved):
@@ -244,18 +251,20 @@ def test_blocks_contain_whole_tiles_or_whole_images():
 def test_residuals_are_saved_if_moving_is_faster_than_recomputing():
     """The residual is the hidden layer of an MLP.
 
-    `balance` is the ratio of peak FLOP/s to peak HBM bandwidth in byte/s: 166 for a
-    v5p, 240 for a v5e. Kernels assume half of the bandwidth. The widths are those of
+    `peak_balance` is the ratio of peak FLOP/s to peak HBM bandwidth in byte/s: 166 for
+    a v5p, 240 for a v5e. Kernels assume half of the bandwidth. The widths are those of
     the MLPs in the two stem stages and in the main stage of HiViT-B.
     """
-    for balance, saved in ((166, [False, True, True]), (240, [False, False, True])):
-        tpu = target.Target("cpu", balance=2 * balance)
-        for (width, hidden), is_saved in zip(
-            ((128, 384), (256, 768), (512, 2048)), saved, strict=True
-        ):
+    sizes = (128, 384), (256, 768), (512, 2048)
+    for peak_balance, expected in (
+        (166, [False, True, True]),
+        (240, [False, False, True]),
+    ):
+        tpu = target.Target("cpu", balance=2 * peak_balance)
+        for (width, hidden), is_saved in zip(sizes, expected, strict=True):
             product_flops = 2 * width * hidden
             flops = 2 * product_flops, 5 * product_flops, product_flops
             assert tpu.should_save(*flops, width, 2 * hidden) == is_saved, (
-                balance,
+                peak_balance,
                 width,
             )

@@ -18,7 +18,7 @@ MAE = MINI | DECODER
 F32 = jnp.float32
 
 
-def abstract(*sizes, dtype=F32):
+def struct(*sizes, dtype=F32):
     """Return the shape and dtype of an array, without values."""
     return jax.ShapeDtypeStruct(sizes, dtype)
 
@@ -134,9 +134,9 @@ def test_several_keys_are_refused_as_a_seed():
         make_key(jax.random.split(jax.random.key(0), 2))
 
 
-IMAGES = abstract(4, 64, 64, 3)
+IMAGES = struct(4, 64, 64, 3)
 KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
-RAW_KEYS = abstract(4, 2, dtype=jnp.uint32)
+RAW_KEYS = struct(4, 2, dtype=jnp.uint32)
 
 
 def abstract_logits(images=IMAGES, **arrays):
@@ -172,9 +172,9 @@ def test_drop_path_requires_one_key_per_image():
 @pytest.mark.parametrize(
     "images",
     [
-        abstract(64, 64, 3),
-        abstract(4, 64, 64, 1),
-        abstract(4, 64, 64, 3, dtype=jnp.uint8),
+        struct(64, 64, 3),
+        struct(4, 64, 64, 1),
+        struct(4, 64, 64, 3, dtype=jnp.uint8),
     ],
 )
 def test_images_of_wrong_shape_or_dtype_are_refused(images):
@@ -185,26 +185,26 @@ def test_images_of_wrong_shape_or_dtype_are_refused(images):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "noise", [(4, 15), (4, 17), (2, 16), (1, 16), (16,), (4, 16, 1)]
+    "shape", [(4, 15), (4, 17), (2, 16), (1, 16), (16,), (4, 16, 1)]
 )
 @pytest.mark.parametrize("method", ["image_loss", "__call__"])
-def test_noise_of_wrong_shape_is_refused(method, noise):
+def test_noise_of_wrong_shape_is_refused(method, shape):
     """Noise must have one number for each unit of each image."""
     with pytest.raises(ConfigError, match=r"noise has shape .* = \[4, 16\]"):
-        call_autoencoder(method, IMAGES, noise=abstract(*noise))
+        call_autoencoder(method, IMAGES, noise=struct(*shape))
 
 
 @pytest.mark.parametrize(
     ("method", "arrays", "name"),
     [
-        ("encode", (IMAGES, abstract(2, 4, dtype=jnp.int32)), "ids_keep"),
-        ("encode", (IMAGES, abstract(4, 4)), "ids_keep"),
-        ("decode", (abstract(4, 4, 448), abstract(4, 15, dtype=jnp.int32)), "ids"),
-        ("decode", (abstract(4, 4, 64), abstract(4, 16, dtype=jnp.int32)), "latent"),
-        ("targets", (IMAGES, abstract(1, 4, dtype=jnp.int32)), "ids"),
-        ("unit_loss", (IMAGES, abstract(4, 1, 768)), "pred"),
-        ("unit_loss", (IMAGES, abstract(1, 16, 768)), "pred"),
-        ("features", (IMAGES, abstract(4, dtype=jnp.int32)), "ids_keep"),
+        ("encode", (IMAGES, struct(2, 4, dtype=jnp.int32)), "ids_keep"),
+        ("encode", (IMAGES, struct(4, 4)), "ids_keep"),
+        ("decode", (struct(4, 4, 448), struct(4, 15, dtype=jnp.int32)), "ids"),
+        ("decode", (struct(4, 4, 64), struct(4, 16, dtype=jnp.int32)), "latent"),
+        ("targets", (IMAGES, struct(1, 4, dtype=jnp.int32)), "ids"),
+        ("unit_loss", (IMAGES, struct(4, 1, 768)), "pred"),
+        ("unit_loss", (IMAGES, struct(1, 16, 768)), "pred"),
+        ("features", (IMAGES, struct(4, dtype=jnp.int32)), "ids_keep"),
     ],
 )
 def test_methods_refuse_arrays_of_wrong_shape_or_dtype(method, arrays, name):
@@ -223,7 +223,7 @@ def test_batch_norm_refuses_weights_of_wrong_shape():
 def test_models_accept_an_empty_batch():
     """Models and BatchNorm accept 0 images, with and without windows and keys."""
     no_images, keys = (
-        abstract(0, 64, 64, 3),
+        struct(0, 64, 64, 3),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 0)),
     )
     assert abstract_logits(no_images).shape == (0, 5)
@@ -237,7 +237,7 @@ def test_models_accept_an_empty_batch():
         lambda m: m.layers(jnp.zeros((0, 64, 64, 3)), True), windowed_model
     )
     assert layers[0].attention.shape == (0, 4, 2, 9, 9)
-    noise = abstract(0, 16)
+    noise = struct(0, 16)
     assert call_autoencoder("image_loss", no_images, noise=noise).shape == (0,)
     out = call_autoencoder("__call__", no_images, noise=noise)
     assert out.pred.shape == (0, 16, 768)

@@ -128,8 +128,8 @@ def test_decoder_has_no_drop_path(monkeypatch):
         lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model
     )
     # Each of the stem's four blocks has one branch, each of the other blocks two.
-    encoder, decoder = calls[:-2], calls[-2:]
+    encoder_calls, decoder_calls = calls[:-2], calls[-2:]
     rates = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]
-    assert [rate for rate, _ in encoder] == pytest.approx(rates)
-    assert not any(without_keys for _, without_keys in encoder)
-    assert decoder == [(None, True)] * 2
+    assert [rate for rate, _ in encoder_calls] == pytest.approx(rates)
+    assert not any(without_keys for _, without_keys in encoder_calls)
+    assert decoder_calls == [(None, True)] * 2

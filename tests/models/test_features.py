@@ -1,4 +1,4 @@
-"""Tests of feature maps, of all units or only the kept ones, and of block outputs."""
+"""Tests of feature maps, of all units or only kept units, and of block outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ def without_branches(**overrides):
 
     def cut(path, leaf):
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        branch = "fc2" in names or ("attn" in names and "proj" in names)
-        return jnp.zeros_like(leaf) if branch else leaf
+        ends_branch = "fc2" in names or ("attn" in names and "proj" in names)
+        return jnp.zeros_like(leaf) if ends_branch else leaf
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(cut, params))
 
@@ -111,8 +111,8 @@ def test_maps_and_kept_units_equal_those_computed_in_numpy(sizes):
                 assert_allclose(cells, expected_map[rows, columns], atol=1e-5)
     # No two positions have the same features, so that another order fails.
     for x in maps:
-        rows = x.reshape(-1, x.shape[-1])
-        gaps = np.abs(rows[:, None] - rows).max(-1) + 9 * np.eye(len(rows))
+        vectors = x.reshape(-1, x.shape[-1])
+        gaps = np.abs(vectors[:, None] - vectors).max(-1) + 9 * np.eye(len(vectors))
         assert gaps.min() > 1e-3
 
 

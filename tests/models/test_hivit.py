@@ -39,12 +39,14 @@ COSTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "overrides", "parameters", "macs", "cost"), COSTS)
+@pytest.mark.parametrize(
+    ("name", "overrides", "parameter_count", "macs", "cost"), COSTS
+)
 def test_counts_of_parameters_and_multiply_adds_are_exact(
-    name, overrides, parameters, macs, cost
+    name, overrides, parameter_count, macs, cost
 ):
     model = abstract_model(name, **overrides)
-    assert model.parameter_count() == parameters
+    assert model.parameter_count() == parameter_count
     assert model.macs(layer_norm_cost=0) == macs
     assert model.macs() == cost
 
@@ -52,7 +54,7 @@ def test_counts_of_parameters_and_multiply_adds_are_exact(
 @pytest.mark.slow
 # Published by the papers and MMPretrain: millions of parameters, 1e9 multiply-adds.
 @pytest.mark.parametrize(
-    ("name", "overrides", "parameters", "cost"),
+    ("name", "overrides", "parameter_count", "cost"),
     [
         ("hivit_tiny", {}, "19.18", "4.60"),
         ("hivit_small", {}, "37.53", "9.07"),
@@ -63,17 +65,18 @@ def test_counts_of_parameters_and_multiply_adds_are_exact(
         ("mae_hivit_base", {}, "87.0412", "7.9398"),
     ],
 )
-def test_published_numbers_are_reproduced(name, overrides, parameters, cost):
+def test_published_numbers_are_reproduced(name, overrides, parameter_count, cost):
     model = abstract_model(name, **overrides)
 
     def rounded(value, like):
         return f"{value:.{len(like.split('.')[1])}f}"
 
-    assert rounded(model.parameter_count() / 1e6, parameters) == parameters
+    count = model.parameter_count() / 1e6
+    assert rounded(count, parameter_count) == parameter_count
     assert rounded(model.macs() / 1e9, cost) == cost
 
 
-def test_autoencoder_cost_is_the_sum_of_its_parts():
+def test_parts_of_the_autoencoder_have_known_parameters_and_cost():
     model = abstract_model("mae_hivit_base")
     trained_params = nnx.state(model, nnx.Param)
     assert sum(leaf.size for leaf in jax.tree.leaves(trained_params)) == 86_940_800
@@ -120,11 +123,11 @@ def test_model_without_a_head_returns_pooled_features():
 def test_layer_ids_of_a_masked_autoencoder_extend_those_of_a_classifier():
     """The layer of all decoder parameters follows the last block of the encoder."""
     ids = abstract_model("mae_hivit_base", **MINI, **DECODER).layer_ids()
-    classifier = abstract_model("hivit_base", **MINI).layer_ids()
+    classifier_ids = abstract_model("hivit_base", **MINI).layer_ids()
     assert ids["encoder/merges/0/norm/scale"] == 2
     assert ids["encoder/stages/2/1/mlp/fc1/kernel"] == 6
     for name, layer in ids.items():
-        expected = classifier[name] if name.startswith("encoder/") else 7
+        expected = classifier_ids[name] if name.startswith("encoder/") else 7
         assert layer == expected, name
 
 
@@ -140,7 +143,7 @@ MODELS = [
 @pytest.mark.parametrize(("name", "overrides"), MODELS)
 def test_initial_parameters_follow_their_distributions(name, overrides):
     params = initial_params(name, 0, **overrides)
-    tables, leaves = [], set()
+    others, kinds = [], set()  # others: position tables and the mask token
     for path, value in params.items():
         parts = path.split("/")
         assert value.dtype == np.float32
@@ -152,8 +155,8 @@ def test_initial_parameters_follow_their_distributions(name, overrides):
                 assert value.shape == (48, 16)
                 assert value.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
         elif parts[-1] == "kernel":
-            # Mean and deviation are within five standard errors. Some values exceed two
-            # standard deviations, so the normal distribution is not truncated there.
+            # The tolerance of mean and deviation is five standard errors of the mean.
+            # Values above two standard deviations show that nothing is truncated there.
             error = 5 / np.sqrt(value.size)
             assert value.std() == pytest.approx(0.02, rel=error), path
             assert abs(value.mean()) < 0.02 * error, path
@@ -163,13 +166,13 @@ def test_initial_parameters_follow_their_distributions(name, overrides):
         elif parts[-1] == "scale":
             assert (value == 1).all(), path
         else:
-            tables.append((parts[-1], value))
+            others.append((parts[-1], value))
             continue
-        leaves.add(parts[-1])
-    assert leaves == {"kernel", "bias", "scale"}
+        kinds.add(parts[-1])
+    assert kinds == {"kernel", "bias", "scale"}
 
     counts = {}
-    for kind, value in tables:
+    for kind, value in others:
         counts[kind] = counts.get(kind, 0) + 1
         error = 5 / np.sqrt(value.size)
         if kind == "decoder_pos_embed":
@@ -209,8 +212,8 @@ SIZES = [
 def test_output_shapes_follow_from_the_sizes(sizes):
     classifier = abstract_model("hivit_base", **MINI | dict(num_classes=10) | sizes)
     autoencoder = abstract_model("mae_hivit_base", **MINI | DECODER | sizes)
-    image = sizes.get("image_size", 64)
-    height, width = (image, image) if isinstance(image, int) else image
+    size = sizes.get("image_size", 64)
+    height, width = (size, size) if isinstance(size, int) else size
     channels, patch = sizes.get("in_channels", 3), sizes.get("patch_size", 16)
     units = (height // patch) * (width // patch)
     images, noise = jnp.zeros((2, height, width, channels)), jnp.zeros((2, units))
@@ -223,7 +226,9 @@ def test_output_shapes_follow_from_the_sizes(sizes):
             autoencoder.features(images),
         )
 
-    logits, features, out, stage_maps = abstract_outputs(run, classifier, autoencoder)
+    logits, classifier_maps, out, autoencoder_maps = abstract_outputs(
+        run, classifier, autoencoder
+    )
     assert logits.shape == (2, 10)
     inner, dim = sizes.get("inner_patches", 4), sizes.get("embed_dim", 64)
     expected, latent = [], 0
@@ -232,8 +237,8 @@ def test_output_shapes_follow_from_the_sizes(sizes):
         expected.append((2, *sides, dim // inner))
         latent += dim * inner
         inner //= 2
-    assert [x.shape for x in features] == expected
-    assert [x.shape for x in stage_maps] == expected
+    assert [x.shape for x in classifier_maps] == expected
+    assert [x.shape for x in autoencoder_maps] == expected
     visible = int(units * (1 - 0.4))
     assert out.latent.shape == (2, visible, latent)
     assert out.pred.shape == (2, units, patch * patch * channels)
@@ -254,7 +259,7 @@ def test_output_shapes_follow_from_the_sizes(sizes):
     ids=str,
 )
 def test_stem_features_are_local(sizes):
-    """A changed pixel changes only one cell of each stem map: the one around it."""
+    """A changed pixel changes only the cell that contains it, in each stem map."""
     model = mini(**sizes)
     shape = (1, *model.config.image_shape)
     images = np.asarray(random_array(shape))

@@ -31,19 +31,20 @@ def test_stem_processes_units_independently():
     def run(model, images):
         return model.encoder(images), model.encoder(images, ids_keep=ids_keep)
 
-    full, kept = jit_model(model, run)(images)
+    all_outputs, kept_outputs = jit_model(model, run)(images)
     for stage in range(2):
-        cells = (16, 4)[stage]
-        all_cells = np.asarray(full[stage]).reshape(3, 16, cells, -1)
-        kept_cells = np.asarray(kept[stage]).reshape(3, 5, cells, -1)
+        cells_per_unit = (16, 4)[stage]
+        all_cells = np.asarray(all_outputs[stage]).reshape(3, 16, cells_per_unit, -1)
+        kept_cells = np.asarray(kept_outputs[stage]).reshape(3, 5, cells_per_unit, -1)
         expected = np.take_along_axis(
             all_cells, np.asarray(ids_keep)[:, :, None, None], 1
         )
         assert_allclose(kept_cells, expected, atol=5e-6, rtol=0)
-    assert kept[2].shape == (3, 5, 64)
+    assert kept_outputs[2].shape == (3, 5, 64)
     # Units interact in the main stage.
-    main = np.take_along_axis(np.asarray(full[2]), np.asarray(ids_keep)[..., None], 1)
-    assert np.abs(main - kept[2]).max() > 0.1
+    tokens = np.asarray(all_outputs[2])
+    tokens = np.take_along_axis(tokens, np.asarray(ids_keep)[..., None], 1)
+    assert np.abs(tokens - kept_outputs[2]).max() > 0.1
 
 
 @pytest.mark.slow
@@ -54,9 +55,9 @@ def test_tokens_have_the_order_of_ids_keep(relative_position):
     images, order = random_array((2, 64, 64, 3)), random_units(2, 16, 16)
 
     def run(model, images):
-        full = model.encoder(images)[-1]
+        tokens = model.encoder(images)[-1]
         reordered = model.encoder(images, ids_keep=order)[-1]
-        return reordered, jnp.take_along_axis(full, order[..., None], 1)
+        return reordered, jnp.take_along_axis(tokens, order[..., None], 1)
 
     assert_allclose(*jit_model(model, run)(images), atol=2e-5)
 

@@ -109,17 +109,19 @@ def test_sincos_table_follows_the_formula(grid, dim):
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4), (5, 1)])
 def test_relative_position_index_follows_the_formula(grid):
-    units = grid[0] * grid[1]
-    expected = np.zeros((units, units), int)
-    for query in range(units):
-        for key in range(units):
-            rows = query // grid[1] - key // grid[1] + grid[0] - 1
-            columns = query % grid[1] - key % grid[1] + grid[1] - 1
-            expected[query, key] = rows * (2 * grid[1] - 1) + columns
-    index = positions.relative_position_index(jnp.arange(units), grid)
+    num_units = grid[0] * grid[1]
+    expected = np.zeros((num_units, num_units), int)
+    for query in range(num_units):
+        for key in range(num_units):
+            row_distance = query // grid[1] - key // grid[1] + grid[0] - 1
+            column_distance = query % grid[1] - key % grid[1] + grid[1] - 1
+            expected[query, key] = row_distance * (2 * grid[1] - 1) + column_distance
+    index = positions.relative_position_index(jnp.arange(num_units), grid)
     assert_array_equal(index, expected)
     assert expected.max() == (2 * grid[0] - 1) * (2 * grid[1] - 1) - 1
-    ids = np.stack([np.random.RandomState(s).permutation(units)[:3] for s in range(4)])
+    ids = np.stack(
+        [np.random.RandomState(s).permutation(num_units)[:3] for s in range(4)]
+    )
     gathered = positions.relative_position_index(jnp.asarray(ids), grid)
     for sample in range(4):
         kept = expected[np.ix_(ids[sample], ids[sample])]
@@ -133,13 +135,14 @@ def test_relative_position_bias_equals_indexing_of_the_table(grid):
 
     The cotangent consists of integers, so that sums are exact in any order.
     """
-    units, rows = grid[0] * grid[1], (2 * grid[0] - 1) * (2 * grid[1] - 1)
-    index = positions.relative_position_index(jnp.arange(units), grid)
-    table = random_array((rows, 2), "table")
+    num_units, num_rows = grid[0] * grid[1], (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    index = positions.relative_position_index(jnp.arange(num_units), grid)
+    table = random_array((num_rows, 2), "table")
     bias, backward = jax.vjp(lambda x: positions.relative_position_bias(x, grid), table)
     assert_array_equal(bias, np.moveaxis(np.asarray(table)[index], -1, 0))
-    cotangent = np.arange(2.0 * units**2, dtype=np.float32).reshape(2, units, units)
-    expected = np.zeros((rows, 2), np.float32)
+    cotangent = np.arange(2.0 * num_units**2, dtype=np.float32)
+    cotangent = cotangent.reshape(2, num_units, num_units)
+    expected = np.zeros((num_rows, 2), np.float32)
     np.add.at(expected, np.asarray(index), np.moveaxis(cotangent, 0, -1))
     assert_array_equal(backward(cotangent)[0], expected)
 

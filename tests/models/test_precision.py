@@ -19,7 +19,7 @@ def test_masked_autoencoder_in_bfloat16_is_close_to_float32():
     """Activations are bfloat16; losses, parameters and gradients are float32.
 
     Outputs are of order 1. Measured errors: loss 1e-4; prediction at most 0.054, 0.005
-    on average; gradients 2.5 %. The limits are two to three times as large.
+    on average; gradients 2.5 %. The limits are about two or three times as large.
     """
     loss32, out32, gradients32, _ = run_small_mae("float32")
     loss, out, gradients, params = run_small_mae("bfloat16")
@@ -81,19 +81,21 @@ def equations(jaxpr):
 def test_softmax_norms_and_gelu_are_computed_in_float32(name):
     """Matrix products have bfloat16 operands, except in the head.
 
-    A softmax computes one exp, a LayerNorm one rsqrt, and a GELU one of each.
+    A softmax computes one exp, a LayerNorm one rsqrt. The bfloat16 GELU of this package
+    computes one of each.
     """
     model = mini(name, dtype="bfloat16")
     images, arguments = random_array((2, 64, 64, 3)), {}
-    attentions, gelus, product_dtypes = 2, 2 + 2 + 2, []
-    # Patch embedding, two stages of the stem, two merges, two main blocks.
-    norms = 1 + 2 + 2 + 2 + 2 * 2
+    num_softmaxes, num_gelus, product_dtypes = 2, 2 + 2 + 2, []
+    # Patch embedding 1, two stem stages of 2 each, two merges of 1, two blocks of 2.
+    num_norms = 1 + 2 + 2 + 2 + 2 * 2
     if name.startswith("mae_"):
         arguments = dict(noise=jnp.asarray(reference.noise("x", 2, 16)))
         # One decoder block; norms of the latent, the block and the decoder's output.
-        attentions, norms, gelus = attentions + 1, norms + 1 + 2 + 1, gelus + 1
+        num_softmaxes, num_gelus = num_softmaxes + 1, num_gelus + 1
+        num_norms += 1 + 2 + 1
     else:
-        norms += 1  # fc_norm
+        num_norms += 1  # fc_norm
     jaxpr = jax.make_jaxpr(lambda images: model(images, **arguments))(images)
     dtypes_of = {"exp": [], "rsqrt": []}
     for equation in equations(jaxpr.jaxpr):
@@ -103,8 +105,8 @@ def test_softmax_norms_and_gelu_are_computed_in_float32(name):
             dtypes_of[kind] += dtypes
         if kind == "dot_general":
             product_dtypes.append(dtypes)
-    assert dtypes_of["exp"] == [jnp.dtype("float32")] * (attentions + gelus)
-    assert dtypes_of["rsqrt"] == [jnp.dtype("float32")] * (norms + gelus)
+    assert dtypes_of["exp"] == [jnp.dtype("float32")] * (num_softmaxes + num_gelus)
+    assert dtypes_of["rsqrt"] == [jnp.dtype("float32")] * (num_norms + num_gelus)
     are_bfloat16 = [dtypes == {jnp.dtype("bfloat16")} for dtypes in product_dtypes]
     # Patch embedding, stem MLPs, merges, and main blocks with six products each.
     encoder_products = 1 + 2 * 4 + 2 + 6 * 2

@@ -24,35 +24,43 @@ def number_map(grid, channels=1):
 GRIDS = [((14, 14), (24, 24)), ((14, 14), (7, 7)), ((3, 5), (4, 7)), ((4, 3), (9, 2))]
 
 
-@pytest.mark.parametrize(("grid", "new"), [*GRIDS, ((5, 2), (1, 1)), ((1, 2), (3, 2))])
-def test_grid_table_is_resized_bicubically(grid, new):
+@pytest.mark.parametrize(
+    ("grid", "new_grid"), [*GRIDS, ((5, 2), (1, 1)), ((1, 2), (3, 2))]
+)
+def test_grid_table_is_resized_bicubically(grid, new_grid):
     maps = number_map(grid, 3)
-    table = resize.resize_grid_table(maps.reshape(-1, 3), grid, new)
-    assert table.shape == (new[0] * new[1], 3)
-    assert_allclose(table.reshape(*new, 3), torch_bicubic(maps, new), atol=1e-13)
-    table32 = resize.resize_grid_table(np.float32(maps).reshape(-1, 3), grid, new)
+    table = resize.resize_grid_table(maps.reshape(-1, 3), grid, new_grid)
+    assert table.shape == (new_grid[0] * new_grid[1], 3)
+    assert_allclose(
+        table.reshape(*new_grid, 3), torch_bicubic(maps, new_grid), atol=1e-13
+    )
+    table32 = resize.resize_grid_table(np.float32(maps).reshape(-1, 3), grid, new_grid)
     assert table32.dtype == np.float32
     assert_allclose(table32, table, atol=2e-7)
 
 
-@pytest.mark.parametrize(("grid", "new"), [*GRIDS, ((27, 27), (47, 47))])
-def test_tables_equal_those_resized_by_torch(grid, new):
+@pytest.mark.parametrize(("grid", "new_grid"), [*GRIDS, ((27, 27), (47, 47))])
+def test_tables_equal_those_resized_by_torch(grid, new_grid):
     with np.load(reference.GOLDEN / "bicubic.npz") as arrays:
-        expected = arrays["{}x{}_{}x{}".format(*grid, *new)].reshape(-1, 1)
+        expected = arrays["{}x{}_{}x{}".format(*grid, *new_grid)].reshape(-1, 1)
     table = number_map(grid).reshape(-1, 1)
-    assert_allclose(resize.resize_grid_table(table, grid, new), expected, atol=5e-8)
+    assert_allclose(
+        resize.resize_grid_table(table, grid, new_grid), expected, atol=5e-8
+    )
     if grid == (27, 27):  # relative tables of 14x14 units have 27x27 rows
         table = resize.resize_relative_table(table, (14, 14), (24, 24))
         assert_allclose(table, expected, atol=5e-8)
 
 
-@pytest.mark.parametrize(("grid", "new"), [((4, 4), (6, 6)), ((2, 5), (3, 2))])
-def test_relative_table_is_resized_as_a_map_of_differences(grid, new):
-    table_sizes = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new)]
+@pytest.mark.parametrize(("grid", "new_grid"), [((4, 4), (6, 6)), ((2, 5), (3, 2))])
+def test_relative_table_is_resized_as_a_map_of_differences(grid, new_grid):
+    table_sizes = [
+        (2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new_grid)
+    ]
     table = number_map(table_sizes[0], 2).reshape(-1, 2)
-    resized = resize.resize_relative_table(table, grid, new)
+    resized = resize.resize_relative_table(table, grid, new_grid)
     assert_array_equal(resized, resize.resize_grid_table(table, *table_sizes))
-    assert len(resized) == (2 * new[0] - 1) * (2 * new[1] - 1)
+    assert len(resized) == (2 * new_grid[0] - 1) * (2 * new_grid[1] - 1)
 
 
 def test_resized_constants_stay_constant():
@@ -64,16 +72,18 @@ def test_resized_constants_stay_constant():
 # PyTorch's cubic filter (a = -0.75) reproduces a ramp at samples and halfway between
 # two samples. Elsewhere the result deviates by up to 4.9 % of a step on each axis. With
 # a = -0.5, no result would deviate.
-@pytest.mark.parametrize(("new", "deviation"), [((4, 6), 0), ((16, 18), 0.049)])
-def test_resized_ramps_stay_ramps_inside(new, deviation):
+@pytest.mark.parametrize(("new_grid", "deviation"), [((4, 6), 0), ((16, 18), 0.049)])
+def test_resized_ramps_stay_ramps_inside(new_grid, deviation):
     def ramp(grid):
         axes = [(np.arange(n) + 0.5) / n for n in grid]
         return 24 * axes[0][:, None] - 24 * axes[1] + 1  # steps of 3 and 2 in 8x12
 
     table = ramp((8, 12)).reshape(-1, 1)
-    resized = resize.resize_grid_table(table, (8, 12), new).reshape(new)
-    inner = tuple(slice(n // 4, n - n // 4) for n in new)
-    assert_allclose(resized[inner], ramp(new)[inner], atol=deviation * (3 + 2) + 1e-13)
+    resized = resize.resize_grid_table(table, (8, 12), new_grid).reshape(new_grid)
+    inner = tuple(slice(n // 4, n - n // 4) for n in new_grid)
+    assert_allclose(
+        resized[inner], ramp(new_grid)[inner], atol=deviation * (3 + 2) + 1e-13
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
@@ -92,15 +102,16 @@ def test_resizing_to_an_equal_size_keeps_every_byte(dtype):
     assert resize.resize_channels(kernel, 3, 1).dtype == dtype
 
 
-@pytest.mark.parametrize("new", [2, 5, 8])
-def test_patch_kernel_is_resized_per_channel_and_output(new):
+@pytest.mark.parametrize("new_side", [2, 5, 8])
+def test_patch_kernel_is_resized_per_channel_and_output(new_side):
     """The weights of each channel and output are resized as an image of their own."""
     kernel = number_map((4 * 4 * 3, 5))[..., 0]
-    resized = resize.resize_patch_kernel(kernel, 4, new)
-    assert resized.shape == (new * new * 3, 5)
-    pixels, actual = kernel.reshape(4, 4, 3, 5), resized.reshape(new, new, 3, 5)
+    resized = resize.resize_patch_kernel(kernel, 4, new_side)
+    assert resized.shape == (new_side * new_side * 3, 5)
+    pixels = kernel.reshape(4, 4, 3, 5)
+    actual = resized.reshape(new_side, new_side, 3, 5)
     for channel in range(3):
-        expected = torch_bicubic(pixels[:, :, channel], (new, new))
+        expected = torch_bicubic(pixels[:, :, channel], (new_side, new_side))
         assert_allclose(actual[:, :, channel], expected, atol=1e-13)
 
 
@@ -127,19 +138,22 @@ def test_columns_of_the_channel_matrix_sum_to_1():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("old", [1, 3])
-def test_gray_images_give_equal_logits_with_any_channels(old):
-    model, gray = mini(in_channels=old, image_size=32), random_array((2, 32, 32, 1))
+@pytest.mark.parametrize("old_channels", [1, 3])
+def test_gray_images_give_equal_logits_with_any_channels(old_channels):
+    model = mini(in_channels=old_channels, image_size=32)
+    gray = random_array((2, 32, 32, 1))
     _, params = split(model)
     kernel = params["encoder"]["patch_embed"]["proj"]["kernel"]
 
     def logits(model, channels):
         return jit_model(model, lambda m, x: m(x))(jnp.tile(gray, channels))
 
-    expected = logits(model, old)
-    for new in {1: (3, 4), 3: (1, 2, 6)}[old]:
-        graphdef, _ = split(mini(in_channels=new, image_size=32))
-        resized = resize.resize_channels(kernel, old, new)
-        assert resized.shape == (16 * new, 16)
+    expected = logits(model, old_channels)
+    for new_channels in {1: (3, 4), 3: (1, 2, 6)}[old_channels]:
+        graphdef, _ = split(mini(in_channels=new_channels, image_size=32))
+        resized = resize.resize_channels(kernel, old_channels, new_channels)
+        assert resized.shape == (16 * new_channels, 16)
         params["encoder"]["patch_embed"]["proj"]["kernel"] = jnp.asarray(resized)
-        assert_allclose(logits(nnx.merge(graphdef, params), new), expected, atol=1e-5)
+        assert_allclose(
+            logits(nnx.merge(graphdef, params), new_channels), expected, atol=1e-5
+        )

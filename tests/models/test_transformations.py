@@ -22,8 +22,8 @@ DECODER = dict(decoder_embed_dim=16, decoder_num_heads=1)
 IMAGES, NOISE = random_array((4, 32, 32, 3)), random_array((4, 4), "noise")
 
 
-def loss(graphdef, state, images, noise):
-    """Return the loss of each image."""
+def image_losses(graphdef, state, images, noise):
+    """Return one loss per image."""
     model = nnx.merge(graphdef, state)
     if hasattr(model, "image_loss"):
         return model.image_loss(images, noise=noise)
@@ -51,13 +51,12 @@ def test_manual_and_explicit_meshes_change_no_value(name):
     """Loss and gradient equal those without a mesh.
 
     The first mesh is manual, inside a `shard_map` that checks varying types. The second
-    mesh has Explicit axes, the default of `make_mesh`, and sharded images. On both
-    meshes, the models use plain operations in place of fused kernels.
+    mesh has Explicit axes, the default of `make_mesh`, which shard the images.
     """
     graphdef, state = split_mini(name)
 
     def mean_loss(state, images, noise):
-        return loss(graphdef, state, images, noise).mean()
+        return image_losses(graphdef, state, images, noise).mean()
 
     gradient = jax.value_and_grad(mean_loss)
     expected = fast_jit(gradient)(state, IMAGES, NOISE)
@@ -149,7 +148,7 @@ def test_forward_mode_agrees_with_reverse_mode(overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_derivatives_of_layer_norm_equal_plain_jax(dtype):
-    """First and second derivatives agree with plain JAX in both modes."""
+    """First derivatives in both modes, and second derivatives, agree with plain JAX."""
     x, scale, bias = (
         random_array((3, 8)).astype(dtype),
         random_array((8,), "s"),
@@ -197,7 +196,7 @@ def test_merge_and_patch_embedding_save_only_parameters_and_their_input():
     rngs = nnx.Rngs(0)
     merge = PatchMerge(8, eps=1e-6, dtype=jnp.float32, rngs=rngs)
     embed = PatchEmbed(12, 8, eps=1e-6, dtype=jnp.float32, rngs=rngs)
-    for module, x, saved, kernel in (
+    for module, x, input_shape, kernel_shape in (
         (merge, jnp.ones((64, 8)), (16, 32), (32, 16)),
         (embed, jnp.ones((64, 12)), (64, 12), (12, 8)),
     ):
@@ -205,7 +204,7 @@ def test_merge_and_patch_embedding_save_only_parameters_and_their_input():
         run = partial(lambda graphdef, p, x: nnx.merge(graphdef, p)(x), graphdef)
         _, backward = jax.vjp(run, params, x)
         shapes = [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.ndim > 1]
-        assert sorted(shapes) == sorted([saved, kernel])
+        assert sorted(shapes) == sorted([input_shape, kernel_shape])
 
 
 def test_forward_mode_of_fused_kernels_is_refused():
@@ -233,7 +232,7 @@ def test_models_need_no_implicit_rank_promotion(name, overrides):
     graphdef, state = split_mini(name, **overrides)
     with jax.numpy_rank_promotion("raise"):
         jax.eval_shape(
-            jax.grad(lambda s: loss(graphdef, s, IMAGES, NOISE).mean()), state
+            jax.grad(lambda s: image_losses(graphdef, s, IMAGES, NOISE).mean()), state
         )
 
 
@@ -278,11 +277,11 @@ def test_nnx_optimizer_trains_only_parameters(name, overrides, optimizer):
         ("hivit_base", nnx.BatchStat, dict(running_norm=True)),
     ],
 )
-def test_gradients_of_fixed_variables_are_0(name, kind, overrides):
+def test_gradients_of_untrained_variables_are_0(name, kind, overrides):
     graphdef, state = split_mini(name, **overrides)
-    gradient = fast_jit(jax.grad(lambda s: loss(graphdef, s, IMAGES, NOISE).sum()))(
-        state
-    )
+    gradient = fast_jit(
+        jax.grad(lambda s: image_losses(graphdef, s, IMAGES, NOISE).sum())
+    )(state)
     gradients = jax.tree.leaves(nnx.split(nnx.merge(graphdef, gradient), kind, ...)[1])
     assert gradients
     assert not any(np.asarray(x).any() for x in gradients)

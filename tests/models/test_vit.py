@@ -95,8 +95,8 @@ def test_invalid_vit_arguments_are_refused(overrides, message):
 def test_initial_weights_have_the_official_bounds():
     """The largest weight of a matrix is close to Xavier's bound.
 
-    For the bound, q, k and v are one matrix. The first row of the position table, which
-    is added to the class token, is 0.
+    In this bound, q, k and v count as one matrix. The first row of the position table,
+    which is added to the class token, is 0.
     """
     decoder = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     sizes = MINI | decoder
@@ -107,7 +107,7 @@ def test_initial_weights_have_the_official_bounds():
         f"{block}/attn/qkv/kernel": (6 / (4 * 64)) ** 0.5,
         f"{block}/mlp/fc1/kernel": (6 / (5 * 64)) ** 0.5,
         "encoder/patch_embed/proj/kernel": (6 / (64 + 768)) ** 0.5,
-        "encoder/patch_embed/proj/bias": 768**-0.5,
+        "encoder/patch_embed/proj/bias": 768**-0.5,  # PyTorch's default
         "decoder_pred/kernel": (6 / (32 + 768)) ** 0.5,
     }.items():
         largest = np.abs(params[name]).max()

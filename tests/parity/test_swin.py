@@ -32,7 +32,7 @@ def run_classifier(fixture, state=None):
 
 
 def check_tokens(model, images, arrays, atol):
-    """Compare the tokens after each merge and after each block in the golden data."""
+    """Compare the tokens after the norm, each merge, and each block in `arrays`."""
     layers, compared_blocks = iter(model.layers(images)), 0
     for stage, blocks in enumerate(model.encoder.stages):
         for block in range(len(blocks)):
@@ -106,10 +106,10 @@ def test_mini_simmim_reproduces_official_outputs_and_gradients():
     pixels, _ = model.to_images(out, zeros, ones)
     assert_close(pixels, arrays["rec"], 2e-5)
     assert_close(out.latent, arrays["norm"], 2e-5)
-    cells = out.mask.reshape(2, 4, 4).repeat(4, 1).repeat(4, 2)
-    np.testing.assert_array_equal(cells, arrays["mask"])
+    token_mask = out.mask.reshape(2, 4, 4).repeat(4, 1).repeat(4, 2)
+    np.testing.assert_array_equal(token_mask, arrays["mask"])
     images, _ = simmim_inputs("simmim_mini")
-    tokens = model.encoder._embed(images, cells.reshape(2, -1))
+    tokens = model.encoder._embed(images, token_mask.reshape(2, -1))
     assert_close(tokens, arrays["tokens_in"], 2e-5)
     swin.check_gradients("simmim_mini", gradients, 3e-6, 2e-4)
 
@@ -119,8 +119,8 @@ def test_masks_equal_the_official_ones(case):
     """The cells with the lowest noise are masked; their number is rounded up."""
     facts = FIXTURES["simmim_masks"]["cases"][case]
     size, cell, patch, ratio = map(float, case.split("_"))
-    cells, side = facts["cells"], int(size // cell)
-    masked_count = cells - simmim_visible_units(cells, ratio)
+    num_cells, side = facts["cells"], int(size // cell)
+    masked_count = num_cells - simmim_visible_units(num_cells, ratio)
     assert masked_count == facts["count"]
     noise = jnp.asarray(swin.noise(*facts["noise"]))
     mask = 1 - random_masking(noise, masked_count)[2].reshape(-1, side, side)
@@ -130,14 +130,14 @@ def test_masks_equal_the_official_ones(case):
 
 @pytest.mark.parametrize("case", ["6_to_7", "7_to_12", "12_to_14", "6_to_12", "7_to_6"])
 def test_resized_relative_tables_equal_the_official_ones(case):
-    old, new = map(int, case.split("_to_"))
+    side, new_side = map(int, case.split("_to_"))
     arrays = golden("swin_table_resize")
     heads = arrays[f"geometric_{case}"].shape[1]
-    name = f"resize{old}_{new}.relative_position_bias_table"
-    table = swin.weight(name, ((2 * old - 1) ** 2, heads))
-    geometric = resize.resize_table_geometrically(table, old, new)
+    name = f"resize{side}_{new_side}.relative_position_bias_table"
+    table = swin.weight(name, ((2 * side - 1) ** 2, heads))
+    geometric = resize.resize_table_geometrically(table, side, new_side)
     assert_close(geometric, arrays[f"geometric_{case}"], 1e-5)
-    bicubic = resize.resize_relative_table(table, (old, old), (new, new))
+    bicubic = resize.resize_relative_table(table, (side,) * 2, (new_side,) * 2)
     assert_close(bicubic, arrays[f"bicubic_{case}"], 1e-5)
 
 

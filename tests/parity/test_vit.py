@@ -62,7 +62,7 @@ def test_vit_mini_mae_reproduces_official_outputs_and_gradients():
 
 
 @pytest.mark.slow
-def test_mini_mae_of_raw_pixels_reproduces_official_outputs():
+def test_mini_mae_of_raw_pixels_reproduces_official_outputs_and_gradients():
     model, losses, out, gradients = run_mae("mae_vit_mini_pix")
     assert_close(losses, [FIXTURES["mae_vit_mini_pix"]["loss_f64"]] * 2, 1e-6)
     assert_close(out.pred, golden("mae_vit_mini")["pred"], 2e-5)
@@ -121,13 +121,13 @@ def test_every_vit_layer_norm_has_the_official_eps():
     assert_close(out.latent, arrays["mae_latent"], 2e-5)
 
 
-@pytest.mark.parametrize(("old", "new"), [(4, 6), (4, 3), (14, 12), (14, 24)])
-def test_resized_position_tables_equal_the_official_ones(old, new):
-    """The row of the class token is unchanged; the other rows are resized."""
-    source = vit.weight(f"resize{old}.pos_embed", (1, 1 + old * old, 6))[0]
-    expected = golden("vit_pos_resize")[f"pos_{old}_to_{new}"][0]
-    np.testing.assert_array_equal(source[0], expected[0])
-    resized = resize_grid_table(source[1:], (old, old), (new, new))
+@pytest.mark.parametrize(("side", "new_side"), [(4, 6), (4, 3), (14, 12), (14, 24)])
+def test_resized_position_tables_equal_the_official_ones(side, new_side):
+    """The official code resizes all rows except that of the class token."""
+    table = vit.weight(f"resize{side}.pos_embed", (1, 1 + side * side, 6))[0]
+    expected = golden("vit_pos_resize")[f"pos_{side}_to_{new_side}"][0]
+    np.testing.assert_array_equal(table[0], expected[0])
+    resized = resize_grid_table(table[1:], (side, side), (new_side, new_side))
     assert_close(resized, expected[1:], 1e-5)
 
 

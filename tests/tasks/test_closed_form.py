@@ -64,8 +64,9 @@ def test_selected_penalty_has_the_best_held_out_accuracy():
     ]
     penalty, top1 = select_penalty(features, labels, 4)
     assert top1 == max(accuracies) > min(accuracies)
-    larger = closed_form.PENALTIES.index(penalty) + 1  # first larger penalty
-    assert all(accuracy < top1 for accuracy in accuracies[larger:])
+    index = closed_form.PENALTIES.index(penalty)
+    accuracies_of_larger_penalties = accuracies[index + 1 :]
+    assert max(accuracies_of_larger_penalties, default=0) < top1
     penalty, top1 = select_penalty(features[:3], np.arange(3), 4)
     assert penalty == closed_form.DEFAULT_PENALTY
     assert np.isnan(top1)

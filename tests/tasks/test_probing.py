@@ -63,7 +63,7 @@ def features_of(model, pixels):
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def knn_correct(queries, query_labels, keys, key_labels, check=True):
+def count_correct(queries, query_labels, keys, key_labels, check=True):
     """Count correct top-1 and top-5 predictions by the votes of 20 neighbors.
 
     Args:
@@ -87,7 +87,7 @@ def knn_correct(queries, query_labels, keys, key_labels, check=True):
     return [int(count) for count in correct]
 
 
-def readable(files, split):
+def readable_images(files, split):
     """Return pixels and labels of the readable images of a split."""
     is_readable = ~np.isin(np.arange(SPLIT_SIZES[split]), DAMAGED[split])
     return [array[is_readable] for array in files[1][split]]
@@ -124,8 +124,8 @@ def flags_of(root, directory, **more):
 def test_nearest_neighbors_equal_numpy(model, files, monkeypatch, tmp_path, capsys):
     """Unreadable images and padding neither vote nor count."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    train_images, train_labels = readable(files, "train")
-    test_images, test_labels = readable(files, "val")
+    train_images, train_labels = readable_images(files, "train")
+    test_images, test_labels = readable_images(files, "val")
     net, directory = model
     padding = [np.zeros((*SIZE, 3))]
     pixels = np.concatenate([train_images, test_images, padding])
@@ -139,7 +139,7 @@ def test_nearest_neighbors_equal_numpy(model, files, monkeypatch, tmp_path, caps
         flags = flags_of(files[0], directory, data__max_unreadable=0.05)
         assert main([*flags, "--mode=knn"]) == 0
     assert len(beats) == 6 + 4  # batches of 8 images of the two splits
-    top1, top5 = knn_correct(queries, test_labels, keys, train_labels)
+    top1, top5 = count_correct(queries, test_labels, keys, train_labels)
     out = capsys.readouterr().out
     for split, count in zip(("train", "test"), SPLIT_SIZES.values(), strict=True):
         line = f"features of the {split} split  {count}/{count} images  0:00 left\n"
@@ -152,7 +152,9 @@ def test_nearest_neighbors_equal_numpy(model, files, monkeypatch, tmp_path, caps
     for count in (2, 5, 7):
         more_keys = np.concatenate([keys, *[black] * count])
         more_labels = np.concatenate([train_labels, [0] * count])
-        changed = knn_correct(queries, test_labels, more_keys, more_labels, check=False)
+        changed = count_correct(
+            queries, test_labels, more_keys, more_labels, check=False
+        )
         assert changed != [top1, top5]
 
 

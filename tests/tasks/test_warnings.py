@@ -55,7 +55,7 @@ USUAL = ["model.num_classes=9", "batch_size=50", "data.train_examples=0"]
 
 
 def test_usual_settings_give_no_warnings():
-    """Batches may contain all images, and checkpoints may be as rare as the runs."""
+    """A batch may contain all images; a run may save a checkpoint only at its end."""
     limits = ["batch_size=291", "eval_every=499", "checkpoint_every=1000"]
     assert warnings(RECIPE, *USUAL) == []
     assert warnings(RECIPE, *USUAL, *limits) == []
@@ -110,7 +110,7 @@ def test_unusual_setting_gives_one_line(overrides, fragments):
 
 
 def test_trials_of_a_few_steps_give_no_warnings():
-    """A run of 19 steps is a trial."""
+    """A run of 19 steps is a trial, a run of 20 steps is not."""
     usual = [*USUAL, "eval_every=200", "optimizer.warmup_epochs=1"]
     assert warnings(RECIPE, *usual, steps=19) == []
     assert "eval_every=200 exceeds" in "".join(warnings(RECIPE, *usual, steps=20))
@@ -145,17 +145,17 @@ def test_linear_probe_warns_of_small_rates_and_random_encoders():
 
     An encoder has random parameters if init_from is empty.
     """
-    sound = [*USUAL, "batch_size=32"]
+    usual = [*USUAL, "batch_size=32"]
     learning_rate = "optimizer.base_learning_rate=0.1"
-    [line] = warnings("digits_linear", *sound, learning_rate)
+    [line] = warnings("digits_linear", *usual, learning_rate)
     assert "0.1 x batch_size 32 / 256 = 0.0125, is small for LARS in 1,000" in line
     assert "expected at least 1;" in line
     # The shorter the run, the larger the learning rate must be.
     learning_rate = "optimizer.base_learning_rate=10"
-    assert warnings("digits_linear", *sound, learning_rate) == []
+    assert warnings("digits_linear", *usual, learning_rate) == []
     [line] = warnings(
         "digits_linear",
-        *sound,
+        *usual,
         learning_rate,
         "log_every=9",
         "eval_every=9",
@@ -163,9 +163,9 @@ def test_linear_probe_warns_of_small_rates_and_random_encoders():
         steps=100,
     )
     assert "= 1.25, is small for LARS in 100 steps; expected at least 10;" in line
-    [line] = warnings("digits_linear", *sound, "init_from=")
+    [line] = warnings("digits_linear", *usual, "init_from=")
     assert "random parameters" in line
-    assert warnings("digits_linear", *sound) == []
+    assert warnings("digits_linear", *usual) == []
 
 
 def test_describe_prints_warnings_first(monkeypatch):

@@ -57,13 +57,17 @@ def training_setup(fixture, helper):
     """Return model, loss function, parameters, and converter to official names."""
     model, _ = helper.build(fixture)
     graphdef, params, tables = split_params(model)
-    facts = helper.FIXTURES[fixture]["input"]
+    input_facts = helper.FIXTURES[fixture]["input"]
     if helper is swin:
         images = swin.fixture_images(fixture)
     else:
-        images = jnp.asarray(vit.images(*facts["images"]))
-    noise = jnp.asarray(helper.noise(*facts["noise"])) if "noise" in facts else None
-    labels = helper.labels(*facts["labels"]) if "labels" in facts else None
+        images = jnp.asarray(vit.images(*input_facts["images"]))
+    noise = (
+        jnp.asarray(helper.noise(*input_facts["noise"]))
+        if "noise" in input_facts
+        else None
+    )
+    labels = helper.labels(*input_facts["labels"]) if "labels" in input_facts else None
 
     def loss(params):
         model = nnx.merge(graphdef, params, tables)
@@ -137,11 +141,13 @@ def test_schedules_equal_the_official_ones(recipe, title, steps_late):
     The official multistep schedule changes one step after its milestones.
     """
     facts, config = swin.FACTS["lr_schedules"][title], mini_runs.recipe(recipe)
-    steps = facts["iterations_per_epoch"]
+    per_epoch = facts["iterations_per_epoch"]
     epochs = config.total_epochs
     assert epochs == facts["epochs"]
-    total = int(epochs) * steps
-    schedule = make_schedule(config.optimizer, config.batch_size, steps, total)
+    total_steps = int(epochs) * per_epoch
+    schedule = make_schedule(
+        config.optimizer, config.batch_size, per_epoch, total_steps
+    )
     for epoch, rate in facts["lr_first_iteration_of_epoch"].items():
-        step = max(int(epoch) * steps - steps_late, 0)
+        step = max(int(epoch) * per_epoch - steps_late, 0)
         assert float(schedule(step)) == pytest.approx(rate, rel=1e-5), epoch

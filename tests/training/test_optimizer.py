@@ -150,7 +150,7 @@ def test_finetuning_has_the_official_layer_and_weight_decay(size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fact", "name", "drop_path_rate"),
+    ("key", "name", "drop_path_rate"),
     [
         ("supervised_tiny", "hivit_tiny", 0.05),
         ("supervised_small", "hivit_small", 0.3),
@@ -158,9 +158,9 @@ def test_finetuning_has_the_official_layer_and_weight_decay(size):
         ("finetune_base_0.2", "hivit_base", 0.2),
     ],
 )
-def test_drop_path_rates_equal_the_official_ones(fact, name, drop_path_rate):
+def test_drop_path_rates_equal_the_official_ones(key, name, drop_path_rate):
     model = networks.abstract_model(name, drop_path_rate=drop_path_rate)
-    expected = [x for x in golden_facts("drop_path")[fact] if x is not None]
+    expected = [x for x in golden_facts("drop_path")[key] if x is not None]
     np.testing.assert_allclose(model.config.drop_path_rates, expected, rtol=1e-6)
 
 
@@ -181,7 +181,7 @@ def test_clipping_and_layer_decay_equal_optax_and_add_no_state(clip_norm, layer_
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     scales = {"a": layer_decay**2, "b": {"bias": 1.0}}
     scale_layers = optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales))
-    adamw = optax.chain(
+    chain = optax.chain(
         *clip,
         optax.scale_by_adam(*options.betas, eps=1e-8),
         optax.add_decayed_weights(options.weight_decay, {"a": True, "b": False}),
@@ -189,11 +189,11 @@ def test_clipping_and_layer_decay_equal_optax_and_add_no_state(clip_norm, layer_
         optax.scale_by_learning_rate(lambda step: 0.1),
     )
     names = ["0/count", "0/mu/a", "0/mu/b/bias", "0/nu/a", "0/nu/b/bias", "2/count"]
-    states = ours.init(PARAMS), adamw.init(PARAMS)
+    states = ours.init(PARAMS), chain.init(PARAMS)
     assert [*named_leaves(states[0])] == names
     for number in range(3):
         gradient = jax.tree.map(lambda x, n=number: x * n - 1, PARAMS)
         updates, our_state = ours.update(gradient, states[0], PARAMS)
-        expected, expected_state = adamw.update(gradient, states[1], PARAMS)
+        expected, expected_state = chain.update(gradient, states[1], PARAMS)
         states = our_state, expected_state
         jax.tree.map(np.testing.assert_array_equal, updates, expected)

@@ -52,19 +52,19 @@ OPTIMIZERS = {
     "weight decay overflows": optax.chain(
         optax.add_decayed_weights(3e38), optax.scale(-9.0)
     ),
-    "optimizer state": optimizer_with_growing_state(1e38),
-    "moments": optax.scale_by_adam(b1=float("inf")),
+    "optimizer state overflows": optimizer_with_growing_state(1e38),
+    "infinite decay of moments": optax.scale_by_adam(b1=float("inf")),
 }
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_step_with_a_non_finite_new_state_changes_nothing(kind):
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_step_with_a_non_finite_new_state_changes_nothing(case):
     """Loss and gradient are finite; new parameters, EMA or optimizer state are not.
 
     The next step changes nothing either.
     """
-    state, step = make_state_and_step(OPTIMIZERS[kind])
-    if kind == "parameters overflow":
+    state, step = make_state_and_step(OPTIMIZERS[case])
+    if case == "parameters overflow":
         # The update (-3e38) is finite. Only the sum of the update and the parameters
         # (-2e38) overflows.
         kernel = jnp.full_like(state["params"]["kernel"], -2e38)
@@ -96,21 +96,21 @@ def test_step_with_a_non_finite_loss_is_not_counted():
     assert int(state["step"]) == 0
 
 
-@pytest.mark.parametrize("copies", ["data", "replica"])
-def test_each_device_checks_a_slice_of_the_new_state(copies, monkeypatch):
-    """On eight devices, a single parameter that overflows is found on any device.
+@pytest.mark.parametrize("axis", ["data", "replica"])
+def test_each_device_checks_a_slice_of_the_new_state(axis, monkeypatch):
+    """A single element that overflows is found, whichever of eight devices checks it.
 
-    Each device checks two of the 16 rows of the parameter, its EMA and its moments.
+    Each device checks two of the 16 rows of the kernel, its EMA and its moments.
     """
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 16)
     optimizer = optax.chain(optax.scale_by_adam(), optax.scale(3e38))
     initial, step = make_state_and_step(optimizer, features=16)
     batch = make_batch(1e-20, size=8, features=16)
-    sizes = dict.fromkeys(sharding.AXES, 1) | {copies: 8}
+    sizes = dict.fromkeys(sharding.AXES, 1) | {axis: 8}
     with jax.set_mesh(sharding.make_mesh(sizes, batch_size=8)):
         text = step.lower(initial, {}, batch, np.int32(0)).compile().as_text()
         checked = re.findall(r"pred\[(.*?)\]\S* is-finite", text)
-        assert checked.count("2,1") == 4  # parameter, EMA and two moments
+        assert checked.count("2,1") == 4  # kernel, EMA and two moments
         assert "16,1" not in checked
         for row in (None, 0, 7, 15):
             kernel = np.zeros((16, 1), np.float32)

@@ -10,10 +10,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 import hivit_jax
 
 
-def resize_table(table, old, new):
-    """Resize a table [rows * columns, D] from the grid `old` to the grid `new`."""
-    maps = table.reshape(*old, -1).astype(np.float64)
-    return torch_bicubic(maps, new).reshape(new[0] * new[1], -1)
+def resize_table(table, grid, new_grid):
+    """Resize a table [rows * columns, D] from one grid to another."""
+    maps = table.reshape(*grid, -1).astype(np.float64)
+    return torch_bicubic(maps, new_grid).reshape(new_grid[0] * new_grid[1], -1)
 
 
 @pytest.mark.slow
@@ -27,17 +27,17 @@ def test_tables_are_resized_to_another_image_size(size, tmp_path, capsys):
     hivit_jax.save_pretrained(model, tmp_path)
     capsys.readouterr()
     loaded = hivit_jax.load_pretrained(tmp_path, image_size=size)
-    old, new = params_by_name(model), params_by_name(loaded)
+    saved_params, loaded_params = params_by_name(model), params_by_name(loaded)
     grid = size[0] // 16, size[1] // 16
     is_same_grid = grid == (4, 6)
     table_sizes = (7, 11), (2 * grid[0] - 1, 2 * grid[1] - 1)
-    for name, array in new.items():
+    for name, array in loaded_params.items():
         if name.endswith("absolute_pos_embed") and not is_same_grid:
-            expected = resize_table(old[name], (4, 6), grid)
+            expected = resize_table(saved_params[name], (4, 6), grid)
         elif name.endswith("bias_table") and not is_same_grid:
-            expected = resize_table(old[name], *table_sizes)
+            expected = resize_table(saved_params[name], *table_sizes)
         else:
-            assert_array_equal(array, old[name], name)
+            assert_array_equal(array, saved_params[name], name)
             continue
         assert array.dtype == np.float32
         assert_allclose(array, expected, atol=1e-6, err_msg=name)
@@ -66,27 +66,29 @@ def test_tables_of_a_small_image_fit_windows_of_a_larger_image(tmp_path):
     loaded = hivit_jax.load_pretrained(
         tmp_path, image_size=128, window_size=4, global_blocks=(1,), num_classes=7
     )
-    old, new = params_by_name(model), params_by_name(loaded)
+    saved_params, loaded_params = params_by_name(model), params_by_name(loaded)
     name = "encoder/stages/2/{}/attn/relative_position_bias_table"
-    assert_array_equal(new[name.format(0)], old[name.format(0)])
-    assert new[name.format(1)].shape == (15 * 15, 2)
+    assert_array_equal(loaded_params[name.format(0)], saved_params[name.format(0)])
+    assert loaded_params[name.format(1)].shape == (15 * 15, 2)
     # With another number of classes, only the head is new.
-    assert new["head/kernel"].shape == (64, 7)
-    assert new["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
-    assert not new["head/bias"].any()
-    assert_array_equal(new["fc_norm/scale"], old["fc_norm/scale"])
+    assert loaded_params["head/kernel"].shape == (64, 7)
+    assert loaded_params["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
+    assert not loaded_params["head/bias"].any()
+    assert_array_equal(loaded_params["fc_norm/scale"], saved_params["fc_norm/scale"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 4), (1, 3), (2, 5)])
-def test_gray_images_give_equal_logits_with_other_channels(old, new, tmp_path):
-    model = mini("hivit_base", in_channels=old)
+@pytest.mark.parametrize(("channels", "new_channels"), [(3, 1), (3, 4), (1, 3), (2, 5)])
+def test_gray_images_give_equal_logits_with_other_channels(
+    channels, new_channels, tmp_path
+):
+    model = mini("hivit_base", in_channels=channels)
     hivit_jax.save_pretrained(model, tmp_path)
-    loaded = hivit_jax.load_pretrained(tmp_path, in_channels=new)
+    loaded = hivit_jax.load_pretrained(tmp_path, in_channels=new_channels)
     gray = random_array((2, 64, 64, 1))
     logits = [
-        jit_model(network, lambda m, x: m(x))(jnp.repeat(gray, channels, -1))
-        for network, channels in ((model, old), (loaded, new))
+        jit_model(network, lambda m, x: m(x))(jnp.repeat(gray, count, -1))
+        for network, count in ((model, channels), (loaded, new_channels))
     ]
     assert_allclose(logits[0], logits[1], atol=1e-5)
 
@@ -105,15 +107,15 @@ def test_classifier_loads_a_pretrained_encoder(tmp_path, capsys):
     model = mini("mae_hivit_base")
     hivit_jax.save_pretrained(model, tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, name="hivit_base", num_classes=7)
-    old, new = params_by_name(model), params_by_name(loaded)
-    for name, array in new.items():
+    saved_params, loaded_params = params_by_name(model), params_by_name(loaded)
+    for name, array in loaded_params.items():
         if name.endswith("relative_position_bias_table"):
             assert not array.any()
         elif name.startswith("encoder/"):
-            assert_array_equal(array, old[name])
-    assert new["head/kernel"].shape == (64, 7)
-    assert new["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
-    assert (new["fc_norm/scale"] == 1).all()
+            assert_array_equal(array, saved_params[name])
+    assert loaded_params["head/kernel"].shape == (64, 7)
+    assert loaded_params["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
+    assert (loaded_params["fc_norm/scale"] == 1).all()
     out = capsys.readouterr().out
     assert "encoder/stages 2 (relative position tables)\n" in out
     for outcome in ("matched", "unused", "zero_init", "newly_initialized"):

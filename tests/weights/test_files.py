@@ -1,6 +1,7 @@
-"""Tests of damaged, malicious and foreign weight files.
+"""Tests of weight files.
 
-Each file raises a clear error, and no code from a file is run.
+Damaged and foreign files raise a clear error, and reading never runs code from a file.
+Valid files of every format and dtype are read.
 """
 
 import argparse
@@ -124,7 +125,7 @@ SAFETENSORS = {
         to_bytes(ODD_STAGE),
         "not a HiViT: .* expected an even number",
     ),
-    "units that are not square": (
+    "a grid that is not square": (
         to_bytes(NOT_SQUARE),
         "grid of 3 units is not square",
     ),
@@ -226,10 +227,10 @@ OTHER_KINDS = {
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "pth.tar"])
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_error_names_the_kind_of_another_file(kind, suffix, tmp_path):
-    """The suffix has no effect unless the kind is unknown.
+    """The suffix matters only for a file of an unknown kind.
 
-    The error then contains the first bytes. With the suffix safetensors, the error
-    states instead that the file is damaged.
+    With the suffix safetensors, the error then states that the file is damaged. With
+    the others, it contains the first bytes.
     """
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(OTHER_KINDS[kind])
@@ -302,7 +303,7 @@ class Planted:
         return self.reduced
 
 
-def malicious_cases(marker):
+def malicious_and_foreign_cases(marker):
     """Return {case: (saved object, expected message)}."""
     tensor = torch_files.tensor(np.zeros(3, np.float32))
     code = f"open({str(marker)!r}, 'w').write('x')"
@@ -314,7 +315,7 @@ def malicious_cases(marker):
         "eval": ({"model": Planted(eval, code)}, r"'model': __builtin__\.eval"),
         "exec": ({"model": {"a": Planted(exec, code)}}, no_tensors),
         "a function": ({"model": {"a": os.listdir}}, no_tensors),
-        "a namespace with a class": (
+        "a namespace that calls eval": (
             {
                 "model": {"a": tensor},
                 "args": argparse.Namespace(x=Planted(eval, code)),
@@ -350,10 +351,10 @@ def malicious_cases(marker):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", malicious_cases(""))
+@pytest.mark.parametrize("case", malicious_and_foreign_cases(""))
 def test_malicious_and_foreign_pytorch_files_are_refused(case, tmp_path, capsys):
     marker, path = tmp_path / "marker", tmp_path / "x.pth"
-    content, message = malicious_cases(marker)[case]
+    content, message = malicious_and_foreign_cases(marker)[case]
     for legacy in (False, True):
         check_refused(torch_files.save(content, path, legacy), message, capsys)
     assert not marker.exists()
@@ -363,42 +364,43 @@ def test_planted_code_runs_in_pickle(tmp_path):
     """The malicious files of these tests are effective: `pickle.loads` runs them."""
     marker = tmp_path / "marker"
     for case in ("os.system", "eval", "exec"):
-        pickle.loads(pickle.dumps(malicious_cases(marker)[case][0]))
+        content, _ = malicious_and_foreign_cases(marker)[case]
+        pickle.loads(pickle.dumps(content))
         assert marker.exists()
         marker.unlink()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize(
     "dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 )
-def test_narrower_numbers_are_widened(dtype, kind, tmp_path):
+def test_narrower_numbers_are_widened(dtype, suffix, tmp_path):
     """Narrower floats are widened to float32 and keep their values.
 
-    Other dtypes are refused; see the case "integers" above.
+    Other dtypes are refused, as in the cases "integers" and "double precision" above.
     """
-    narrow = {n: a.astype(dtype) for n, a in STATE.items()}
-    path = tmp_path / f"x.{kind}"
-    if kind == "pth":
-        torch_files.save(torch_files.with_tensors(narrow), path)
+    state = {n: a.astype(dtype) for n, a in STATE.items()}
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "pth":
+        torch_files.save(torch_files.with_tensors(state), path)
     else:
         codes = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
-        path.write_bytes(to_bytes(narrow, codes.get(dtype, "F8_E5M2")))
+        path.write_bytes(to_bytes(state, codes.get(dtype, "F8_E5M2")))
     params = read(path, **state_files.NOT_IN_STATE_DICT).params
-    expected = narrow["mask_token"].astype(np.float32).reshape(-1)
+    expected = state["mask_token"].astype(np.float32).reshape(-1)
     np.testing.assert_array_equal(params["mask_token"], expected)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_umask_determines_the_modes_of_files(mask, tmp_path):
     """A file of weights gets the same mode as any other file."""
-    old = os.umask(mask)
+    old_mask = os.umask(mask)
     try:
         files.write(tmp_path / "x.safetensors", STATE, "{}")
         (tmp_path / "other").write_text("")
     finally:
-        os.umask(old)
+        os.umask(old_mask)
     modes = [stat.S_IMODE(os.stat(path).st_mode) for path in tmp_path.iterdir()]
     assert modes == [0o666 & ~mask] * 2
 
@@ -407,7 +409,8 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "x.safetensors"
     files.write(path, STATE, "{}")
     before = path.read_bytes()
-    (tmp_path / "x.safetensors.incomplete").mkdir()  # an OSError, as from a full disk
+    # Makes the next write raise an OSError, as a full disk would.
+    (tmp_path / "x.safetensors.incomplete").mkdir()
     with pytest.raises(ConfigError, match="x.safetensors cannot be written: "):
         files.write(path, {"a": STATE["mask_token"]}, "{}")
     assert path.read_bytes() == before
@@ -415,7 +418,7 @@ def test_failed_write_keeps_the_old_file(tmp_path):
         files.write(tmp_path / "nowhere/x.safetensors", STATE, "{}")
 
 
-def test_directory_with_an_invalid_config_is_refused(tmp_path, capsys):
+def test_invalid_configs_and_absent_paths_are_refused(tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(VALID)
     for text in ("{", "[]", '{"arguments": 3}', '{"arguments": {}}'):
         (tmp_path / "config.json").write_text(text)

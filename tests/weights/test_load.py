@@ -46,8 +46,8 @@ OUR_NAMES = {
 }
 
 
-# MERGED[s] lists the row-major indices of a unit's cells in stage s, in the order in
-# which the merges concatenate the cells. A unit has 4x4, 2x2 and 1 cells.
+# In stage s, a unit has 4x4, 2x2 or 1 cells, numbered row by row. MERGED[s] lists their
+# numbers in the order in which the merges concatenate them.
 MERGED = [0, 4, 1, 5, 8, 12, 9, 13, 2, 6, 3, 7, 10, 14, 11, 15], [0, 2, 1, 3], [0]
 
 
@@ -95,8 +95,8 @@ def convert_state(state, width=16):
 def test_files_written_by_pytorch_load_exactly(kind):
     """The files are part of the golden data; PyTorch wrote them."""
     _, content = CONTENTS_BY_FORMAT[kind]
-    hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
-    loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
+    overrides = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
+    loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **overrides)
     state = content.get("model_ema") or content.get("model") or content["state_dict"]
     mini_runs.assert_identical(params_by_name(loaded), convert_state(state))
     assert loaded.config.num_heads == 1
@@ -117,8 +117,8 @@ def test_state_dicts_in_safetensors_load_exactly(kind, tmp_path):
     _, content = CONTENTS_BY_FORMAT[kind]
     state = content.get("model") or content["state_dict"]
     path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
-    hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
-    loaded = hivit_jax.load_pretrained(path, **hints)
+    overrides = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
+    loaded = hivit_jax.load_pretrained(path, **overrides)
     mini_runs.assert_identical(params_by_name(loaded), convert_state(state))
     epsilon = loaded.encoder.patch_embed.norm.epsilon
     assert epsilon == (1e-5 if kind == "mmpretrain" else 1e-6)
@@ -165,8 +165,8 @@ def test_official_file_gives_the_official_outputs(fixture, tmp_path):
     path = state_files.save_safetensors(
         tmp_path / "x.safetensors", reference.state_dict(fixture)
     )
-    hints = {} if fixture == "features_mini_rpe" else dict(decoder_num_heads=2)
-    model = hivit_jax.load_pretrained(path, num_heads=2, **hints)
+    overrides = {} if fixture == "features_mini_rpe" else dict(decoder_num_heads=2)
+    model = hivit_jax.load_pretrained(path, num_heads=2, **overrides)
     images = jnp.asarray(reference.images("mini64", 3, 64))
     arrays = reference.golden(fixture)
     if isinstance(model, MaskedAutoencoder):
@@ -186,10 +186,11 @@ def test_official_file_gives_the_official_outputs(fixture, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_name_keeps_custom_sizes():
-    """Loading a model under another name keeps its run options and custom sizes.
+def test_another_name_inherits_values_that_are_not_class_defaults():
+    """A model of another name inherits values that differ from the class defaults.
 
-    Sizes that are defaults of the saved name change to the defaults of the new name.
+    It inherits embed_dim, depths and num_heads only if the two names have the same
+    defaults for all three. Run options are always inherited.
     """
     saved = arguments_of(
         abstract_model("hivit_base_24", image_size=64, dtype="bfloat16")
@@ -227,9 +228,10 @@ def test_shared_model_evaluates_like_its_run(tmp_path, capsys):
     )
     with mini_runs.minimal_output():
         train(mini_runs.mae(total_steps=1, model__image_size="(64,32)"), pretrained)
-        wide = dict(total_steps=1, model__image_size="(32,96)")
+        settings = dict(total_steps=1, model__image_size="(32,96)")
         capsys.readouterr()
-        results = train(mini_runs.classifier(init_from=str(pretrained), **wide), run)
+        config = mini_runs.classifier(init_from=str(pretrained), **settings)
+        results = train(config, run)
         assert "encoder/absolute_pos_embed 1" in capsys.readouterr().out
         convert.convert(run, shared)
         card = (shared / "README.md").read_text()
@@ -240,7 +242,7 @@ def test_shared_model_evaluates_like_its_run(tmp_path, capsys):
             data = mini_runs.classifier().data
             assert (info.mean, info.std) == (data.mean, data.std)
             assert (info.crop, info.image_size) == (data.crop_pct, (32, 96))
-        config = mini_runs.classifier(**wide)
+        config = mini_runs.classifier(**settings)
         assert evaluate_checkpoint(config, "", str(shared)) == results
         config.model.num_classes = 12
         with pytest.raises(ConfigError, match="has no head/bias that fits"):

@@ -1,8 +1,8 @@
 """Tests that a model is found among the other contents of a training program's file.
 
-A file may contain one HiViT, below at most three keys and with one prefix in its names.
-A note names the prefix that was removed. A file with two HiViTs is an error that names
-both, unless one HiViT is an average or has one of the usual keys.
+A HiViT is found below up to three keys. One common prefix and the wrappers of PyTorch
+are removed from its names. A file with two HiViTs is an error that names both, unless
+one HiViT is an average or has one of the usual keys.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ def add_prefix(prefix, state=STATE):
 
 
 def pickled_module(state):
-    """Return a pickled `torch.nn.Module` with the names of a state dict."""
+    """Return an object that is pickled as a module with the names of a state dict."""
     parameters, submodules = {}, {}
     for name, array in state.items():
         first, _, suffix = name.partition(".")

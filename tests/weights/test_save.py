@@ -99,7 +99,7 @@ def test_card_contains_the_divisor_of_pixels(scale, divisor):
     model.info = replace(model.info, scale=scale, multi_label=True)
     card = model_card(model, {}, {})
     assert f"divides by {divisor}, subtracts the mean" in card
-    assert "import jax\n" not in card
+    assert "import jax\n" not in card  # without class names, no sigmoid
 
 
 @pytest.mark.parametrize(

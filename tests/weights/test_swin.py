@@ -190,8 +190,8 @@ def test_transformers_vit_mae_loads_bit_identically(tmp_path):
     named = foreign.transformers_state(state, "vit")
     path = foreign.write_directory(tmp_path / "hf", named, config)
     pretrained = read(path)
-    sizes = dict(num_heads=2, decoder_num_heads=2, norm_pix_loss=False)
-    assert pretrained.arguments.items() >= sizes.items()
+    expected = dict(num_heads=2, decoder_num_heads=2, norm_pix_loss=False)
+    assert pretrained.arguments.items() >= expected.items()
     assert pretrained.arguments["layer_norm_eps"] == 1e-12
     name, config = vit.arguments("mae_vit_mini")
     model = abstract_model(name, **config)

@@ -20,7 +20,7 @@ from torch_files import Global, tensor
 from hivit_jax.errors import CheckpointError
 from hivit_jax.weights.torch_format import StandIn, TorchFile, is_array
 
-FORMATS = pytest.mark.parametrize("legacy", [False, True])
+BOTH_FORMATS = pytest.mark.parametrize("legacy", [False, True])
 NUMBERS = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
 
 
@@ -30,7 +30,7 @@ def read(path, name="a"):
     return file.array(name, file.content[name])
 
 
-@FORMATS
+@BOTH_FORMATS
 @pytest.mark.parametrize(
     "array",
     [
@@ -52,7 +52,7 @@ def test_tensors_of_every_dtype_and_view_are_read(array, legacy, tmp_path):
     np.testing.assert_array_equal(loaded, array)
 
 
-@FORMATS
+@BOTH_FORMATS
 def test_objects_of_unknown_classes_are_read(legacy, tmp_path):
     """Configs and other objects are read, although their classes are not installed."""
     history = Global("mmengine.logging.history_buffer", "HistoryBuffer")
@@ -75,7 +75,7 @@ def test_objects_of_unknown_classes_are_read(legacy, tmp_path):
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("dtype", [">f4", "<i8", "float16", "bool"])
 def test_numpy_arrays_in_a_plain_pickle_are_read(protocol, dtype, tmp_path):
-    """The arrays have any byte order and axis order."""
+    """Byte order and axis order are arbitrary; arrays of objects are refused."""
     array = (np.arange(6).reshape(2, 3) % 2).astype(dtype)
     content = {"a": array, "f": np.asfortranarray(array)}
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol))
@@ -137,7 +137,7 @@ def planted_programs(marker):
     }
 
 
-@FORMATS
+@BOTH_FORMATS
 @pytest.mark.parametrize("case", planted_programs(""))
 def test_no_opcode_runs_a_command(case, legacy, tmp_path):
     path, marker = tmp_path / "x.pth", tmp_path / "marker"
@@ -183,7 +183,7 @@ def test_unsafe_opcodes_are_refused(tmp_path):
         (dict(shape=(4,), strides=(1, 1)), "strides"),
     ],
 )
-@FORMATS
+@BOTH_FORMATS
 def test_tensors_outside_their_storage_are_refused(change, message, legacy, tmp_path):
     change = dict(shape=(2, 12), strides=(12, 1)) | change
     path = torch_files.save(
@@ -212,7 +212,7 @@ def test_conjugated_and_negated_tensors_are_refused(flag, tmp_path):
         read(path)
 
 
-@FORMATS
+@BOTH_FORMATS
 def test_damaged_files_are_refused(legacy, tmp_path):
     """Truncated files are refused, and so are changed numbers in zip archives."""
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth", legacy)
@@ -228,7 +228,7 @@ def test_damaged_files_are_refused(legacy, tmp_path):
             read(path)
 
 
-def test_zip_archives_without_a_state_dict_are_refused(tmp_path):
+def test_unsupported_zip_archives_are_refused(tmp_path):
     """Archives of PyTorch are read even if all checksums are 0."""
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth")
     content = bytearray(path.read_bytes())

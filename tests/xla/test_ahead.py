@@ -33,10 +33,10 @@ def test_batches_have_the_compiled_shapes(source, overrides):
         pytest.importorskip("sklearn")
     config = mini_runs.mae(source, **overrides)
     batch = next(inputs.train_batches(config, 0, 1))
-    [shapes] = batch_shapes(inputs.make_task(config).transform(train=True))
+    [structs] = batch_shapes(inputs.make_task(config).transform(train=True))
     actual = {name: (array.shape, array.dtype) for name, array in batch.items()}
     assert actual == {
-        name: (shape.shape, shape.dtype) for name, shape in shapes.items()
+        name: (struct.shape, struct.dtype) for name, struct in structs.items()
     }
 
 

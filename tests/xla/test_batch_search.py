@@ -38,7 +38,7 @@ def test_search_finds_almost_the_largest_batch(monkeypatch, start_size, limit):
 
 
 def test_search_tries_only_even_microbatches(monkeypatch):
-    """Each device has an even part of a microbatch, because Mixup pairs its images.
+    """A device's share of a microbatch is even, because Mixup pairs its images.
 
     The batch has three microbatches, so the size per device is a multiple of 6.
     """

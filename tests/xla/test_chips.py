@@ -33,11 +33,11 @@ from hivit_jax.xla import chips
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
         ("NVIDIA B200", "b200"),
+        ("cpu", None),
         # The peaks of these devices differ from those of chips with similar names.
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA L40S", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("cpu", None),
     ],
 )
 def test_device_name_determines_the_chip(kind, name):

@@ -40,11 +40,11 @@ def test_programs_are_cached_in_the_workdir(
 def test_first_call_with_each_combination_of_shapes_is_logged(capsys):
     """The two lines contain the start and the duration of the compilation."""
     double = announce(jax.jit(lambda values: 2 * values["x"]), "the doubling")
-    lines = []
+    lines_of_calls = []
     for size in (3, 3, 4, 3):
         assert double({"x": np.ones(size)}).tolist() == [2.0] * size
-        lines.append(capsys.readouterr().out.splitlines())
-    assert [len(lines_of_call) for lines_of_call in lines] == [2, 0, 2, 0]
-    start, end = lines[0]
+        lines_of_calls.append(capsys.readouterr().out.splitlines())
+    assert [len(lines) for lines in lines_of_calls] == [2, 0, 2, 0]
+    start, end = lines_of_calls[0]
     assert start == "compiling the doubling, which may take minutes ..."
     assert re.fullmatch(r"(compiled|read from the cache) in \d+\.\d s", end)

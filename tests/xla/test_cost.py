@@ -77,7 +77,7 @@ def test_all_gather_counts_the_bytes_of_its_result():
     ],
 )
 def test_collective_counts_the_larger_of_operand_and_result(operation, kind, mebibytes):
-    """The operand is the larger array and has 2 MiB."""
+    """The operand has 2 MiB, and the result is not larger."""
     mesh = data_mesh()
     function = jax.shard_map(
         operation,

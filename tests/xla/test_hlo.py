@@ -134,19 +134,19 @@ def test_bytes_of_regions_include_padding_and_copies():
     An operation without a region belongs to its consumer, a copy out of VMEM to its
     producer.
     """
-    row = 2 * 64 * 512  # bytes of one row of all 64 images
+    row_bytes = 2 * 64 * 512  # of one row of all 64 images
     assert cost.bytes_by_region(REGIONS) == {
         # %in and %out are copies of 56 rows; %made reads a slice of %b.
-        "main mlp": 56 * row + 4 * 8 * 128 + 56 * row,
+        "main mlp": 56 * row_bytes + 4 * 8 * 128 + 56 * row_bytes,
         # %mosaic reads %saved, %b and a slice of %c, and writes 50 padded rows.
-        "decoder attention": 56 * row + 56 * row + 4 * (8 * 1024 + 128 * 256),
+        "decoder attention": 2 * 56 * row_bytes + 4 * (8 * 1024 + 128 * 256),
         # %sum reads and writes [8, 1024].
         "exchange": 2 * 4 * 8 * 1024,
         # %put works in place. %put reads the update and two indices, and writes the
         # update. All are scalars of 4 bytes.
         "input": 4 + 3 * 4,
         # %flat reads 56 rows and writes 50 rows without padding; %end reads these.
-        "stem2": 56 * row + 50 * row + 50 * row,
+        "stem2": 56 * row_bytes + 50 * row_bytes + 50 * row_bytes,
     }
 
 

@@ -124,20 +124,21 @@ def test_entry_of_a_wrong_shape_is_refused(mae_state, name, shape, expected_shap
 def test_finetuning_loads_the_official_arrays():
     """Loaded, unused and missing arrays equal those of the official loader."""
     facts = json.loads((reference.GOLDEN / "finetune_loading.json").read_text())
-    official, params = {}, {}
+    official_names, params = {}, {}
     for name in ("hivit_base", "mae_hivit_base"):
         model = abstract_model(name)
         zeros = jax.tree.map(
             lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
         )
         params = named_leaves(zeros)
-        official |= dict(zip(params, to_official(zeros, model), strict=True))
+        official_names |= dict(zip(params, to_official(zeros, model), strict=True))
     arguments = {"name": "mae_hivit_base"}
-    start = Pretrained("there", "there", arguments, params, [], [], [], {}, {}, {})
+    pretrained = Pretrained("path", "path", arguments, params, [], [], [], {}, {}, {})
     model = abstract_model("hivit_base")
-    _, report = match_arrays(start, model)
+    _, report = match_arrays(pretrained, model)
     by_outcome = {
-        kind: {official[n] for n in names} for kind, names in vars(report).items()
+        outcome: {official_names[n] for n in names}
+        for outcome, names in vars(report).items()
     }
     assert by_outcome["matched"] == set(facts["loaded"])
     assert by_outcome["unused"] == set(facts["unexpected_dropped"])
@@ -152,12 +153,12 @@ def test_finetuning_loads_the_official_arrays():
     assert (
         not by_outcome["missing"] | by_outcome["shape_mismatch"] | by_outcome["resized"]
     )
-    for name in [name for name in start.params if "stages/2/7/" in name]:
-        del start.params[name]
-    missing = match_arrays(start, model)[1].missing
+    for name in [name for name in pretrained.params if "stages/2/7/" in name]:
+        del pretrained.params[name]
+    missing = match_arrays(pretrained, model)[1].missing
     assert len(missing) > 5
     assert all(name.startswith("encoder/stages/2/7/") for name in missing)
     with pytest.raises(
         ConfigError, match=f"{len(missing)} arrays are missing, .* is {missing[0]}"
     ):
-        adapt(start, model)
+        adapt(pretrained, model)
