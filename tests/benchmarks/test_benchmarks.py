@@ -23,7 +23,7 @@ from hivit_jax import config as configs
 from hivit_jax import recipes
 from hivit_jax.kernels import dispatch
 
-# Overrides of a small model
+# Overrides for a small model, synthetic images and batches of 4
 SMALL = {**mini_runs.SOURCES["synthetic"], "batch_size": 4}
 
 
@@ -46,8 +46,8 @@ def test_programs_can_be_imported(path):
 @pytest.mark.processes
 @pytest.mark.slow
 def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
-    missing = mini_runs.block_imports(
-        tmp_path / "missing",
+    blocked = mini_runs.block_imports(
+        tmp_path / "blocked",
         *("ml_collections", "orbax", "etils", "tensorflow", "tensorflow_datasets"),
         *("clu", "simplejpeg", "PIL", "matplotlib", "safetensors", "sklearn", "torch"),
     )
@@ -55,7 +55,7 @@ def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
     code, text, error = mini_runs.run_process(
         *("-m", "benchmarks.train_step", "--rounds", 2, "--steps", 1, "--out", out),
         *("--set", *(f"{key}={value}" for key, value in SMALL.items())),
-        PYTHONPATH=os.pathsep.join([str(missing), str(mini_runs.ROOT)]),
+        PYTHONPATH=os.pathsep.join([str(blocked), str(mini_runs.ROOT)]),
     )
     assert code == 0, error
     result = json.loads(out.read_text())
@@ -186,9 +186,9 @@ def test_paper_measures_only_missing_cells(tmp_path, monkeypatch, capsys):
     groups = [hivit, swin], [vit], [vit, swin]
     assert measured == [("pretrain", names) for names in groups]
     lines = capsys.readouterr().out.splitlines()
-    claim = "hivit_jax: HiViT-B / Swin-B, pretraining: 2.00 (the paper: 1.9)"
+    ratio_line = "hivit_jax: HiViT-B / Swin-B, pretraining: 2.00 (the paper: 1.9)"
     # The third command measures Swin-B again without HiViT-B, and prints no ratio.
-    assert lines.count(claim) == 2
+    assert lines.count(ratio_line) == 2
     assert not any("HiViT-B / ViT-B" in line for line in lines)
     assert (tmp_path / "cpu.png").stat().st_size > 1000
     assert paper.main([f"--out={tmp_path}", "--only", "HiViT-H"]) == 2
@@ -214,8 +214,8 @@ def test_paper_compiles_only_missing_cells(tmp_path, monkeypatch, capsys):
     assert "| HiViT-B, pretrain, h100:8 | 64 | yes | 1.00 |" in capsys.readouterr().out
 
 
-def test_small_data_runs_selected_cells(tmp_path, monkeypatch, capsys):
-    """A cell of the table runs if its name contains one of the selected texts."""
+def test_small_data_runs_selected_experiments(tmp_path, monkeypatch, capsys):
+    """An experiment runs if its name contains one of the selected texts."""
     recipes_run = []
 
     def run(recipe, *_):
@@ -231,8 +231,8 @@ def test_small_data_runs_selected_cells(tmp_path, monkeypatch, capsys):
     }.items():
         monkeypatch.setattr(small_data, name, value)
     small_data.measure(tmp_path, None, ["scratch: finetune", "linear"])
-    pretrained = ["folder_mae", "linear:tiny", "folder_mae", "folder_linear"]
-    assert recipes_run == ["finetune:tiny", *pretrained]
+    linear_probes = ["folder_mae", "linear:tiny", "folder_mae", "folder_linear"]
+    assert recipes_run == ["finetune:tiny", *linear_probes]
     assert capsys.readouterr().out.count("50.0") == 3
 
 
@@ -282,7 +282,7 @@ LH: loop header
 
 
 def test_bundles_of_loops_count_once_per_iteration():
-    """The outer loop is over tiles, the inner loop over the images of a tile."""
+    """The loop over tiles has two extra iterations. The inner loop is over images."""
     # 3 bundles outside the loops, 7 per tile, 3 per image of a tile, and 2 in a nested
     # region, which runs only once
     assert tpu_cycles.count_bundles(LISTING) == 3 + 4 * 7 + 4 * 3 * 3 + 2

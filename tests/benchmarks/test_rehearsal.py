@@ -7,7 +7,7 @@ from PIL import Image
 from benchmarks import rehearsal, small_data
 
 
-def values(root):
+def gray_values(root):
     """Return the gray value of each PNG file below a directory."""
     return [int(np.asarray(Image.open(path))[0, 0]) for path in root.rglob("*.png")]
 
@@ -20,11 +20,11 @@ def test_pretraining_uses_every_image_that_is_not_tested(tmp_path):
         root = tmp_path / str(draw)
         small_data.write(root, images, draw)
         small_data.write_png(root / "all", rehearsal.unlabeled(images, draw))
-        train, tested = values(root / "train"), values(root / "val")
+        train, tested = gray_values(root / "train"), gray_values(root / "val")
         assert (len(train), len(tested)) == (small_data.TRAIN, small_data.TEST)
-        assert sorted(values(root / "all") + tested) == list(range(90))
-        assert set(train) < set(values(root / "all"))
-    assert values(tmp_path / "0" / "val") != values(tmp_path / "1" / "val")
+        assert sorted(gray_values(root / "all") + tested) == list(range(90))
+        assert set(train) < set(gray_values(root / "all"))
+    assert gray_values(tmp_path / "0" / "val") != gray_values(tmp_path / "1" / "val")
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def test_no_checkpoint_is_moved_if_all_are_damaged(two_steps, tmp_path):
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"1", "2"}
 
 
-def test_evaluation_reads_the_newest_intact_checkpoint(two_steps, tmp_path, capsys):
+def test_read_returns_the_newest_intact_checkpoint(two_steps, tmp_path, capsys):
     workdir = write_files(tmp_path, two_steps)
     for path in workdir.rglob("checkpoints/2/ema/d/*"):
         path.unlink()
@@ -126,7 +126,7 @@ def test_checkpoint_of_another_model_is_not_damage(two_steps, tmp_path):
     assert not (workdir / "damaged").exists()
 
 
-def test_unfinished_checkpoints_are_reported(two_steps, tmp_path, capsys):
+def test_unfinished_checkpoint_is_removed_and_reported(two_steps, tmp_path, capsys):
     workdir = write_files(tmp_path, two_steps)
     (workdir / "checkpoints" / "3.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     checkpoints = Checkpoints(workdir, 9)

@@ -114,7 +114,7 @@ def test_lock_of_a_living_process_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_run_is_refused_while_a_lock_of_another_machine_changes(
+def test_lock_of_another_machine_is_taken_over_unless_it_changes(
     alive, tmp_path, capsys
 ):
     """An owner on another machine is alive only if its heartbeat changes.

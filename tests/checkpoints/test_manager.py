@@ -24,7 +24,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved_workdirs(tmp_path_factory):
     """Return {mesh name: workdir with a checkpoint written on this mesh}."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
@@ -36,10 +36,10 @@ def saved(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), list(itertools.permutations(MESHES, 2)))
-def test_checkpoint_is_restored_on_any_other_mesh(saved, old, new):
+def test_checkpoint_is_restored_on_any_other_mesh(saved_workdirs, old, new):
     """Restored arrays are bit-identical and have the shardings of the new mesh."""
     expected, (_, target) = to_host(make_state(3)), state_on_mesh(new)
-    step, state = Checkpoints(saved[old], 9).restore_newest(target)
+    step, state = Checkpoints(saved_workdirs[old], 9).restore_newest(target)
     assert step == 3
     mini_runs.assert_identical(to_host(state), expected)
     for name, leaf in named_leaves(state).items():
@@ -49,10 +49,10 @@ def test_checkpoint_is_restored_on_any_other_mesh(saved, old, new):
 
 
 @pytest.mark.slow
-def test_read_returns_parameters_or_averages(saved):
+def test_read_returns_parameters_or_averages(saved_workdirs):
     """`read` needs no mesh, although a mesh of eight devices wrote the checkpoint."""
     for averaged, name in ((True, "ema"), (False, "params")):
-        checkpoint = read(saved["every"], averaged=averaged)
+        checkpoint = read(saved_workdirs["replica_fsdp_tensor"], averaged=averaged)
         expected = to_host(make_state(3)[name])
         mini_runs.assert_identical(checkpoint.params, expected)
 
@@ -74,11 +74,13 @@ def test_full_disk_is_an_error_and_earlier_checkpoints_stay(tmp_path, monkeypatc
     assert step == 1
 
 
-# Of steps 1 to 6. Three share the best accuracy, and steps 4 and 5 the lower loss.
+# Evaluations of steps 1 to 6. Steps 2, 4 and 5 share the best accuracy; of these, steps
+# 4 and 5 share the lowest loss, so step 4 is the best.
 ACCURACIES = (0.3, 0.5, 0.4, 0.5, 0.5, 0.1)
 LOSSES = (0.7, 0.6, 0.1, 0.4, 0.4, 0.3)
 STALLED = (0, 0, 1, 2, 3, 4)  # evaluations without a better accuracy
-IMPROVED = (True, True, False, True, False, False)
+# Equal accuracies are decided by the loss.
+IS_BEST = (True, True, False, True, False, False)
 
 
 @pytest.mark.slow
@@ -102,7 +104,7 @@ def test_of_equal_accuracies_the_lowest_loss_is_the_best(tmp_path, direction):
     writer.close()
     checkpoints.close()
     assert mini_runs.saved_steps(tmp_path) == [4, 6]
-    assert found == list(zip(STALLED, IMPROVED, strict=True))
+    assert found == list(zip(STALLED, IS_BEST, strict=True))
     line = console.best_line(tmp_path, [4, 6], best)
     assert line.startswith("best checkpoint  step 4 ")
     lines = metrics.evaluations(tmp_path)

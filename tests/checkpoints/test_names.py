@@ -48,18 +48,18 @@ def test_names_match_if_only_stateless_transformations_differ(
 
 
 def test_names_match_inside_multi_transform():
-    def labeled(*transformations):
+    def labeled_names(*transformations):
         transforms = {"a": optax.chain(*transformations), "b": optax.set_to_zero()}
         state = optax.multi_transform(transforms, {"stages": "a"}).init(PARAMS)
         return [*named_leaves({"opt_state": state})]
 
-    saved, expected = labeled(clip, adam, schedule), labeled(adam, schedule)
+    saved, expected = labeled_names(clip, adam, schedule), labeled_names(adam, schedule)
     assert saved != expected
     assert [*match_names(saved, expected, VARIABLES).values()] == expected
 
 
 @pytest.mark.parametrize("other", [(optax.trace(0.9), schedule), (adam,), (schedule,)])
-def test_names_of_other_stateful_transformations_do_not_match(other):
+def test_not_all_names_match_if_stateful_transformations_differ(other):
     saved, expected = array_names(adam, schedule), array_names(*other)
     matches = match_names(saved, expected, VARIABLES)
     assert set(matches.values()) != set(expected)

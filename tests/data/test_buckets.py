@@ -81,7 +81,7 @@ def test_one_thread_has_several_reads_in_flight(bucket):
         with lock:
             counts.append(counts[-1] + change)
 
-    bucket.answering, bucket.delay = count, 0.05
+    bucket.on_answer, bucket.delay = count, 0.05
     list(inputs.train_batches(cfg, 0, 1))
     assert max(counts) >= 3
 

@@ -1,4 +1,4 @@
-"""Tests of averaged weights (EMA) and bit flips, with all readers of checkpoints.
+"""Tests of averaged weights (EMA), and of flipped bits in checkpoints.
 
 All tests share one linear probe, whose train step compiles quickly. The encoder is
 frozen, so that numpy can compute any evaluation from the features of the test split.
@@ -340,7 +340,7 @@ def test_resuming_detects_a_flipped_bit_of_any_item(item, damaged):
 def test_only_the_requested_weights_are_read(
     item, other, step, options, run, damaged, checkpoints, tmp_path
 ):
-    """`load_pretrained` and `convert` verify either the parameters or the averages."""
+    """`load_pretrained` and `convert` verify only the weights that they read."""
     averaged = item == "ema"
     with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         hivit_jax.load_pretrained(damaged[item], averaged=averaged)

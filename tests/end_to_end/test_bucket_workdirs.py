@@ -29,10 +29,10 @@ def test_run_in_a_bucket_equals_a_local_run(tmp_path):
             if ("POST", COMMIT, "") in bucket.requests[-1:]:
                 process.kill()
 
-        bucket.answering = kill
+        bucket.on_answer = kill
         process = mini_runs.start_process(*command, WORKDIR)
         process.communicate()
-        bucket.answering = lambda change: None
+        bucket.on_answer = lambda change: None
         (root / COMMIT).unlink(missing_ok=True)  # the server may have written the file
         code, out, err = mini_runs.run_process(*command, WORKDIR)
         assert code == 0, err
@@ -65,7 +65,7 @@ def test_run_in_a_bucket_equals_a_local_run(tmp_path):
 
 
 def check_same(local, remote):
-    """Check that the metrics and the last checkpoints of two runs are identical."""
+    """Check that the losses and the last checkpoints of two runs are identical."""
     assert mini_runs.logged(local) == mini_runs.logged(remote)
     assert mini_runs.logged(local, "eval/loss") == mini_runs.logged(remote, "eval/loss")
     mini_runs.assert_identical(

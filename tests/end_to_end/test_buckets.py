@@ -23,8 +23,8 @@ def dataset(tmp_path_factory):
 def run_training(tmp_path_factory):
     """Return a function (workdir, directory, reader) that trains in a subprocess.
 
-    The function returns (exit code, stdout, stderr). The subprocess cannot import
-    gcsfs and tensorboardX and, with the reader "threads", tensorflow.
+    The function returns (exit code, stdout, stderr). The subprocess can import neither
+    gcsfs nor tensorboardX, and with the reader "threads" no tensorflow either.
     """
     root = tmp_path_factory.mktemp("runs")
 
@@ -57,10 +57,7 @@ def local(tmp_path_factory, dataset, run_training):
 def test_run_that_loses_access_resumes_bit_identically(
     dataset, run_training, local, tmp_path, reader
 ):
-    """A run that loses access to its bucket exits with code 4.
-
-    Neither reader needs gcsfs. The reader "threads" does not need tensorflow either.
-    """
+    """A run that loses access to its bucket exits with code 4."""
     workdir = tmp_path / "remote"
     with serve(dataset) as bucket:
 
@@ -74,7 +71,7 @@ def test_run_that_loses_access_resumes_bit_identically(
             if sum(range_length(header) > 500 for header in ranges) > 9 * 8 + 8:
                 bucket.statuses = {"noise_images": 403}
 
-        bucket.answering = refuse
+        bucket.on_answer = refuse
         code, _, err = run_training(workdir, "gs://bucket", reader)
         assert code == 4, err
         error, remedy = err.splitlines()[-2:]
@@ -83,7 +80,7 @@ def test_run_that_loses_access_resumes_bit_identically(
         assert "gcloud auth application-default login" in remedy
         resumed_at = mini_runs.saved_steps(workdir)[-1]
         assert 6 <= resumed_at < 12
-        bucket.answering, bucket.statuses = lambda _: None, {}
+        bucket.on_answer, bucket.statuses = lambda _: None, {}
         bucket.failures, bucket.delay, bucket.truncated = [503, 429], 0.02, 3
         code, out, err = run_training(workdir, "gs://bucket", reader)
         assert code == 0, err

@@ -1,4 +1,4 @@
-"""Tests of training on damaged images; numpy recomputes every logged value."""
+"""Tests of training with damaged images; numpy recomputes losses and accuracies."""
 
 import io
 import struct
@@ -37,11 +37,11 @@ LINES = {3: 1, 4: 4, 5: 5, 6: 6, 8: 7}
 
 def overrides_of(root):
     """Return the overrides of the run; the device resizes images on a canvas."""
-    flags = dict(data__dir=root, data__canvas=64, data__crop_scale=(1.0, 1.0))
-    flags |= dict(data__mean=MEAN, data__std=STD, data__flip=True, data__crop_pct=1.0)
-    flags |= dict(log_every=3, eval_every=4, checkpoint_every=5, total_steps=STEPS)
-    flags |= dict(data__max_unreadable=0.5, optimizer__warmup_epochs=3.0)
-    return flags | dict(
+    values = dict(data__dir=root, data__canvas=64, data__crop_scale=(1.0, 1.0))
+    values |= dict(data__mean=MEAN, data__std=STD, data__flip=True, data__crop_pct=1.0)
+    values |= dict(log_every=3, eval_every=4, checkpoint_every=5, total_steps=STEPS)
+    values |= dict(data__max_unreadable=0.5, optimizer__warmup_epochs=3.0)
+    return values | dict(
         data__name="folder",
         batch_size=BATCH,
         model__image_size=SIZE,
@@ -117,7 +117,7 @@ def run(folder, tmp_path_factory, single_device):
 
 
 def order_of(seed, epochs, count):
-    """Return the indices of `count` training images in the order of some epochs."""
+    """Return the order of `count` training images in the first epochs, as indices."""
     return np.concatenate([permutation(seed, e, count) for e in range(epochs)])
 
 

@@ -161,7 +161,7 @@ def test_evaluations_since_best_are_counted_up_to_a_step(tmp_path):
 
 
 # Program of one process that prints the results of `check_progress` for some steps
-DECISIONS = """
+PROGRAM = """
 import json, sys
 from pathlib import Path
 from hivit_jax.distributed import processes
@@ -199,7 +199,7 @@ def test_processes_stop_at_the_same_step(tmp_path):
     address = mini_runs.free_address()
     processes = [
         mini_runs.start_process(
-            *("-c", DECISIONS, address, index, tmp_path / f"{index}", "eval/loss"),
+            *("-c", PROGRAM, address, index, tmp_path / f"{index}", "eval/loss"),
             *LOSSES,
         )
         for index in range(2)

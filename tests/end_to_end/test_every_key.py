@@ -108,9 +108,7 @@ LEARNING_RATE = {"learning_rate", "params"}
 EVALUATED = {"eval/loss"}
 
 
-# Recorded run -> key -> kinds of values that the key changes. The run overrides the
-# recipe's value. If the oracle uses the recipe's value, exactly these kinds differ from
-# the recorded values. The difference of a kind with ~ may be within the tolerance.
+# Key -> kinds of values that the key changes
 TRAINING_KEYS = {
     "total_steps": LEARNING_RATE,
     "optimizer.base_learning_rate": LEARNING_RATE,
@@ -136,6 +134,9 @@ PIXEL_KEYS = {
 }
 
 
+# Recorded run -> key -> kinds of values that the key changes. The run overrides the
+# recipe's value. If the oracle uses the recipe's value, exactly these kinds differ from
+# the recorded values. The difference of a kind with ~ may be within the tolerance.
 CHANGED_KINDS = {
     "mae": TRAINING_KEYS
     | ADAM_KEYS
@@ -184,8 +185,7 @@ CHANGED_KINDS = {
 }
 
 
-# Kinds that depend on other kinds. The test ignores these kinds, because counts of
-# images may agree by chance.
+# Kinds that the test ignores, because they depend on other kinds or may agree by chance
 DEPENDENT = {"gradient_norm", "unreadable", "top1", "top5", "eval/top1", "eval/top5"}
 
 
@@ -269,7 +269,7 @@ def test_num_heads_reaches_the_model(recorded_run):
 
 
 # Key -> (value, text that the jaxpr contains more often with this value)
-PROGRAMS = {
+PROGRAM_KEYS = {
     "model.dtype": ("bfloat16", "bf16["),
     "model.kernels": ("fused", "pallas_call"),
     "model.remat": (True, "prevent_cse=True"),
@@ -278,10 +278,10 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("key", PROGRAMS)
+@pytest.mark.parametrize("key", PROGRAM_KEYS)
 def test_program_keys_change_the_jaxpr(key):
     """These keys change the program; other tests show that values stay equal."""
-    value, text = PROGRAMS[key]
+    value, text = PROGRAM_KEYS[key]
     assert traced_step(key, value).count(text) > traced_step("", None).count(text)
 
 
@@ -300,8 +300,8 @@ def traced_step(key, value):
     return mini_runs.traced_step(run_config("classify, plain", **fixed | changed))
 
 
-def test_keys_that_change_no_bit(recorded_run, tmp_path):
-    """Intervals, worker threads and timeouts change no result."""
+def test_intervals_limits_and_caches_change_no_bit(recorded_run, tmp_path):
+    """Intervals, limits, timeouts, worker threads and caches change no result."""
     run = recorded_run("classify, plain")
     other_values = dict(
         log_every=3,
@@ -437,7 +437,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize("name", ["mae", "classify", "linear_probe"])
 def test_every_key_is_in_a_table(name):
     """Each key of a task is in one of the tables above."""
-    known = set(PROGRAMS) | set(ELSEWHERE) | set(CHANGED_KINDS[name])
+    known = set(PROGRAM_KEYS) | set(ELSEWHERE) | set(CHANGED_KINDS[name])
     known |= set(CHANGED_KINDS["classify, plain"] if name == "classify" else ())
     known |= {f"model.{key}" for key in [*MODEL_KEYS[name], *OTHER_MODEL_KEYS[name]]}
     known |= set(UNUSED.get(name, ()))

@@ -16,7 +16,7 @@ from hivit_jax.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-VAL = 13  # held-out images, one of which cannot be read
+VAL = 13  # number of held-out images, one of which cannot be read
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,10 @@ def one_host(run):
 
 
 @pytest.mark.extras
-def test_one_host_evaluates_every_image(one_host):
-    arrays, values, error = one_host
-    assert values["eval/count"] == VAL - 1
-    assert values["eval/unreadable"] == 1
+def test_one_host_evaluates_every_readable_image(one_host):
+    arrays, results, error = one_host
+    assert results["eval/count"] == VAL - 1
+    assert results["eval/unreadable"] == 1
     assert error.count("cannot read") == 2
     weights = [v for k, v in arrays.items() if k.endswith(" weight")]
     assert len(weights) == hosts.STEPS[1] - hosts.STEPS[0] + 2
@@ -89,28 +89,28 @@ def test_one_host_evaluates_every_image(one_host):
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.extras)])
 def test_hosts_share_batches_and_results(count, run, one_host):
     """The concatenated batches and the results equal those of one host."""
-    results_of_hosts = run_on_hosts(run, count)
+    outputs_of_hosts = run_on_hosts(run, count)
     for key, batches in one_host[0].items():
-        shares = [arrays[key] for arrays, _, _ in results_of_hosts]
+        shares = [arrays[key] for arrays, _, _ in outputs_of_hosts]
         assert {len(share) for share in shares} == {len(batches) // count}
         assert_array_equal(np.concatenate(shares), batches)
-    for _, values, _ in results_of_hosts:
-        assert values["eval/count"] == VAL - 1
-        assert values["eval/unreadable"] == 1
-        assert values == pytest.approx(one_host[1], rel=1e-5)
+    for _, results, _ in outputs_of_hosts:
+        assert results["eval/count"] == VAL - 1
+        assert results["eval/unreadable"] == 1
+        assert results == pytest.approx(one_host[1], rel=1e-5)
 
 
 def test_batches_continue_after_a_kill(run, one_host):
     """After a process is killed, another process yields the batches that follow."""
     arguments, root = run
-    first, last = hosts.STEPS
+    first, end = hosts.STEPS
     code = (
         "import os, signal, sys\n"
         "from hivit_jax import config\n"
         "from hivit_jax import inputs\n"
         "path, *flags = sys.argv[1:]\n"
         "config = config.load(path.removeprefix('--config='), flags)\n"
-        f"for step, _ in enumerate(inputs.train_batches(config, 0, {last})):\n"
+        f"for step, _ in enumerate(inputs.train_batches(config, 0, {end})):\n"
         f"    if step == {first}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -118,24 +118,24 @@ def test_batches_continue_after_a_kill(run, one_host):
     config = mini_runs.configs.load(
         arguments[0].removeprefix("--config="), arguments[1:]
     )
-    for step, batch in enumerate(inputs.train_batches(config, first, last)):
+    for step, batch in enumerate(inputs.train_batches(config, first, end)):
         for key, value in batch.items():
             assert_array_equal(value, one_host[0][f"{step} {key}"])
 
 
 def test_eight_hosts_evaluate_every_image_once(monkeypatch):
     """The split has 50,000 images, as in ImageNet-1k."""
-    steps_of_hosts, buckets = [], np.zeros(50_000, np.int64)
+    indices_of_hosts, buckets = [], np.zeros(50_000, np.int64)
     monkeypatch.setattr(loader.jax, "process_count", lambda: 8)
     for host in range(8):
         monkeypatch.setattr(loader.jax, "process_index", lambda host=host: host)
         positions = loader.local_positions(1024)
         assert len(positions) == 128
-        steps_of_hosts.append(
+        indices_of_hosts.append(
             [share.indices for share in order.eval_plan(buckets, 1024, positions)]
         )
-    assert {len(steps) for steps in steps_of_hosts} == {49}
+    assert {len(batches) for batches in indices_of_hosts} == {49}
     all_indices = np.concatenate(
-        [indices for steps in steps_of_hosts for indices in steps]
+        [indices for batches in indices_of_hosts for indices in batches]
     )
     assert_array_equal(np.sort(all_indices), np.arange(50_000))

@@ -17,7 +17,7 @@ VAL = 6  # number of validation images
 
 
 # This program sends itself SIGKILL after the first checkpoint.
-KILLED = """
+KILL_SCRIPT = """
 import os, signal, sys
 from hivit_jax import main
 from hivit_jax.checkpoints import manager
@@ -45,10 +45,10 @@ def data(tmp_path_factory):
 def environment(tmp_path_factory):
     """Return variables with which imports of tensorflow and tensorboardX fail."""
     directory = tmp_path_factory.mktemp("environment")
-    missing = mini_runs.block_imports(directory, "tensorflow", "tensorboardX")
+    blocked = mini_runs.block_imports(directory, "tensorflow", "tensorboardX")
     return {
         "XDG_CACHE_HOME": directory / "cache",
-        "PYTHONPATH": missing,
+        "PYTHONPATH": blocked,
     }
 
 
@@ -73,7 +73,7 @@ def test_killed_pretraining_resumes_and_initializes_a_classifier(
     run(tmp_path / "uninterrupted", *pretraining)
     workdir = tmp_path / "killed"
     code, _, _ = mini_runs.run_process(
-        "-c", KILLED, *pretraining, f"--workdir={workdir}", **environment
+        "-c", KILL_SCRIPT, *pretraining, f"--workdir={workdir}", **environment
     )
     assert code == -signal.SIGKILL
     assert "resuming at step 2 from" in run(workdir, *pretraining)

@@ -129,9 +129,9 @@ def test_each_step_and_batch_sends_a_heartbeat(finished, watch, tmp_path, capsys
 
 def classifier():
     """Return the flags of a classifier with the encoder sizes of `RUN`."""
-    model = ("model.embed_dim", "model.depths", "model.num_heads", "model.dtype")
+    encoder_keys = ("model.embed_dim", "model.depths", "model.num_heads", "model.dtype")
     flags = [f for f in COMMAND[1:] if "decoder" not in f and "total" not in f]
-    assert all(any(key in flag for flag in flags) for key in model)
+    assert all(any(key in flag for flag in flags) for key in encoder_keys)
     return ["--config=finetune", *flags, "--config.model.num_classes=10"]
 
 
@@ -199,10 +199,10 @@ def test_interrupted_and_diverging_run_resumes_bit_identically(
 def test_resumed_run_repeats_failed_evaluations(finished, watch, tmp_path, monkeypatch):
     """Metrics contain the result of each evaluation once."""
     command, metrics = [*COMMAND, f"--workdir={tmp_path}"], tmp_path / "metrics.jsonl"
-    original_evaluate, outcomes = evaluate.evaluate, [True, False, True, False]
+    original_evaluate, successes = evaluate.evaluate, [True, False, True, False]
 
     def failing(*arguments):
-        if outcomes and not outcomes.pop(0):
+        if successes and not successes.pop(0):
             raise DataError("cannot access the images")
         return original_evaluate(*arguments)
 
@@ -212,7 +212,7 @@ def test_resumed_run_repeats_failed_evaluations(finished, watch, tmp_path, monke
         assert main.main(command) == 4
         assert mini_runs.saved_steps(tmp_path) == [5, step]
         assert list(mini_runs.logged(tmp_path, "eval/loss")) == recorded
-    assert not outcomes
+    assert not successes
     expected = mini_runs.logged(finished[0], "eval/loss")
     for lost_bytes in (0, 40):  # a kill may also truncate the last line
         metrics.write_bytes(metrics.read_bytes()[: -lost_bytes or None])

@@ -79,7 +79,7 @@ class Run:
             patch.setattr(Checkpoints, "save", save)
             self.results = training.train(config, workdir)
 
-    def params(self):
+    def initial_params(self):
         """Return {name: array} of the initial parameters."""
         return {
             name.removeprefix("params/"): array
@@ -203,10 +203,10 @@ def test_state_is_sharded_from_the_first_step(trained):
             pieces = leaf.size // math.prod(shards[name])
             is_divisible = any(side % 4 == 0 for side in leaf.shape)
             assert pieces == (4 if leaf.size >= 2**13 and is_divisible else 1), name
-    # The tensor axis, over which the second dimension is sharded, has one device.
     kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
     first, last = run.shards[0], run.shards[-1]
     for prefix in ("params", "opt_state/0/mu", "opt_state/0/nu"):
+        # fsdp splits dimension 0 by 4. Dimension 1 belongs to tensor, which has size 1.
         assert first[f"{prefix}/{kernel}"] == last[f"{prefix}/{kernel}"] == (16, 256)
 
 
@@ -270,7 +270,7 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
 
 
 def test_computed_steps_are_saved_before_a_data_error(tmp_path, monkeypatch):
-    """Each computed step is logged, evaluated and saved before the error is raised."""
+    """All computed steps are logged; the last one is also evaluated and saved."""
 
     def failing(config, first, last):
         for step, batch in enumerate(original_batches(config, first, last)):
@@ -324,7 +324,8 @@ def test_unreadable_images_do_not_affect_training(tmp_path, monkeypatch):
 def test_classifier_starts_from_the_pretrained_encoder(trained):
     pretrained = trained(mini_runs.mae, **EVERY_STEP).workdir
     run = trained(mini_runs.classifier, init_from=str(pretrained))
-    initial, fresh = run.params(), trained(mini_runs.classifier).params()
+    initial = run.initial_params()
+    fresh = trained(mini_runs.classifier).initial_params()
     expected = mini_runs.saved_arrays(pretrained, 8)["params"]
     for name, array in initial.items():
         if name.endswith("relative_position_bias_table"):
@@ -348,7 +349,7 @@ def test_pretraining_starts_from_a_pretrained_run(trained):
     pretrained = trained(mini_runs.mae, **EVERY_STEP).workdir
     run = trained(mini_runs.mae, init_from=str(pretrained), **AVERAGED)
     expected = mini_runs.saved_arrays(pretrained, 8)["params"]
-    mini_runs.assert_identical(run.params(), expected)
+    mini_runs.assert_identical(run.initial_params(), expected)
     for name, array in expected.items():
         np.testing.assert_array_equal(run.initial[f"ema/{name}"], array)
     assert run.initial["step"] == 0

@@ -71,10 +71,10 @@ class Pod:
         """Wait until all processes end; return the stderr of each."""
         return [process.communicate(timeout=TIMEOUT)[1] for process in self.processes]
 
-    def codes(self):
+    def exit_codes(self):
         return [process.returncode for process in self.processes]
 
-    def output(self):
+    def first_stdout(self):
         return self.logs[0].read_text()
 
 
@@ -84,7 +84,7 @@ def single_process_run(tmp_path_factory, environment):
     workdir = tmp_path_factory.mktemp("single") / "run"
     pod = Pod(workdir, 1, environment, mini_runs.arguments(**RUN))
     errors = pod.wait_for_stderr()
-    assert pod.codes() == [0], errors
+    assert pod.exit_codes() == [0], errors
     return workdir
 
 
@@ -97,7 +97,7 @@ def test_a_signal_stops_all_processes_and_one_resumes(
     pod.wait_for_step(2)
     pod.processes[1].send_signal(signal.SIGINT)
     errors = pod.wait_for_stderr()
-    assert pod.codes() == [75] * 2, errors
+    assert pod.exit_codes() == [75] * 2, errors
     (saved,) = mini_runs.saved_steps(run)
     assert 2 <= saved < STEPS
     # Runs of several processes convert SIGINT to SIGTERM, see distributed/signals.py.
@@ -106,8 +106,8 @@ def test_a_signal_stops_all_processes_and_one_resumes(
 
     pod = Pod(run, 1, environment, flags)
     errors = pod.wait_for_stderr()
-    assert pod.codes() == [0], errors
-    assert f"resuming at step {saved} from" in pod.output()
+    assert pod.exit_codes() == [0], errors
+    assert f"resuming at step {saved} from" in pod.first_stdout()
     losses = mini_runs.logged(run)
     expected_losses = mini_runs.logged(single_process_run)
     assert list(losses) == list(range(1, STEPS + 1))
@@ -154,7 +154,7 @@ def test_divergence_ends_all_processes_with_code_3(environment, tmp_path):
     flags = mini_runs.arguments(**RUN, optimizer__base_learning_rate=1e30)
     pod = Pod(tmp_path / "run", 2, environment, flags)
     errors = pod.wait_for_stderr()
-    assert pod.codes() == [3] * 2, errors
+    assert pod.exit_codes() == [3] * 2, errors
     assert all("expected finite numbers" in error for error in errors)
     assert mini_runs.saved_steps(tmp_path / "run")
 
@@ -169,10 +169,10 @@ def diverge_late():
     time.sleep(12 * INDEX)  # process 1: longer than peer_timeout
     raise DivergedError("diverged")
 
-def unreadable():
+def raise_data_error():
     raise DataError("no image")
 
-def damaged():
+def raise_checkpoint_error():
     raise CheckpointError("no checkpoint")
 
 def hang():
@@ -204,11 +204,11 @@ sys.exit(main.main())
             ("error: diverged", "error: diverged"),
         ),
         pytest.param(
-            *(("unreadable", "unreadable"), (4, 4), ("error: no image",) * 2),
+            *(("raise_data_error",) * 2, (4, 4), ("error: no image",) * 2),
             marks=pytest.mark.extras,
         ),
         pytest.param(
-            *(("damaged", "damaged"), (5, 5), ("error: no checkpoint",) * 2),
+            *(("raise_checkpoint_error",) * 2, (5, 5), ("error: no checkpoint",) * 2),
             marks=pytest.mark.extras,
         ),
         (("wait", "hang"), (75, 75), ("in all_processes", "in hang")),
@@ -278,7 +278,7 @@ def test_processes_with_different_configs_are_refused(environment, tmp_path):
     flags = [mini_runs.arguments(**RUN, seed=seed) for seed in (0, 1)]
     pod = Pod(tmp_path / "run", 2, environment, *flags)
     errors = pod.wait_for_stderr()
-    assert pod.codes() == [2, 2], errors
+    assert pod.exit_codes() == [2, 2], errors
     for index, error in enumerate(errors):
         assert "processes differ in the config: expected the value of proc" in error
         assert "found another value on process 1 of 2." in error

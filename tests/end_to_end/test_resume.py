@@ -57,7 +57,7 @@ def uninterrupted(tmp_path_factory, environment):
 def interrupt(workdir, source, signal_number, after, environment, **overrides):
     """Start a run; send a signal after `after` more steps.
 
-    The signal also waits for the checkpoints that are due before that step.
+    The signal also waits for the checkpoints that are due before step `after`.
 
     Returns:
       (exit code, stdout, stderr).
@@ -115,8 +115,8 @@ def test_interrupted_and_killed_run_resumes_bit_identically(
     assert "Traceback" not in err
     assert mini_runs.saved_steps(workdir) == [step]
     assert max(mini_runs.logged(workdir)) == step
-    saved = mini_runs.saved_arrays(workdir, step)["optimizer"]["step"]
-    assert int(saved) == step < CHECKPOINT_EVERY
+    step_array = mini_runs.saved_arrays(workdir, step)["optimizer"]["step"]
+    assert int(step_array) == step < CHECKPOINT_EVERY
 
     code, out, _ = interrupt(
         *arguments, signal.SIGKILL, CHECKPOINT_EVERY + 5, environment, **options

@@ -33,7 +33,7 @@ class Bucket(ThreadingHTTPServer):
       failures: HTTP statuses of the next answers, one status per answer.
       statuses: {piece: HTTP status}. A request gets the status if its key, or the
         prefix that it lists, contains the piece.
-      truncated: number of downloads, from now on, whose bodies are cut in half.
+      truncated: number of the next downloads whose bodies are cut in half.
       read_only: refuse uploads, copies and deletions with 403.
       generation: version number of objects that were not written through the server.
         Each write of an object adds 1 to its version number.
@@ -75,8 +75,8 @@ class Bucket(ThreadingHTTPServer):
             "AWS_SECRET_ACCESS_KEY": "none",
         }
 
-    def answering(self, change: int) -> None:
-        """Hook that tests replace: called with 1 before, with -1 after each delay."""
+    def on_answer(self, change: int) -> None:
+        """Hook for tests: called with 1 before and with -1 after each delay."""
 
     def keys(self, prefix: str = "") -> list[str]:
         """Return the sorted keys that start with a prefix."""
@@ -140,20 +140,20 @@ class Handler(BaseHTTPRequestHandler):
         # Google has paths /storage/v1/b/BUCKET/o/KEY, S3 has paths /BUCKET/KEY.
         is_upload = url.path.startswith("/upload/")
         path = url.path.removeprefix("/upload").removeprefix("/download")
-        is_json = path.startswith("/storage/v1/b/")
+        is_google = path.startswith("/storage/v1/b/")
         source, action, target = re.match(
             "(.*?)(?:/(rewriteTo/b/[^/]*|moveTo)/o/(.*))?$", path
         ).groups("")
-        parts = source.strip("/").split("/")[3 if is_json else 0 :]
-        key = unquote("/".join(parts[2 if is_json else 1 :]))
+        parts = source.strip("/").split("/")[3 if is_google else 0 :]
+        key = unquote("/".join(parts[2 if is_google else 1 :]))
         if is_upload:
             key, body = _parse_upload(query, body)
         with bucket.lock:
             bucket.requests.append((method, key, self.headers.get("Range", "")))
             failure = bucket.failures.pop(0) if bucket.failures else 0
-        bucket.answering(1)
+        bucket.on_answer(1)
         time.sleep(bucket.delay)
-        bucket.answering(-1)
+        bucket.on_answer(-1)
         for piece, status in bucket.statuses.items():
             failure = status if piece in (key or query.get("prefix", "")) else failure
         if failure:
@@ -166,14 +166,14 @@ class Handler(BaseHTTPRequestHandler):
             if action == "moveTo":
                 method = "MOVE"
             self._change(method, key, unquote(target), query, body)
-        elif is_json and len(parts) == 1:
+        elif is_google and len(parts) == 1:
             self._send(200, json.dumps({"name": parts[0]}).encode())
         elif not key:
             with bucket.lock:
                 self._list(query)
         elif not bucket.version(key):
             self._send(404, b"not found")
-        elif is_json and query.get("alt") != "media":
+        elif is_google and query.get("alt") != "media":
             self._send(200, json.dumps(self._metadata(key)).encode())
         else:
             self._send_object(key)

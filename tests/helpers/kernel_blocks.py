@@ -117,10 +117,11 @@ def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     if special == "key mask":
         mask = jnp.asarray(make_key_mask(batch) > 0)[:, None, None, :]
     if special == "windows":
-        window = np.stack(
+        window_of_unit = np.stack(
             [coordinate // WINDOW for coordinate in unit_coordinates()], -1
         )
-        mask = jnp.asarray((window[:, None] == window).all(-1))[None, None]
+        same_window = (window_of_unit[:, None] == window_of_unit).all(-1)
+        mask = jnp.asarray(same_window)[None, None]
     if special == "relative bias":
         table = params["attn/relative_position_bias_table"]
         bias = jnp.moveaxis(table[relative_index()], -1, 0)[None]

@@ -75,7 +75,7 @@ def layer_norm(x, scale, bias):
 
 
 def add_branch(x, branch, branch_scale):
-    """Return x + factor * branch, with one factor per image; None: factors of 1."""
+    """Return x + factor * branch; `branch_scale` has one factor per image; None: 1."""
     if branch_scale is None:
         return x + branch
     return x + branch * jnp.repeat(branch_scale, len(x) // len(branch_scale))[:, None]
@@ -101,21 +101,18 @@ def plain_attention(x, *weights, heads, tokens, branch_scale=None):
     return add_branch(x, y @ proj + proj_bias, branch_scale)
 
 
-def shapes_of(rows, width, outputs, inputs):
-    """Return the shapes of rows, LayerNorm and two linear layers.
-
-    outputs: number of outputs of the first layer.
-    inputs: number of inputs of the second layer.
-    """
-    shapes = [(rows, width), (width,), (width,), (width, outputs), (outputs,)]
-    return [*shapes, (inputs, width), (width,)]
+def shapes_of(rows, width, outputs_of_first, inputs_of_second):
+    """Return the shapes of rows, LayerNorm and two linear layers."""
+    first = (width, outputs_of_first), (outputs_of_first,)
+    second = (inputs_of_second, width), (width,)
+    return [(rows, width), (width,), (width,), *first, *second]
 
 
-def mlp(rows, width, hidden, block):
-    """Return the case of an MLP whose TPU kernel processes `block` rows at a time."""
+def mlp_case(rows, width, hidden, block_rows):
+    """Return the case of an MLP whose kernel processes `block_rows` rows at a time."""
 
     def fused(x, *weights, branch_scale=None, **options):
-        plan = Plan(EPS, rows=block, **options)
+        plan = Plan(EPS, rows=block_rows, **options)
         return mlp_block(x, Weights(*weights), branch_scale, plan)
 
     # Images have 24 rows, so that some images start inside a block.
@@ -127,7 +124,7 @@ def plain_norm(x, scale, bias, branch_scale=None):
     return add_branch(x, layer_norm(x, scale, bias).astype(x.dtype), branch_scale)
 
 
-def norm(rows, width):
+def norm_case(rows, width):
     def fused(x, scale, bias, branch_scale=None, num_saved=0, **options):
         x, normalized = skip_and_norm(x, scale, bias, Plan(EPS, **options))
         return add_branch(x, normalized, branch_scale)
@@ -136,9 +133,9 @@ def norm(rows, width):
     return Case("gpu", shapes, plain_norm, fused, rows // 8, max_saved=0)
 
 
-def attention(images, tokens, width, heads, block, bias=False):
+def attention_case(images, tokens, width, heads, block_rows, bias=False):
     def fused(x, *weights, branch_scale=None, **options):
-        plan = Plan(EPS, rows=block, heads=heads, tokens=tokens, **options)
+        plan = Plan(EPS, rows=block_rows, heads=heads, tokens=tokens, **options)
         score_bias = weights[6] if bias else None
         return attention_block(x, Weights(*weights[:6]), score_bias, branch_scale, plan)
 
@@ -149,21 +146,21 @@ def attention(images, tokens, width, heads, block, bias=False):
 
 
 CASES = {
-    "mlp": mlp(96, 128, 256, 32),
+    "mlp": mlp_case(96, 128, 256, 32),
     # The rows of the two cases have one part and three parts. Tiles have 32 rows and 8
     # rows, blocks of the backward pass 128 and 32.
-    "norm on GPUs": norm(256, 128),
-    "norm of 3 parts on GPUs": norm(96, 384),
+    "norm on GPUs": norm_case(256, 128),
+    "norm of 3 parts on GPUs": norm_case(96, 384),
     # A block consists of whole images and of whole tiles of 8 rows.
-    "attention of 49": attention(16, 49, 128, 4, 784),
-    "attention of 196": attention(8, 196, 128, 2, 784),
-    "attention of 144": attention(2, 144, 256, 8, 144),
-    "attention of 9": attention(32, 9, 128, 1, 144),
+    "attention of 49": attention_case(16, 49, 128, 4, 784),
+    "attention of 196": attention_case(8, 196, 128, 2, 784),
+    "attention of 144": attention_case(2, 144, 256, 8, 144),
+    "attention of 9": attention_case(32, 9, 128, 1, 144),
     # In these cases, `Groups.offsets` has 1, 1, 3 and 4 elements.
-    "bias of 144": attention(2, 144, 256, 8, 144, bias=True),
-    "bias of 9": attention(32, 9, 128, 1, 144, bias=True),
-    "bias of 196": attention(8, 196, 128, 2, 784, bias=True),
-    "bias of 49": attention(16, 49, 128, 4, 392, bias=True),
+    "bias of 144": attention_case(2, 144, 256, 8, 144, bias=True),
+    "bias of 9": attention_case(32, 9, 128, 1, 144, bias=True),
+    "bias of 196": attention_case(8, 196, 128, 2, 784, bias=True),
+    "bias of 49": attention_case(16, 49, 128, 4, 392, bias=True),
 }
 
 

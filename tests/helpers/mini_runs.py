@@ -33,7 +33,7 @@ from hivit_jax.tree import named_leaves
 ROOT = Path(__file__).parents[2]
 MINIMAL_MAIN = Path(__file__).with_name("minimal_main.py")
 
-# With every source, an image has 16 units, a step 16 images, and the warmup two steps.
+# An image has 16 units. On synthetic images and digits, the warmup takes two steps.
 MINI = {
     "batch_size": 16,
     "total_steps": 8,
@@ -102,7 +102,7 @@ def recipe(name: str) -> ConfigDict:
 
 
 def without_decoder(source: str, **overrides) -> ConfigDict:
-    """Return the config of the mini classifier or linear probe that `task` names."""
+    """Return the config of the mini classifier or linear probe."""
     values = SOURCES[source] | {k.replace("__", "."): v for k, v in overrides.items()}
     path = ROOT / "configs" / "mae_base.py"
     if source == "digits":
@@ -128,28 +128,29 @@ def minimal_output() -> Iterator[None]:
     Otherwise, most of a repeated run's time is tracing and lowering.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "prepare", call_once(train.prepare))
-        patch.setattr(evaluate, "make_eval_step", call_once(evaluate.make_eval_step))
+        patch.setattr(train, "prepare", memoize(train.prepare))
+        patch.setattr(evaluate, "make_eval_step", memoize(evaluate.make_eval_step))
         patch.setitem(sys.modules, "tensorboardX", None)
         patch.setattr(figures, "draw_run", lambda *_: None)
         patch.setattr(evaluate, "make_panels", lambda *_: lambda params: {})
         yield
 
 
-def call_once(build: Callable) -> Callable:
+def memoize(build: Callable) -> Callable:
     """Return a wrapper of a function that builds programs from a task and a mesh.
 
-    The wrapper calls the function once for each config without paths, dataset and mesh.
+    The wrapper calls the function once for each config, dataset and mesh. Configs that
+    differ only in paths count as one.
     """
     results = {}
 
     def call(*arguments, **options):
         task = next(x for x in arguments if isinstance(x, Task))
         mesh = next(x for x in arguments if isinstance(x, Mesh))
-        state = target.platform(), sharding.MIN_SHARDED_SIZE
+        settings = target.platform(), sharding.MIN_SHARDED_SIZE
         config = ConfigDict(task.config).copy_and_resolve_references()
         config.update_from_flattened_dict(dict.fromkeys(PATH_KEYS, None))
-        key = configs.to_json(config), repr(task.data), mesh, *state
+        key = configs.to_json(config), repr(task.data), mesh, *settings
         if key not in results:
             results[key] = build(*arguments, **options)
         return results[key]

@@ -1,8 +1,9 @@
 """Test oracle: a second implementation of training and evaluation, in float64.
 
 The oracle computes everything from encoded files to parameters with NumPy and basic
-JAX. PIL decodes images, and resizes them where the package resizes on the host. The
-only functions of the package that the oracle calls are the operations of RandAugment.
+JAX. PIL decodes images, and does the antialiased resizing that the package does on the
+host. The only functions of the package that the oracle calls are the operations of
+RandAugment.
 As in the official code, feature maps are stored row by row, and all units are embedded
 before the visible units are gathered. The official code defines no order of samples and
 no PRNG keys; both follow the documentation of this library.
@@ -98,7 +99,7 @@ def resize_matrix(start, length, size, extent, interpolation, antialias):
 def resize(pixels, box, size, data, imitate_device):
     """Resize a box of pixels [h, w, C] to integers [*size, C]: width, then height.
 
-    imitate_device: antialias with weight matrices, as the device does, instead of PIL.
+    imitate_device: resize with weight matrices like the device, even with antialias.
     """
     top, left, height, width = box
     if data.antialias and not imitate_device:

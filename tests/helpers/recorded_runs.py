@@ -17,7 +17,7 @@ from hivit_jax.train import train
 
 CLASSES = ("ape", "bee", "cat", "dog", "eel", "fly", "gnu")
 BROKEN = {"train": 9, "val": 4}  # split -> index of an image that cannot be read
-IMAGES, BATCH, STEPS = 22, 16, 3  # training images, batch size, steps of a run
+NUM_IMAGES, BATCH, STEPS = 22, 16, 3  # NUM_IMAGES: of the training split
 COMMON = {
     "seed": 5,
     "batch_size": BATCH,
@@ -119,7 +119,7 @@ def write_folder(root):
     Some files are in subfolders, some are PNG. One file per split cannot be read.
     """
     random = np.random.RandomState(3)
-    for split, count in (("train", IMAGES), ("val", 11)):
+    for split, count in (("train", NUM_IMAGES), ("val", 11)):
         for index in range(count):
             name = CLASSES[index % 7]
             size = (70 + 9 * (index % 7), 130 - 3 * index)
@@ -290,11 +290,11 @@ def classifier_loss():
     return LossAndGrad(_classifier_losses)
 
 
-def loss_and_inputs(run, config, batch, train):
+def loss_and_inputs(run, config, batch, is_training):
     """Return (`LossAndGrad`, inputs of its call, labels) for a batch."""
     images, weight, labels, keys = batch
     drop_path_scale = np.ones((len(keys), 2 * sum(run.blocks_per_stage)))
-    if train:
+    if is_training:
         drop_path_scale = run.drop_path_scales(keys, config)
     if config.task == "mae":
         units = images.shape[1] * images.shape[2] // 256
@@ -305,14 +305,14 @@ def loss_and_inputs(run, config, batch, train):
         inputs = images, drop_path_scale, order, use_raw_pixel_targets
         return loss_and_grad, inputs, labels
     classes = config.model.num_classes
-    smoothing = config.label_smoothing if train else 0.0
+    smoothing = config.label_smoothing if is_training else 0.0
     targets = (1 - smoothing) * np.eye(classes)[labels] + smoothing / classes
-    if train and config.random_erasing:
+    if is_training and config.random_erasing:
         pairs = zip(images, keys, strict=True)
         images = np.stack(
             [oracle.erase(image, key, config.random_erasing) for image, key in pairs]
         )
-    if train and (config.mixup or config.cutmix):
+    if is_training and (config.mixup or config.cutmix):
         key, mix_alphas = oracle.fold(keys[0], "step"), (config.mixup, config.cutmix)
         images, targets = oracle.mix(images, targets, weight, key, *mix_alphas)
     return classifier_loss(), (images, drop_path_scale, targets), labels
@@ -358,7 +358,7 @@ def expected_with_adam(run, config, steps, evaluated=True):
                     if name in old[kind]
                 },
             )
-        learning_rate, params = oracle.learning_rate(step, config, IMAGES), {}
+        learning_rate, params = oracle.learning_rate(step, config, NUM_IMAGES), {}
         for name, array in before.items():
             if name not in saved["mu"]:
                 params[name] = array
@@ -379,7 +379,7 @@ def expected_with_adam(run, config, steps, evaluated=True):
                 {k: decay * a + (1 - decay) * params[k] for k, a in average.items()},
             )
     expected["learning_rate"] = [
-        oracle.learning_rate(step, config, IMAGES) for step in range(STEPS)
+        oracle.learning_rate(step, config, NUM_IMAGES) for step in range(STEPS)
     ]
     if evaluated:
         params = run.params(STEPS, "ema" if o.ema_decay else "params")
@@ -454,7 +454,7 @@ def expected_with_lars(run, config, steps, evaluated=True):
         old, saved = run.moment(step, "trace"), run.moment(step + 1, "trace")
         momentum = {name: o.betas[0] * old[name] + g for name, g in gradients.items()}
         expect("trace", momentum)
-        learning_rate = oracle.learning_rate(step, config, IMAGES)
+        learning_rate = oracle.learning_rate(step, config, NUM_IMAGES)
         trained = {
             name: before[name] - learning_rate * saved[name] for name in momentum
         }
@@ -467,7 +467,7 @@ def expected_with_lars(run, config, steps, evaluated=True):
             {k: 0.9 * before[k] + 0.1 * v for k, v in batch_statistics.items()},
         )
     expected["learning_rate"] = [
-        oracle.learning_rate(step, config, IMAGES) for step in range(STEPS)
+        oracle.learning_rate(step, config, NUM_IMAGES) for step in range(STEPS)
     ]
     if evaluated:
         params = run.params(STEPS)
@@ -483,7 +483,7 @@ def expected_with_lars(run, config, steps, evaluated=True):
     return expected
 
 
-EXPECTED_VALUES = {
+COMPUTE_EXPECTED = {
     "mae": expected_with_adam,
     "classify": expected_with_adam,
     "linear_probe": expected_with_lars,
@@ -509,7 +509,7 @@ def mismatches(run, config, steps=range(STEPS), evaluated=True):
     config: config of the oracle, which may differ from the config of the run.
     """
     differences = {}
-    expected = EXPECTED_VALUES[config.task](run, config, steps, evaluated)
+    expected = COMPUTE_EXPECTED[config.task](run, config, steps, evaluated)
     for kind, values in expected.items():
         steps_of_kind = range(STEPS) if kind == "learning_rate" else steps
         if kind.startswith("eval/"):

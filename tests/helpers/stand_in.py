@@ -33,7 +33,7 @@ def play(line: str, earlier_lines: list[str]) -> int:
 
 
 def main(name: str, *arguments: str) -> int:
-    """Log the call, then run ssh, copy with scp, or replay the scripted answer."""
+    """Log the call. Run the command of ssh; replay answers to all other calls."""
     with open(os.environ["CALLS"], "a+") as calls:
         calls.seek(0)
         earlier_calls = [json.loads(line) for line in calls]

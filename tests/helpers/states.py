@@ -16,8 +16,8 @@ CONFIG = {"model": {"name": "hivit_base"}, "seed": 0}
 MESHES = {
     "data": dict(replica=1, data=8, fsdp=1, tensor=1),
     "fsdp": dict(replica=1, data=1, fsdp=8, tensor=1),
-    "both": dict(replica=1, data=2, fsdp=4, tensor=1),
-    "every": dict(replica=2, data=1, fsdp=2, tensor=2),
+    "data_fsdp": dict(replica=1, data=2, fsdp=4, tensor=1),
+    "replica_fsdp_tensor": dict(replica=2, data=1, fsdp=2, tensor=2),
 }
 
 

@@ -64,9 +64,10 @@ class Writer(pickle._Pickler):
         if not isinstance(obj, Storage):
             return None
         self.storages.append(obj)
-        kind, key = Global("torch", f"{obj.kind}Storage"), str(len(self.storages) - 1)
+        storage_type = Global("torch", f"{obj.kind}Storage")
+        key = str(len(self.storages) - 1)
         view = (None,) if self.legacy else ()
-        return ("storage", kind, key, "cpu", obj.array.size, *view)
+        return ("storage", storage_type, key, "cpu", obj.array.size, *view)
 
 
 def tensor(array, offset=0, shape=None, strides=None):
@@ -91,7 +92,7 @@ def tensor(array, offset=0, shape=None, strides=None):
 
 
 def with_tensors(content):
-    """Convert the arrays of nested dicts to pickled tensors."""
+    """Replace arrays in nested dicts by objects that `Writer` pickles as tensors."""
     if isinstance(content, dict):
         return {key: with_tensors(value) for key, value in content.items()}
     return tensor(content) if isinstance(content, np.ndarray) else content

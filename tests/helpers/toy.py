@@ -1,6 +1,6 @@
 """A user's own task and dataset: images of two sizes with one label per cell.
 
-The task uses every feature of the task interface.
+The task overrides most methods of `Task`.
 """
 
 import io

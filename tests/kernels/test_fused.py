@@ -17,12 +17,12 @@ from kernel_cases import (
     CASES,
     EPS,
     assert_bfloat16_errors,
-    attention,
+    attention_case,
     drop_path_factors,
     in_bfloat16,
     layer_norm,
-    mlp,
-    norm,
+    mlp_case,
+    norm_case,
     output_and_gradients,
     random_arrays,
     random_inputs,
@@ -199,7 +199,7 @@ def test_kernels_in_bfloat16_are_about_as_exact_as_plain(name, num_saved):
 @pytest.mark.parametrize("width", [128, 384, 512])
 def test_gpu_compiler_accepts_layer_norm(width):
     """Forward and backward pass are one kernel each."""
-    case = norm(1024, width)
+    case = norm_case(1024, width)
     text = compiled_text(case, devices_of("h100:1")[0], 0, GPU_OPTIONS)
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
 
@@ -208,7 +208,7 @@ def test_gpu_compiler_accepts_layer_norm(width):
 @pytest.mark.skipif(not find_spec("libtpu"), reason="needs the TPU compiler")
 @pytest.mark.parametrize("num_saved", [0, 1])
 @pytest.mark.parametrize(
-    "case", [mlp(1024, 128, 256, 512), attention(16, 49, 128, 2, 784)]
+    "case", [mlp_case(1024, 128, 256, 512), attention_case(16, 49, 128, 2, 784)]
 )
 def test_tpu_compiler_accepts_mlp_and_attention(case, num_saved):
     """Forward and backward pass are one kernel each."""

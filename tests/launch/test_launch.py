@@ -284,7 +284,7 @@ def test_interrupted_run_resumes_on_the_same_tpu(stage, ending):
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 5])
-def test_user_errors_are_not_retried(stage, code):
+def test_runs_with_exit_codes_2_to_5_are_not_retried(stage, code):
     assert run_keep(stage, [code]) == (RESUME, code)
 
 
@@ -431,7 +431,7 @@ def test_fake_pod_exits_with_the_code_of_a_failed_process(stage, codes, expected
     assert stage.run(*fake_pod(len(codes), *TRAINING), play=play)[0] == expected
 
 
-def test_fake_pod_ends_when_one_process_dies(stage):
+def test_fake_pod_ends_when_one_process_fails(stage):
     play = {"--process_id=1": [["", 4]], TRAIN: [["", "signal"]]}
     code, _, error = stage.run(*fake_pod(3, *TRAINING), play=play, GRACE="0")
     assert code == 4
@@ -488,8 +488,8 @@ def reaction_to(jobset, code):
     [(code, "end") for code in (2, 3, 4, 5)]
     + [(code, "restart") for code in (1, 75, 134, 137, 143)],
 )
-def test_jobset_restarts_unless_the_user_made_an_error(code, expected):
-    """Codes 2 to 5 end the job. Preempted and crashed pods restart."""
+def test_jobset_restarts_except_after_exit_codes_2_to_5(code, expected):
+    """Preempted and crashed pods restart."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
     assert reaction_to(jobset, code) == expected
 

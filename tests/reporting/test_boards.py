@@ -34,7 +34,7 @@ def tensorboard_values(workdir):
 def test_tensorboard_file_contains_metrics_images_and_config(tmp_path):
     """Tags of metrics and images begin with train/ or eval/.
 
-    The config is text and hyperparameters.
+    The config is written twice: as text and as hyperparameters.
     """
     pytest.importorskip("tensorboardX")
     writer = metrics.Writer(tmp_path, 0, SETTINGS)

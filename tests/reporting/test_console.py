@@ -24,7 +24,7 @@ def test_duration_is_rounded_to_seconds(seconds, text):
 
 
 def test_step_line_shows_progress_speed_and_warnings():
-    """The line mentions waiting for images only above 10% of the steps.
+    """The line mentions waiting for images if more than 10% of the steps waited.
 
     With several chips, the line shows the throughput per chip.
     """

@@ -24,7 +24,7 @@ def write(workdir, steps, first_step=0):
     writer.close()
 
 
-def steps(workdir):
+def logged_steps(workdir):
     """Return the steps in metrics.jsonl."""
     return [line["step"] for line in metrics.read(workdir / "metrics.jsonl")]
 
@@ -38,22 +38,22 @@ def test_each_call_writes_one_line(workdir):
     )
     write(workdir, [30], first_step=20)
     assert (workdir / "metrics.jsonl").read_text().startswith(text)
-    assert steps(workdir) == [10, 20, 30]
+    assert logged_steps(workdir) == [10, 20, 30]
 
 
 def test_lines_are_written_immediately(workdir):
     writer = metrics.Writer(workdir)
     writer.scalars(10, {"loss": 0.5})
-    assert steps(workdir) == [10]
+    assert logged_steps(workdir) == [10]
     writer.close()
 
 
 def test_lines_after_the_checkpoint_are_dropped(workdir):
     write(workdir, [10, 20, 30, 40])
     write(workdir, [30, 40, 50], first_step=20)
-    assert steps(workdir) == [10, 20, 30, 40, 50]
+    assert logged_steps(workdir) == [10, 20, 30, 40, 50]
     write(workdir, [10])  # first_step=0: a new run
-    assert steps(workdir) == [10]
+    assert logged_steps(workdir) == [10]
     assert [path.name for path in workdir.iterdir()] == ["metrics.jsonl"]
 
 
@@ -63,9 +63,9 @@ def test_half_written_line_is_dropped(workdir, cut):
     path = workdir / "metrics.jsonl"
     path.write_text(path.read_text()[:-cut])
     # cut=1 removes only the newline.
-    assert steps(workdir) == ([10, 20, 30] if cut == 1 else [10, 20])
+    assert logged_steps(workdir) == ([10, 20, 30] if cut == 1 else [10, 20])
     write(workdir, [30, 40], first_step=20)
-    assert steps(workdir) == [10, 20, 30, 40]
+    assert logged_steps(workdir) == [10, 20, 30, 40]
     for line in path.read_text().splitlines():
         json.loads(line)
 
@@ -158,7 +158,7 @@ def bucket(tmp_path, monkeypatch):
     As in Cloud Storage, files cannot be appended to.
     """
 
-    class StandIn:
+    class BucketBackend:
         def __getattr__(self, name):
             def call(path, *args, **kwargs):
                 assert str(path).startswith("gs://")
@@ -176,7 +176,7 @@ def bucket(tmp_path, monkeypatch):
     def local(path):
         return str(path).replace("gs://bucket", str(tmp_path))
 
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", StandIn())
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", BucketBackend())
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
     monkeypatch.setitem(sys.modules, "gcsfs", ModuleType("gcsfs"))
     monkeypatch.setenv("EPATH_USE_TF", "false")
@@ -191,9 +191,9 @@ def test_bucket_workdir_receives_metrics_and_figures(bucket):
         writer = metrics.Writer(workdir, first_step)
         for step in new_steps:
             writer.scalars(step, {"loss": 1.0 / step})
-            assert steps(bucket / "run")[-1] == step
+            assert logged_steps(bucket / "run")[-1] == step
         writer.close()
-    assert steps(bucket / "run") == [1, 2, 3, 4]
+    assert logged_steps(bucket / "run") == [1, 2, 3, 4]
     figures.draw_run(workdir, 4, {})
     assert (bucket / "run" / "figures" / "curves.png").stat().st_size > 1000
     assert not list(bucket.rglob(".writable*"))
