@@ -78,39 +78,41 @@ FLAGS = {
 
 def parts_for(platform: str, batch: int, rounds: int, steps: int) -> dict[str, Any]:
     """Return {name: (command, environment variables)} of all parts."""
-    variants, python = dict(STEPS), (sys.executable, "-m")
+    variants, run_module = dict(STEPS), (sys.executable, "-m")
     if platform == "cuda":
         variants |= {name: Step(xla_flags=flags) for name, flags in FLAGS.items()}
     # The CPU backend stays enabled because tests compute references on it.
-    base = {"JAX_PLATFORMS": "cpu" if platform == "cpu" else f"{platform},cpu"}
-    tests = (*python, "pytest", "-q", "-p", "no:xdist")
+    environment = {"JAX_PLATFORMS": "cpu" if platform == "cpu" else f"{platform},cpu"}
+    pytest = (*run_module, "pytest", "-q", "-p", "no:xdist")
     counts = f"--rounds={rounds}", f"--steps={steps}", f"--batch={batch}"
-    # Without this flag, XLA:GPU times several algorithms for every matrix product in
-    # the many small programs that the tests compile.
-    cuda_only = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}
-    in_tests = base | (cuda_only if platform == "cuda" else {})
-    parts = {name: ((*tests, path), in_tests) for name, path in TESTS.items()}
+    test_environment = dict(environment)
+    if platform == "cuda":
+        # Without this flag, XLA:GPU times several algorithms for every matrix product
+        # in the many small programs that the tests compile.
+        test_environment["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+    parts = {name: ((*pytest, path), test_environment) for name, path in TESTS.items()}
     if platform != "tpu":
         device = "gpu" if platform == "cuda" else "cpu"
         for group, rows in PEERS.items():
             for job in ("pretrain", "classify", "inference"):
                 options = (*counts, "--task", job, "--device", device, "--rows", *rows)
-                command = (*python, "benchmarks.peers", *options)
+                command = (*run_module, "benchmarks.peers", *options)
                 parts[f"peers {job}{group}"] = command, {}
     for name, step in variants.items():
         overrides = ("--set", *step.overrides) if step.overrides else ()
         flags = f"{os.environ.get('XLA_FLAGS', '')} {step.xla_flags}".strip()
-        command = (*python, "benchmarks.train_step", *counts, *step.options, *overrides)
-        parts[name] = command, base | {"XLA_FLAGS": flags}
+        options = (*counts, *step.options, *overrides)
+        command = (*run_module, "benchmarks.train_step", *options)
+        parts[name] = command, environment | {"XLA_FLAGS": flags}
     return parts
 
 
 def run_part(
     command: tuple[str, ...], environment: dict[str, str], limit: float
 ) -> dict[str, Any]:
-    """Run a part and return its result as JSON values.
+    """Run a part; return its exit code, seconds, output and result as JSON values.
 
-    The flag ``--out FILE`` is added to the command of a benchmark. "result" is the
+    The flag ``--out FILE`` is added to the command of a benchmark. The result is the
     content of FILE, or None if there is no file.
     """
     began = time.perf_counter()
@@ -161,8 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--platform", choices=("cuda", "tpu", "cpu"), default="cuda")
-    text = "default: all parts; see --list. A text such as peers, with which several "
-    text += "names begin, selects all these parts"
+    text = "default: all parts; see --list. A word such as peers selects all parts "
+    text += "whose names begin with it"
     add("--only", nargs="+", metavar="PART", help=text)
     add("--list", action="store_true", help="print the names of all parts and exit")
     add("--batch", type=int, default=256, help="images per step")
@@ -176,12 +178,12 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(parts))
         return 0
     selected = list(parts) if args.only is None else []
-    for text in args.only or ():
-        begin_with_text = [name for name in parts if name.startswith(f"{text} ")]
-        names = [text] if text in parts else begin_with_text
+    for choice in args.only or ():
+        begin_with_choice = [name for name in parts if name.startswith(f"{choice} ")]
+        names = [choice] if choice in parts else begin_with_choice
         if not names:
             expected = ", ".join(parts)
-            parser.error(f"--only: unknown {text}; expected some of {expected}")
+            parser.error(f"--only: unknown {choice}; expected some of {expected}")
         selected += names
     out = args.out or RESULTS / f"accelerator_{args.platform}.json"
     results = json.loads(out.read_text()) if out.exists() else {}

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import photographs
-from benchmarks.input_pipeline import BATCH, ROOT, recipe
+from benchmarks.input_pipeline import BATCH, ROOT, mae_config
 from benchmarks.machine import processor
 from hivit_jax import inputs
 from hivit_jax.data.sources import registry
@@ -36,7 +36,7 @@ WARMUP = 3  # batches at the start of a round that are not counted
 
 
 def write_tars(root: Path) -> None:
-    """Write the photographs of ROOT/train as WebDataset tar files of both splits."""
+    """Write the photographs in `root`/train as WebDataset tar files of both splits."""
     paths = sorted(root.glob("train/*/*"))
     for split in ("train", "val"):
         for shard in range(SHARDS):
@@ -72,12 +72,12 @@ def row_configs(root: Path) -> dict[tuple[str, str, str], object]:
                     read_by = "tensorflow reads and decodes"
             options = {k: v for k, v in data.items() if k != "dir"}
             options |= {"workers": 2, "reader": reader}
-            configs[files, reader, read_by] = recipe(data["dir"], **options)
+            configs[files, reader, read_by] = mae_config(data["dir"], **options)
     return configs
 
 
 def measure(
-    root: Path, rounds: int, batches: int
+    root: Path, rounds: int, num_batches: int
 ) -> dict[tuple[str, str, str], dict[str, float]]:
     """Return images per CPU-second and images per second of each row."""
     keep_freed_memory()  # as in training
@@ -86,11 +86,11 @@ def measure(
     for _ in range(rounds + 1):  # the first round is a warmup, and makes the copies
         for row, config in configs.items():
             registry.open_source(config.data, "train")
-            loaded = inputs.train_batches(config, 0, WARMUP + batches)
+            batches = inputs.train_batches(config, 0, WARMUP + num_batches)
             for _ in range(WARMUP):
-                next(loaded)
+                next(batches)
             cpu, wall = time.process_time(), time.perf_counter()
-            images = BATCH * sum(1 for _ in loaded)
+            images = BATCH * sum(1 for _ in batches)
             spent = time.process_time() - cpu, time.perf_counter() - wall
             rates[row].append((images / spent[0], images / spent[1]))
     return {

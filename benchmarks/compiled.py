@@ -17,13 +17,13 @@ results/compiled.json, or to the file of --out. A rerun reuses existing reports;
 change of the code, use another --workdir. Chips whose compiler is not installed are
 skipped.
 
-There are two totals of bytes, both including the padding of tiles:
+The results contain two totals of bytes, both including the padding of tiles:
 
-- `bytes_by_region` is the sum over the regions. Only arrays in HBM count. Every HBM
+- `hbm_bytes_per_image` is the sum over the regions. Only arrays in HBM count. Every HBM
   operand and result of a custom call counts in full.
-- The TPU compiler's own total is larger. It also counts arrays in VMEM, and counts
-  custom calls by their `cost_estimate`. XLA:GPU reports no total, so on GPUs
-  `bytes_by_region` provides both totals.
+- `bytes_accessed_per_image` is the TPU compiler's own total, which is larger. It also
+  counts arrays in VMEM, and counts custom calls by their `cost_estimate`. XLA:GPU
+  reports no total, so on GPUs both totals are equal.
 """
 
 import argparse

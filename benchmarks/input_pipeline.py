@@ -45,8 +45,8 @@ THREADS = "hivit_jax, resized on the device"
 TF_DATA = "tf.data, exact: data.reader=tf.data"
 
 
-def recipe(directory: Path, **data):
-    """Return the config of mae_base for class folders; default: one reader thread."""
+def mae_config(directory: Path, **data):
+    """Return the config of mae_base; by default, one thread reads class folders."""
     options = {"name": "folder", "dir": directory, "workers": 1} | data
     flags = [f"--config.data.{key}={value}" for key, value in options.items()]
     path = ROOT / "configs" / "mae_base.py"
@@ -55,7 +55,7 @@ def recipe(directory: Path, **data):
 
 def pipeline(directory: Path, **data) -> Callable[[], Iterator]:
     """Return a function that starts a round of hivit_jax, from files to batches."""
-    config = recipe(directory, **data)
+    config = mae_config(directory, **data)
     return lambda: inputs.train_batches(config, 0, STEPS)
 
 
@@ -67,7 +67,7 @@ def per_image(directory: Path, process: Callable) -> Callable[[], Iterator]:
     Args:
       process: function of the encoded image and its index.
     """
-    source = registry.open_source(recipe(directory).data, "train")
+    source = registry.open_source(mae_config(directory).data, "train")
     indices = [i % len(source) for i in range(BATCH * STEPS)]
     encoded = [source.sample(index)["image"] for index in indices]
 
@@ -100,7 +100,7 @@ def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
     """
     import tensorflow as tf
 
-    source = registry.open_source(recipe(directory).data, "train")
+    source = registry.open_source(mae_config(directory).data, "train")
     positions = np.arange(BATCH * STEPS)
     indices = order.samples_at(positions, len(source), 0)[0].tolist()
     boxes = []
@@ -132,7 +132,7 @@ def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
 
 
 def variants(root: Path) -> dict[str, Callable[[], Iterator]]:
-    """Return {row of the table: function that starts a round and yields batches}."""
+    """Return {row of the table: function that starts a round}."""
     starts = {
         "decoding only, simplejpeg": per_image(
             root, lambda encoded, _: simplejpeg.decode_jpeg(encoded)
@@ -187,11 +187,11 @@ def seconds_to_jump() -> float:
     return time.perf_counter() - began
 
 
-def print_memory(root: Path, batches: int) -> None:
-    """Print the memory of this process about ten times while it reads the batches."""
-    config = recipe(root, workers=2)
-    interval = max(batches // 10, 1)
-    for step, _ in enumerate(inputs.train_batches(config, 0, batches), 1):
+def print_memory(root: Path, num_batches: int) -> None:
+    """Print the memory of this process about ten times while it reads batches."""
+    config = mae_config(root, workers=2)
+    interval = max(num_batches // 10, 1)
+    for step, _ in enumerate(inputs.train_batches(config, 0, num_batches), 1):
         if step == min(100, interval) or step % interval == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident = pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -51,7 +51,7 @@ MAE = {"decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 2}
 LEARNING_RATE = {"mae": 4e-3, "classify": 2e-3}  # for a batch of 256 images
 
 
-def recipe(task: str, data: str, folder: str, steps: int) -> Any:
+def small_config(task: str, data: str, folder: str, steps: int) -> Any:
     """Return the config of a small run.
 
     Args:
@@ -125,7 +125,7 @@ def torch_optimizer(
 def torch_loss(
     task: Task, network: HiViT, step: int, batch: dict[str, Any]
 ) -> torch.Tensor:
-    """Return the loss of the twin on a batch, with the mask of hivit_jax."""
+    """Return the loss of the twin on a batch; in pretraining, with hivit_jax's mask."""
     config = task.config
     images = torch.tensor(np.array(task.preprocess(batch)))
     images = images.permute(0, 3, 1, 2)
@@ -138,8 +138,8 @@ def torch_loss(
     position = jnp.uint32(step * config.batch_size)  # of the batch's first example
     keys = rng.step_keys(config.seed, "train", position, config.batch_size)
     keys = rng.split_keys(keys.samples, "mask")
-    units = network.absolute_pos_embed.shape[1]
-    noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(keys)
+    num_units = network.absolute_pos_embed.shape[1]
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (num_units,)))(keys)
     return network.masked_loss(
         images,
         torch.tensor(np.array(noise)),
@@ -191,7 +191,7 @@ def main() -> int:
         photographs.write(folder, {"train": 420, "val": 7}, (96, 72))
         for data in ("digits", "photographs"):
             for task in ("mae", "classify"):
-                losses, twin_losses = curves(recipe(task, data, folder, steps))
+                losses, twin_losses = curves(small_config(task, data, folder, steps))
                 difference = np.abs(np.array(losses) / np.array(twin_losses) - 1).max()
                 print(
                     f"{data:12} {task:9} loss {losses[0]:.4f} -> {losses[-1]:.4f}  "

@@ -9,7 +9,7 @@ PYTORCH = "torch"
 # Pretraining speed of HiViT-B divided by the speed of Swin-B with SimMIM, in the paper.
 PAPER_RATIO = 1.9
 JOBS = ("pretrain", "classify", "inference")
-# Model -> recipes of pretraining and finetuning.
+# Model -> recipes of pretraining and finetuning ("": not finetuned).
 RECIPES_OF_MODELS = {
     "HiViT-T": ("mae_tiny", "finetune:tiny"),
     "HiViT-S": ("mae_small", "finetune:small"),
@@ -42,7 +42,7 @@ def ratio(results: Results, numerator: str, denominator: str) -> float | None:
 def table(results: Results) -> str:
     """Format a row per model and job: throughput, ratios, memory and utilization."""
 
-    def number(value: Any, format_spec: str, scale: float = 1.0) -> str:
+    def format_number(value: Any, format_spec: str, scale: float = 1.0) -> str:
         return "" if value is None else f"{value * scale:{format_spec}}"
 
     lines = [
@@ -53,14 +53,20 @@ def table(results: Results) -> str:
     for row in dict.fromkeys(name.rpartition(" ")[0] for name in results):
         job, base = row.split()[0], f"{row.split()[0]} HiViT-B"
         pair = [results.get(f"{row} {program}", {}) for program in (OURS, PYTORCH)]
-        columns = [number(x.get("images_per_second"), ",.2f") for x in pair]
-        columns += [number(ratio(results, f"{row} {OURS}", f"{row} {PYTORCH}"), ".2f")]
+        columns = [format_number(x.get("images_per_second"), ",.2f") for x in pair]
         columns += [
-            number(ratio(results, f"{base} {program}", f"{row} {program}"), ".2f")
+            format_number(ratio(results, f"{row} {OURS}", f"{row} {PYTORCH}"), ".2f")
+        ]
+        columns += [
+            format_number(
+                ratio(results, f"{base} {program}", f"{row} {program}"), ".2f"
+            )
             for program in (OURS, PYTORCH)
         ]
-        columns += [number(x.get("peak_memory_bytes"), ".2f", 2**-30) for x in pair]
-        columns += [number(x.get("model_flop_utilization"), ".1%") for x in pair]
+        columns += [
+            format_number(x.get("peak_memory_bytes"), ".2f", 2**-30) for x in pair
+        ]
+        columns += [format_number(x.get("model_flop_utilization"), ".1%") for x in pair]
         lines.append(
             f"| {row.removeprefix(job + ' ')}, {job} | {' | '.join(columns)} |"
         )

@@ -114,8 +114,8 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> PreparedRow:
     keys = rng.step_keys(config.seed, "train", jnp.uint32(0), args.batch)
     images = task.preprocess(batch) if forward else task.training_images(batch, keys)
     if args.task == "pretrain":
-        mask_keys, units = rng.split_keys(keys.samples, "mask"), (224 // 16) ** 2
-        uniform = jax.vmap(lambda key: jax.random.uniform(key, (units,)))
+        mask_keys, num_units = rng.split_keys(keys.samples, "mask"), (224 // 16) ** 2
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (num_units,)))
         noise_or_labels = uniform(mask_keys)
     else:
         noise_or_labels = np.asarray(batch["label"], np.int64)
@@ -134,13 +134,13 @@ def build_network(name: str, task: str) -> Any:
     from benchmarks import torch_peers
     from benchmarks.torch_twin import HiViT
 
-    classes = 0 if task == "pretrain" else CLASSES
+    num_classes = 0 if task == "pretrain" else CLASSES
     if name == "ViT-B":
-        return torch_peers.ViT(classes)
+        return torch_peers.ViT(num_classes)
     if name not in HIVIT:
-        return torch_peers.Swin(classes, window=6 if name.endswith("192") else 7)
-    sizes, decoder = (224, 16, 3, *HIVIT[name]), () if classes else (512, 6, 16)
-    return HiViT(*sizes, bool(classes), num_classes=classes, decoder=decoder)
+        return torch_peers.Swin(num_classes, window=6 if name.endswith("192") else 7)
+    sizes, decoder = (224, 16, 3, *HIVIT[name]), () if num_classes else (512, 6, 16)
+    return HiViT(*sizes, bool(num_classes), num_classes=num_classes, decoder=decoder)
 
 
 def start_torch(
@@ -156,7 +156,8 @@ def start_torch(
       name: network; see `build_network`.
       compiled: use torch.compile.
       plain: compute the softmax of attention explicitly, without fused attention.
-      first_step: file that `start_ours` writes, for HiViT-B; None: random inputs.
+      first_step: file of `start_ours` with the weights and inputs of the first step,
+        for HiViT-B. None, or no such file: random weights and inputs.
     """
     import torch
 
@@ -181,7 +182,7 @@ def start_torch(
 
     def random_noise_or_labels():
         if pretrain:
-            return torch.rand(args.batch, network.units, device=device)
+            return torch.rand(args.batch, network.num_units, device=device)
         return torch.randint(CLASSES, (args.batch,), device=device)
 
     def run(count):

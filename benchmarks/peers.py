@@ -107,7 +107,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       HivitError: the process of a row ended, or the first loss of a twin differs.
     """
-    pipes, results = {}, {}
+    pipes, facts = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         first_step = Path(folder) / "first_step.npz"
         for row in args.rows:  # sorted: if hivit_jax is selected, it is the first row
@@ -120,14 +120,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             # On a CPU, the rows start one after another. On a GPU, the benchmark waits
             # only for the first row, because the others read the file that it writes.
             if args.device == "cpu" or row == args.rows[0]:
-                results[row] = wait_until_ready(pipes[row], row)
-        results |= {
+                facts[row] = wait_until_ready(pipes[row], row)
+        facts |= {
             row: wait_until_ready(pipes[row], row)
             for row in args.rows
-            if row not in results
+            if row not in facts
         }
-    check_first_losses(results, TOLERANCE[args.device])
-    return {row: results[row] | x for row, x in time_rows(pipes, args).items()}
+    check_first_losses(facts, TOLERANCE[args.device])
+    return {row: facts[row] | x for row, x in time_rows(pipes, args).items()}
 
 
 def wait_until_ready(pipe: Any, row: str) -> dict[str, Any]:
@@ -146,18 +146,18 @@ def time_rows(
     Args:
       pipes: row -> pipe of `start_row`, after the facts about the row were received.
     """
-    rounds: dict[str, list[tuple[float, float]]] = {row: [] for row in pipes}
+    timings: dict[str, list[tuple[float, float]]] = {row: [] for row in pipes}
     for round_index in range(args.rounds + 1):  # the first round is a warmup
         for row, pipe in pipes.items():
             pipe.send(args.steps)
-            rounds[row].append(receive(pipe, row))
-            seconds, cpu = (total / args.steps for total in rounds[row][-1])
+            timings[row].append(receive(pipe, row))
+            seconds, cpu = (total / args.steps for total in timings[row][-1])
             text = f"{seconds:9.4f} s{cpu:9.4f} CPU-s per step"
             print(f"round {round_index}  {row:28}{text}", flush=True)
     results = {}
-    for row, timings in rounds.items():
+    for row, row_timings in timings.items():
         pipes[row].send(0)
-        seconds, cpu = zip(*timings[1:], strict=True)
+        seconds, cpu = zip(*row_timings[1:], strict=True)
         median = statistics.median(seconds) / args.steps
         results[row] = {
             "images_per_second": args.batch / median,
@@ -179,19 +179,19 @@ def receive(pipe: Any, row: str) -> Any:
         raise HivitError(f"the process of {row} ended; see its error above") from error
 
 
-def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> None:
+def check_first_losses(facts: dict[str, dict[str, Any]], tolerance: float) -> None:
     """Raise HivitError if the first losses of hivit_jax and a twin differ."""
     from hivit_jax.errors import HivitError
 
-    expected = results.get(OURS, {}).get("loss")
-    for row, result in results.items():
-        if expected is None or result["loss"] is None:
+    expected = facts.get(OURS, {}).get("loss")
+    for row, row_facts in facts.items():
+        if expected is None or row_facts["loss"] is None:
             continue
-        difference = abs(result["loss"] / expected - 1)
+        difference = abs(row_facts["loss"] / expected - 1)
         if not difference <= tolerance:  # true for NaN too
             raise HivitError(
                 f"first loss of {row}: expected {expected} (the loss of {OURS}) up to "
-                f"a relative difference of {tolerance}, found {result['loss']}.\n"
+                f"a relative difference of {tolerance}, found {row_facts['loss']}.\n"
                 "Compare benchmarks/torch_twin.py with the model of hivit_jax"
             )
 

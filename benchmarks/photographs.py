@@ -48,9 +48,8 @@ def variant(photo: np.ndarray, seed: int, size: Sequence[int]) -> Image.Image:
     box = (left, top, left + h * aspect, top + h)
     image = Image.fromarray(photo).resize(tuple(size), Image.Resampling.BICUBIC, box)
     pixels = np.asarray(image) * rng.uniform(0.8, 1.2, 3)
-    pixels += rng.normal(
-        0, 9.5, pixels.shape
-    )  # without noise, the files would be small
+    # Without noise, the files would be small.
+    pixels += rng.normal(0, 9.5, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 

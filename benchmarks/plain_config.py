@@ -1,7 +1,7 @@
-"""Minimal replacement for ml_collections that is sufficient to load recipes.
+"""Stand-in that is importable as ml_collections where that package is missing.
 
-Import this module before hivit_jax. The import has no effect if ml_collections is
-installed.
+The stand-in is sufficient to load recipes. Import this module before hivit_jax. If
+ml_collections is installed, the import has no effect.
 """
 
 import json

@@ -44,7 +44,7 @@ from hivit_jax.reporting.console import log
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "rehearsal.json"
 EPOCHS, PRETRAINING_EPOCHS = 60, 100
-ISOTROPIC = {"model.patch_size": 8, "model.embed_dim": 64, "model.num_heads": 2}
+UNIT_SIZES = {"model.patch_size": 8, "model.embed_dim": 64, "model.num_heads": 2}
 SWIN = {
     "model.patch_size": 2,
     "model.embed_dim": 16,
@@ -52,17 +52,17 @@ SWIN = {
     "model.num_heads": (1, 2, 4),
     "model.window_size": 4,
 }
-# Method -> (names of the pretrained model and the classifier, keys of both, further
-# keys of the pretraining)
+# Method -> (names of the pretraining model and the classifier, overrides of both,
+# further overrides of the pretraining)
 METHODS = {
     "HiViT, MAE": (
         ("mae_hivit_tiny", "hivit_tiny"),
-        ISOTROPIC | {"model.depths": (1, 1, 4)},
+        UNIT_SIZES | {"model.depths": (1, 1, 4)},
         DECODER | {"mask_ratio": 0.75},
     ),
     "ViT, MAE": (
         ("mae_vit_tiny", "vit_tiny"),
-        ISOTROPIC | {"model.depth": 6},
+        UNIT_SIZES | {"model.depth": 6},
         DECODER | {"mask_ratio": 0.75},
     ),
     "Swin, SimMIM": (
@@ -75,7 +75,9 @@ STARTS = ("scratch", "pretrained")
 KEYS = ("draw", "dataset", "method", "start")  # of a result
 
 
-def unlabeled(images: Mapping[str, np.ndarray], draw: int) -> dict[str, np.ndarray]:
+def pretraining_images(
+    images: Mapping[str, np.ndarray], draw: int
+) -> dict[str, np.ndarray]:
     """Return the images of each class that are not test images of a random draw."""
     held_out = slice(TRAIN, TRAIN + TEST)  # as in `small_data.write`
     return {
@@ -95,24 +97,25 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
     for draw, dataset, method, start in product(
         range(DRAWS), DATASETS, METHODS, STARTS
     ):
-        selected = any(text in method for text in only)
-        if (draw, dataset, method, start) in measured or not selected:
+        is_selected = any(text in method for text in only)
+        if (draw, dataset, method, start) in measured or not is_selected:
             continue
         directory = workdir / f"{dataset}_{draw}"
-        labeled = directory / "labeled"
-        if not labeled.exists():
-            pixels = DATASETS[dataset]()
-            write_png(directory / "unlabeled", unlabeled(pixels, draw))
-            write(labeled, pixels, draw)
-        (pretrained, classifier), common, pretraining = METHODS[method]
+        labeled_dir = directory / "labeled"
+        if not labeled_dir.exists():
+            images = DATASETS[dataset]()
+            write_png(directory / "unlabeled", pretraining_images(images, draw))
+            write(labeled_dir, images, draw)
+        (pretraining_model, classifier), common, pretraining = METHODS[method]
         name = method.replace(", ", "_")
         values = common | {"model.name": classifier, "model.num_classes": 10}
-        values |= {"data.dir": labeled, "total_epochs": EPOCHS, "init_from": ""}
+        values |= {"data.dir": labeled_dir, "total_epochs": EPOCHS, "init_from": ""}
         if start == "pretrained":
             values["init_from"] = directory / f"{name}_pretraining"
-            options = {"total_epochs": PRETRAINING_EPOCHS, "model.name": pretrained}
+            options = common | pretraining | {"model.name": pretraining_model}
             options |= {"data.dir": directory / "unlabeled", "data.eval_split": "none"}
-            run("folder_mae", values["init_from"], stop, common | pretraining | options)
+            options["total_epochs"] = PRETRAINING_EPOCHS
+            run("folder_mae", values["init_from"], stop, options)
         metrics = run("folder_finetune", directory / f"{name}_{start}", stop, values)
         row = dict(zip(KEYS, (draw, dataset, method, start), strict=True))
         rows.append(row | {"top1": metrics["eval/top1"]})
@@ -123,7 +126,7 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
 def costs() -> str:
     """Format a table of parameters and multiply-adds (MACs) per image, forward pass."""
     lines = [f"{'':<16}{'parameters':>12}{'MACs':>12}{'MACs, pretraining':>20}"]
-    for method, ((pretrained, classifier), *overrides) in METHODS.items():
+    for method, ((pretraining_model, classifier), *overrides) in METHODS.items():
         common, pretraining = (
             {k[len("model.") :]: v for k, v in x.items() if k.startswith("model.")}
             for x in overrides
@@ -131,7 +134,7 @@ def costs() -> str:
         common["image_size"] = SIDE
         models = [
             hivit_jax.create_model(classifier, num_classes=10, **common),
-            hivit_jax.create_model(pretrained, **common, **pretraining),
+            hivit_jax.create_model(pretraining_model, **common, **pretraining),
         ]
         macs = [model.macs(SIDE) for model in models]
         lines.append(
@@ -146,9 +149,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for method, start in product(METHODS, STARTS):
         line = f"{f'{method}, {start}':<28}"
         for dataset in DATASETS:
-            names = dataset, method, start
-            draws = [row for row in rows if tuple(row[k] for k in KEYS[1:]) == names]
-            line += f"{mean_and_deviation([100 * row['top1'] for row in draws]):>16}"
+            cell = dataset, method, start
+            top1 = [
+                100 * r["top1"] for r in rows if tuple(r[k] for k in KEYS[1:]) == cell
+            ]
+            line += f"{mean_and_deviation(top1):>16}"
         lines.append(line)
     return "\n".join(lines)
 

@@ -105,7 +105,7 @@ def permutation(count: int, draw: int) -> np.ndarray:
 
 
 def write(root: Path, images: Mapping[str, np.ndarray], draw: int) -> None:
-    """Write the images of a random draw to ROOT/{train,val}/CLASS/NUMBER.png."""
+    """Write the images of a random draw to `root`/{train,val}/CLASS/NUMBER.png."""
     parts = {"train": slice(TRAIN), "val": slice(TRAIN, TRAIN + TEST)}
     for split, part in parts.items():
         drawn = {k: x[permutation(len(x), draw)[part]] for k, x in images.items()}
@@ -113,7 +113,7 @@ def write(root: Path, images: Mapping[str, np.ndarray], draw: int) -> None:
 
 
 def write_png(root: Path, images: Mapping[str, np.ndarray]) -> None:
-    """Write images by class, uint8 [n, H, W], to ROOT/CLASS/NUMBER.png."""
+    """Write images by class, uint8 [n, H, W], to `root`/CLASS/NUMBER.png."""
     for name, pixels in images.items():
         (root / name).mkdir(parents=True)
         for number, image in enumerate(pixels):
@@ -138,19 +138,20 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
     measured = {(row["draw"], row["dataset"], row["experiment"]) for row in rows}
     planned = product(range(DRAWS), DATASETS, EXPERIMENTS)
     for draw, dataset, experiment in planned:
-        selected = any(text in experiment for text in only)
-        if (draw, dataset, experiment) in measured or not selected:
+        is_selected = any(text in experiment for text in only)
+        if (draw, dataset, experiment) in measured or not is_selected:
             continue
         directory = workdir / f"{dataset}_{draw}"
-        images = directory / "images"
-        if not images.exists():
-            write(images, DATASETS[dataset](), draw)
+        image_dir = directory / "images"
+        if not image_dir.exists():
+            write(image_dir, DATASETS[dataset](), draw)
         recipe, pretraining = EXPERIMENTS[experiment]
-        values = ENCODER | {"data.dir": images, "init_from": ""}
+        values = ENCODER | {"data.dir": image_dir, "init_from": ""}
         if pretraining:
             values["init_from"] = directory / pretraining
-            # A finished pretraining run is only evaluated, so experiments share it.
-            options = {"total_epochs": PRETRAINING_EPOCHS, "data.dir": images}
+            # If this run is already finished, `run` only evaluates it, so that several
+            # experiments share it.
+            options = {"total_epochs": PRETRAINING_EPOCHS, "data.dir": image_dir}
             options |= ENCODER | DECODER
             run(pretraining, directory / pretraining, stop, options)
         values |= {"total_epochs": EPOCHS, "model.num_classes": 10}
@@ -174,12 +175,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for experiment in EXPERIMENTS:
         line = f"{experiment:<30}"
         for name in DATASETS:
-            values = [
+            top1 = [
                 100 * row["top1"]
                 for row in rows
                 if (row["dataset"], row["experiment"]) == (name, experiment)
             ]
-            line += f"{mean_and_deviation(values):>16}"
+            line += f"{mean_and_deviation(top1):>16}"
         lines.append(line)
     return "\n".join(lines)
 

@@ -80,20 +80,20 @@ def table_row(name: str, report: dict) -> str:
     )
     if not report["fits"]:
         return start + 6 * " |"
-    bound, collectives = report["roofline"], report["collectives"]
+    roofline, collectives = report["roofline"], report["collectives"]
     collective_mb = sum(op["bytes_per_step"] for op in collectives) / 1e6
     hbm_mb = report["hbm_bytes_per_image"] / 1e6
     return (
         f"{start} {memory['temporaries'] / GIB:.2f} "
         f"| {report['flops_per_image'] / 1e9:.1f} | {hbm_mb:,.0f} "
         f"| {collective_mb:,.1f} "
-        f"| {bound['images_per_second_per_chip']:,.0f}, {bound['bound']} "
+        f"| {roofline['images_per_second_per_chip']:,.0f}, {roofline['bound']} "
         f"| {report['compile_cpu_seconds']:.0f} |"
     )
 
 
 def compile_all(workdir: Path) -> None:
-    """Compile all rows, write the results after each program, print the table."""
+    """Compile all programs, write the results after each of them, print the table."""
     cases = [
         (f"{size} {topology}", size, topology, {})
         for size in SIZES
@@ -110,10 +110,10 @@ def compile_all(workdir: Path) -> None:
         for name, overrides in VARIANTS.items()
     ]
     results: dict[str, dict] = {}
-    for measure, rows in ((report_for, cases + variants), (search_batch, cases)):
+    for compute, rows in ((report_for, cases + variants), (search_batch, cases)):
         for name, size, topology, overrides in rows:
             try:
-                result = measure(size, topology, workdir, **overrides)
+                result = compute(size, topology, workdir, **overrides)
             except ConfigError as error:
                 print(f"{name} skipped: {error}")
                 continue

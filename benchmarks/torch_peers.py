@@ -2,7 +2,7 @@
 
 The models have the published sizes, and the blocks of `torch_twin`. A model with
 classes supports `classify(images [B, 3, S, S])`, where S is `image_size`. A
-model without classes supports `masked_loss(images, noise [B, units])`.
+model without classes supports `masked_loss(images, noise [B, num_units])`.
 """
 
 import torch
@@ -22,13 +22,13 @@ class ViT(nn.Module):
       num_classes: classes of the head; 0: a masked autoencoder.
     """
 
-    units, image_size = 196, 224
+    num_units, image_size = 196, 224
 
     def __init__(self, num_classes: int = 0):
         super().__init__()
         self.proj = nn.Conv2d(3, 768, 16, 16)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 768))
-        self.pos_embed = frozen_parameter(torch.randn(1, self.units + 1, 768))
+        self.pos_embed = frozen_parameter(torch.randn(1, self.num_units + 1, 768))
         self.blocks = nn.ModuleList(Block(768, 4.0, 12) for _ in range(12))
         self.norm = nn.LayerNorm(768, eps=1e-6)
         if num_classes:
@@ -36,7 +36,9 @@ class ViT(nn.Module):
             return
         self.decoder_embed = nn.Linear(768, 512)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 512))
-        self.decoder_pos_embed = frozen_parameter(torch.randn(1, self.units + 1, 512))
+        self.decoder_pos_embed = frozen_parameter(
+            torch.randn(1, self.num_units + 1, 512)
+        )
         self.decoder_blocks = nn.ModuleList(Block(512, 4.0, 16) for _ in range(8))
         self.decoder_norm = nn.LayerNorm(512, eps=1e-6)
         self.decoder_pred = nn.Linear(512, 16 * 16 * 3)
@@ -61,18 +63,19 @@ class ViT(nn.Module):
 
     def masked_loss(self, images, noise):
         """Return the mean squared error on the 147 masked, normalized units."""
-        batch, units = noise.shape
-        visible = units // 4
+        batch, num_units = noise.shape
+        num_visible = num_units // 4
         ids_shuffle = noise.argsort(1)
         ids_restore = ids_shuffle.argsort(1)
-        x = self.decoder_embed(self.encode(images, ids_shuffle[:, :visible]))
-        mask_tokens = self.mask_token.expand(batch, units - visible, -1).to(x.dtype)
+        x = self.decoder_embed(self.encode(images, ids_shuffle[:, :num_visible]))
+        num_masked = num_units - num_visible
+        mask_tokens = self.mask_token.expand(batch, num_masked, -1).to(x.dtype)
         tokens = gather_tokens(torch.cat([x[:, 1:], mask_tokens], 1), ids_restore)
         x = torch.cat([x[:, :1], tokens], 1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         predicted = self.decoder_pred(self.decoder_norm(x))[:, 1:]
-        mask = (ids_restore >= visible).float()
+        mask = (ids_restore >= num_visible).float()
         error = (predicted - targets(images, 16, normalize=True)) ** 2
         return (error.mean(-1) * mask).sum() / mask.sum()
 
@@ -145,7 +148,7 @@ class Swin(nn.Module):
 
     def __init__(self, num_classes: int = 0, window: int = 7):
         super().__init__()
-        self.window, self.units, self.image_size = window, window**2, 32 * window
+        self.window, self.num_units, self.image_size = window, window**2, 32 * window
         self.proj, self.norm0 = nn.Conv2d(3, 128, 4, 4), nn.LayerNorm(128)
         layers: list[nn.Module] = []
         for stage, depth in enumerate((2, 2, 18, 2)):
@@ -180,7 +183,7 @@ class Swin(nn.Module):
 
         With window=7, 30 of 49 units are masked; with window=6, 22 of 36.
         """
-        mask = noise.argsort(1).argsort(1) >= int(0.4 * self.units)
+        mask = noise.argsort(1).argsort(1) >= int(0.4 * self.num_units)
         token_mask = mask.reshape(-1, self.window, self.window, 1).float()
         token_mask = token_mask.repeat_interleave(8, 1).repeat_interleave(8, 2)
         x = self.embed(images) * (1 - token_mask) + self.mask_token * token_mask

@@ -26,6 +26,9 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     """Self-attention, with a table of relative positions if `grid` is given.
 
+    Args:
+      grid: side of the square grid of tokens.
+
     Attributes:
       plain: class attribute; compute scores and softmax explicitly, as the official
         code does. False: use `scaled_dot_product_attention`.
@@ -42,27 +45,29 @@ class Attention(nn.Module):
             self.relative_position_bias_table = nn.Parameter(table)
             self.register_buffer("index", relative_index(grid), persistent=False)
 
-    def forward(self, x, windows: int = 1, mask=None):
+    def forward(self, x, num_windows: int = 1, mask=None):
         """Map tokens [B*W, T, C] to [B*W, T, C].
 
         Args:
+          num_windows: windows per image, W.
           mask: [W, 1, T, T], added to the scores; used only with `grid`.
         """
         _, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(-1, windows, tokens, 3, self.heads, dim // self.heads)
+        shape = (-1, num_windows, tokens, 3, self.heads, dim // self.heads)
+        qkv = self.qkv(x).reshape(shape)
         # Windows are treated as heads, so that images share biases without copies.
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
         bias = None
         if self.grid:
             bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)
             bias = bias[None] if mask is None else bias + mask
-            bias = bias.expand(windows, -1, -1, -1).flatten(0, 1)[None].to(q.dtype)
+            bias = bias.expand(num_windows, -1, -1, -1).flatten(0, 1)[None].to(q.dtype)
         if self.plain:
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
             out = (scores if bias is None else scores + bias).softmax(-1) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        out = out.unflatten(1, (windows, self.heads)).transpose(2, 3)
+        out = out.unflatten(1, (num_windows, self.heads)).transpose(2, 3)
         return self.proj(out.reshape(x.shape))
 
 
@@ -150,7 +155,7 @@ class HiViT(nn.Module):
         super().__init__()
         grid, self.patch_size = image_size // patch_size, patch_size
         self.image_size = image_size
-        self.units = grid**2
+        self.num_units = grid**2
         self.patch_embed = PatchEmbed(in_channels, embed_dim // 4, patch_size // 4)
         self.absolute_pos_embed = nn.Parameter(torch.zeros(1, grid**2, embed_dim))
         blocks: list[nn.Module] = []
@@ -202,7 +207,7 @@ class HiViT(nn.Module):
 
     def classify(self, images):
         """Map images [B, C, H, W] to logits."""
-        units = torch.arange(self.units, device=images.device)
+        units = torch.arange(self.num_units, device=images.device)
         tokens = self.encode(images, units.expand(len(images), -1))[-1]
         return self.head(self.fc_norm(tokens.mean(1)))
 
@@ -215,20 +220,21 @@ class HiViT(nn.Module):
           images: [B, C, H, W].
           noise: [B, N].
         """
-        batch, units = noise.shape
+        batch, num_units = noise.shape
         ids_shuffle = noise.argsort(1)
         ids_restore = ids_shuffle.argsort(1)
-        visible = int(units * (1 - mask_ratio))
-        latent = torch.cat(self.encode(images, ids_shuffle[:, :visible]), -1)
+        num_visible = int(num_units * (1 - mask_ratio))
+        latent = torch.cat(self.encode(images, ids_shuffle[:, :num_visible]), -1)
         x = self.decoder_embed(self.norm(latent))
-        mask_tokens = self.mask_token.expand(batch, units - visible, -1).to(x.dtype)
+        num_masked = num_units - num_visible
+        mask_tokens = self.mask_token.expand(batch, num_masked, -1).to(x.dtype)
         x = gather_tokens(torch.cat([x, mask_tokens], 1), ids_restore)
         x = x + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         predicted = self.decoder_pred(self.decoder_norm(x))
         target = targets(images, self.patch_size, normalize)
-        mask = (ids_restore >= visible).float()
+        mask = (ids_restore >= num_visible).float()
         return (((predicted - target) ** 2).mean(-1) * mask).sum() / mask.sum()
 
 

@@ -78,19 +78,21 @@ def count_bundles(listing: str) -> int:
     return sum(n * (1 if once else repeats[d]) for (d, once), n in counts.items())
 
 
-def blocks(config: Any, images: int) -> dict[str, tuple[int, nnx.Module, tuple]]:
+def blocks(config: Any, num_images: int) -> dict[str, tuple[int, nnx.Module, tuple]]:
     """Return {kind: (number of blocks, one abstract block, shape of its input)}."""
     model = nnx.eval_shape(task_of(config).build_model)
     encoder, decoder = model.encoder, getattr(model, "decoder_blocks", None)
-    units, cells = encoder.absolute_pos_embed.shape[0], model.config.inner_patches**2
-    visible = count_visible_units(units, config.mask_ratio) if decoder else units
+    num_units = num_visible = encoder.absolute_pos_embed.shape[0]
+    if decoder:
+        num_visible = count_visible_units(num_units, config.mask_ratio)
+    num_cells = model.config.inner_patches**2
     stages = {}
     for stage_index, stage in enumerate(encoder.stages[:-1], 1):
-        stages[f"stem {stage_index}"] = stage, (images * visible * cells,)
-        cells //= 4  # the merge after the stage joins 2x2 cells
-    stages["main stage"] = encoder.stages[-1], (images, visible)
+        stages[f"stem {stage_index}"] = stage, (num_images * num_visible * num_cells,)
+        num_cells //= 4  # the merge after the stage joins 2x2 cells
+    stages["main stage"] = encoder.stages[-1], (num_images, num_visible)
     if decoder:
-        stages["decoder"] = decoder, (images, units)
+        stages["decoder"] = decoder, (num_images, num_units)
     return {
         kind: (len(stage), stage[0], (*rows, stage[0].mlp.fc1.in_features))
         for kind, (stage, rows) in stages.items()
@@ -98,7 +100,7 @@ def blocks(config: Any, images: int) -> dict[str, tuple[int, nnx.Module, tuple]]
 
 
 def compile_block(
-    block: nnx.Module, shape: tuple, kernel: str, device: jax.Device
+    block: nnx.Module, shape: tuple, kernels: str, device: jax.Device
 ) -> tuple[str, int]:
     """Compile the forward and backward pass of a block.
 
@@ -111,7 +113,7 @@ def compile_block(
 
     def forward_and_backward(params, x, cotangent):
         def forward(params, x):
-            return nnx.merge(graphdef, params)(x, kernels=kernel)
+            return nnx.merge(graphdef, params)(x, kernels=kernels)
 
         y, backward = jax.vjp(forward, params, x)
         return y, backward(cotangent)
@@ -127,16 +129,16 @@ def compile_block(
         return program.as_text(), matmul_flops(jaxpr, loops=True)
 
 
-def measure(config: Any, images: int, dump: Path) -> dict[str, Any]:
+def measure(config: Any, num_images: int, dump: Path) -> dict[str, Any]:
     """Return the cycles of every kind of block of a recipe, as JSON values.
 
     Args:
-      images: images per chip.
+      num_images: images per chip.
       dump: directory into which the compiler writes its listings.
     """
     device, peak = devices_of("v5e:2x4")[0], CHIPS["v5e"].flops
     results = {}
-    for kind, (count, block, shape) in blocks(config, images).items():
+    for kind, (count, block, shape) in blocks(config, num_images).items():
         plain_program, _ = compile_block(block, shape, "plain", device)
         before = set(dump.iterdir())
         _, flops = compile_block(block, shape, "auto", device)
@@ -154,7 +156,7 @@ def measure(config: Any, images: int, dump: Path) -> dict[str, Any]:
     return results
 
 
-def table(results: dict[str, Any], images: int) -> str:
+def table(results: dict[str, Any], num_images: int) -> str:
     """Format a table with a row per kind of block, and a line about all blocks."""
     lines = [
         "| one block | forward | backward | products only | plain |",
@@ -170,9 +172,9 @@ def table(results: dict[str, Any], images: int) -> str:
         lines.append(f"| {kind} | " + " | ".join(f"{n:,.0f}" for n in row) + " |")
     fused, products, plain = 1e3 * total / CLOCK  # milliseconds
     lines.append(
-        f"\nAll blocks, {images} images: {fused:.1f} ms, products only "
-        f"{products:.1f} ms, plain {plain:.1f} ms; at most {1e3 * images / fused:,.0f} "
-        "images/s"
+        f"\nAll blocks, {num_images} images: {fused:.1f} ms, products only "
+        f"{products:.1f} ms, plain {plain:.1f} ms; at most "
+        f"{1e3 * num_images / fused:,.0f} images/s"
     )
     return "\n".join(lines)
 

@@ -133,11 +133,11 @@ def synthetic_batch(shapes: dict[str, jax.ShapeDtypeStruct], config: Any) -> dic
     Args:
       shapes: shape, dtype and sharding of every array.
     """
-    rng = np.random.default_rng(SEED)
-    classes = config.model.get("num_classes") or 1
+    generator = np.random.default_rng(SEED)
+    num_classes = config.model.get("num_classes") or 1
     values = {
-        "image": rng.integers(0, 256, shapes["image"].shape),
-        "label": rng.integers(0, classes, shapes["label"].shape),
+        "image": generator.integers(0, 256, shapes["image"].shape),
+        "label": generator.integers(0, num_classes, shapes["label"].shape),
         "weight": 1,
         "unreadable": 0,
         "index": 0,

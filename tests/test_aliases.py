@@ -51,16 +51,13 @@ def test_advice_names_all_keys_with_the_same_last_component():
 
 
 @pytest.mark.parametrize("key", ["optimizer.name", "optimizer.type", "optim", "opt"])
-def test_advice_names_the_optimizer_of_each_task(key):
+def test_advice_states_that_the_task_determines_the_optimizer(key):
     """For `optimizer.name`, the advice does not suggest `model.name`."""
     assert advice(key).startswith("the task determines the optimizer: LARS for ")
 
 
 def test_advice_lists_keys_of_the_given_section():
-    """If the section exists, the advice suggests no keys of other sections.
-
-    Other sections have keys with the last components of these keys.
-    """
+    """The advice ignores other sections, although these have a `name` and a `dtype`."""
     assert advice("mesh.name").startswith("keys of mesh: replica, data, ")
     assert advice("optimizer.dtype").startswith("keys of optimizer: ")
 

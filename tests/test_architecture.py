@@ -9,7 +9,7 @@ import hivit_jax
 from hivit_jax.tasks import TASKS
 
 PACKAGE = Path(hivit_jax.__file__).parent
-MODELS = {"Classifier", "MaskedAutoencoder", "HiViT"}
+MODEL_CLASSES = {"Classifier", "MaskedAutoencoder", "HiViT"}
 # Modules that may contain names of tasks and model classes.
 EXEMPT = ("tasks/", "models/", "weights/names/", "tools/")
 
@@ -31,7 +31,7 @@ def checked_trees():
             yield name, tree
 
 
-def test_only_task_modules_name_tasks():
+def test_only_exempt_modules_name_tasks():
     violations = [
         f"{name}:{node.lineno} {node.value!r}"
         for name, tree in checked_trees()
@@ -41,14 +41,15 @@ def test_only_task_modules_name_tasks():
     assert violations == []
 
 
-def test_only_task_modules_check_model_classes():
+def test_only_exempt_modules_check_model_classes():
     violations = [
         f"{name}:{node.lineno}"
         for name, tree in checked_trees()
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and getattr(node.func, "id", "") == "isinstance"
-        and MODELS & {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+        and MODEL_CLASSES
+        & {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
     ]
     assert violations == []
 

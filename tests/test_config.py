@@ -132,7 +132,7 @@ def test_bad_recipe_exits_with_code_2(text, fragment, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_recipe_argument_selects_a_variant(capsys):
+def test_suffix_selects_a_variant_of_a_recipe(capsys):
     arguments = ["--mode=describe", "--config.data.randaugment=false"]
     path = mini_runs.ROOT / "configs" / "finetune.py"
     for recipe in ("finetune:large", f"{path}:large"):

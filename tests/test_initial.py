@@ -26,26 +26,26 @@ PIXELS = [
 ]
 
 
-def load(recipe, *keys):
-    return configs.load(recipe, [f"--config.{key}" for key in keys])
+def load(recipe, *overrides):
+    return configs.load(recipe, [f"--config.{override}" for override in overrides])
 
 
 def pretrained_by(config):
     """Return a description, without arrays, of a model trained with a config."""
-    channels = {"in_channels": config.model.in_channels}
-    saved = Pretrained("runs/mae", "", channels, {}, [], [], [], {}, {}, {})
+    model_arguments = {"in_channels": config.model.in_channels}
+    saved = Pretrained("runs/mae", "", model_arguments, {}, [], [], [], {}, {}, {})
     return saved._replace(recipe=config.to_dict())
 
 
-def model_keys(*keys):
-    return [f"model.{key}" for key in keys]
+def model_overrides(*settings):
+    return [f"model.{setting}" for setting in settings]
 
 
 @pytest.fixture(scope="module")
-def tiles(tmp_path_factory):
+def pretrained_dir(tmp_path_factory):
     """Return a directory with a model that was pretrained on tiles of 4 bands."""
     directory = tmp_path_factory.mktemp("mae4")
-    config = load("folder_mae", *model_keys(*SIZES, *DECODER), *PIXELS)
+    config = load("folder_mae", *model_overrides(*SIZES, *DECODER), *PIXELS)
     model = create_model(**create_arguments(config.model))
     save_pretrained(model, directory, config.to_dict())
     return directory
@@ -65,14 +65,14 @@ def tiles(tmp_path_factory):
         ("digits_mae", "digits_linear"),
     ],
 )
-def test_sequences_of_recipes_have_equal_pixels(pretraining, recipe):
+def test_successive_recipes_have_equal_pixel_settings(pretraining, recipe):
     assert pixel_flags(pretrained_by(load(pretraining)), load(recipe)) == []
 
 
 def test_pixel_flags_contain_the_keys_that_differ():
     saved = pretrained_by(load("folder_mae", *PIXELS))
     assert pixel_flags(saved, load("folder_finetune", *PIXELS)) == []
-    without_scale = [key for key in PIXELS if "scale" not in key]
+    without_scale = [override for override in PIXELS if "scale" not in override]
     config = load("folder_finetune", *without_scale)
     assert pixel_flags(saved, config) == ["--config.data.scale=10000"]
     assert pixel_flags(saved, load("folder_finetune")) == [
@@ -87,7 +87,7 @@ def test_pixel_flags_contain_the_keys_that_differ():
     assert pixel_flags(ranged, load("folder_finetune")) == expected
 
 
-def test_equal_pixels_of_other_spelling_are_not_reported():
+def test_equal_pixel_settings_of_other_spelling_are_not_reported():
     """The scale 0 stands for the dtype's maximum, and printed numbers are rounded."""
     saved = pretrained_by(load("folder_mae", "data.scale=255", "data.mean=.5,.5,.5"))
     config = load("folder_finetune", "data.mean=0.50001,0.5,0.5")
@@ -96,7 +96,7 @@ def test_equal_pixels_of_other_spelling_are_not_reported():
     assert pixel_flags(saved, config) == []
 
 
-def test_settings_of_other_images_are_intended():
+def test_settings_that_other_images_require_are_not_reported():
     """A model for RGB images of 8 bits has no range, and no mean of 4 bands."""
     saved = pretrained_by(load("folder_mae"))
     assert pixel_flags(saved, load("folder_finetune", *PIXELS)) == []
@@ -104,8 +104,8 @@ def test_settings_of_other_images_are_intended():
     assert pixel_flags(saved, ranged) == []
 
 
-def test_pixels_of_files_of_other_programs():
-    """Only known values are compared."""
+def test_only_the_values_in_a_foreign_file_are_compared():
+    """A file of another program contains no recipe, but may contain an `info`."""
     saved = pretrained_by(load("folder_mae"))._replace(recipe={})
     config = load("folder_finetune", "data.dtype=uint16", "data.scale=10000")
     assert pixel_flags(saved, config) == []
@@ -119,32 +119,34 @@ def test_pixels_of_files_of_other_programs():
     assert flags == ["--config.data.scale=9000"]
 
 
-def test_first_error_contains_all_flags(tiles, tmp_path):
-    """The error precedes the images, whose 4 bands do not fit the config either."""
+def test_first_error_contains_all_flags(pretrained_dir, tmp_path):
+    """The error is not about the images, whose 4 bands do not fit the config either."""
     for k in range(4):
         path = tmp_path / "images" / "ab"[k % 2] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((20, 20, 4), np.uint8)).save(path)
-    keys = [f"data.dir={tmp_path}/images", f"init_from={tiles}"]
+    overrides = [f"data.dir={tmp_path}/images", f"init_from={pretrained_dir}"]
     with pytest.raises(ConfigError) as error:
-        train(load("folder_finetune", *keys), tmp_path / "run")
+        train(load("folder_finetune", *overrides), tmp_path / "run")
     text = str(error.value)
     assert text.count("\n") == 1
     assert "other sizes and pixel values; its flags are " in text
     flags = shlex.split(text.partition("its flags are ")[2])
-    expected = {key.split("=")[0] for key in [*model_keys(*SIZES), *PIXELS]}
+    overrides = [*model_overrides(*SIZES), *PIXELS]
+    expected = {override.split("=")[0] for override in overrides}
     assert {f.removeprefix("--config.").split("=")[0] for f in flags} == expected
     # With these flags, there is neither an error nor a warning.
     config = configs.load("folder_finetune", flags)
-    check_initial(read(tiles), config)
-    assert pixel_flags(read(tiles), config) == []
+    check_initial(read(pretrained_dir), config)
+    assert pixel_flags(read(pretrained_dir), config) == []
 
 
-def test_forgotten_scale_gives_a_warning(tiles, tmp_path, capsys):
-    pixels = [key for key in PIXELS if "scale" not in key]
-    keys = [*model_keys(*SIZES), *pixels, f"init_from={tiles}"]
-    assert read_pretrained(load("folder_finetune", *keys), tmp_path)
+def test_forgotten_scale_gives_a_warning(pretrained_dir, tmp_path, capsys):
+    without_scale = [override for override in PIXELS if "scale" not in override]
+    overrides = [*model_overrides(*SIZES), *without_scale]
+    overrides.append(f"init_from={pretrained_dir}")
+    assert read_pretrained(load("folder_finetune", *overrides), tmp_path)
     _, line = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"warning: {tiles}/")
+    assert line.startswith(f"warning: {pretrained_dir}/")
     assert line.endswith("its flags are --config.data.scale=10000")
     assert read_pretrained(load("folder_finetune"), tmp_path) is None

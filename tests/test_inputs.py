@@ -74,7 +74,7 @@ def test_batches_have_the_channels_and_shape_of_the_model():
     assert next(inputs.train_batches(cfg, 0, 1))["image"].shape == (96, 8, 24, 3)
 
 
-def test_crops_differ_by_image_epoch_and_seed():
+def test_crops_differ_between_epochs_and_seeds():
     cfg = digits_config(
         data__crop_scale=(0.3, 1.0), data__train_examples=100, batch_size=100
     )
@@ -109,17 +109,19 @@ def test_device_and_host_resizing_agree(folder):
     canvas_config = folder_config(folder)
     host_config = folder_config(folder, data__canvas=0)
     for make_batches in (lambda c: inputs.train_batches(c, 3, 7), inputs.eval_batches):
-        for canvas, host in zip(
+        for canvas_batch, host_batch in zip(
             make_batches(canvas_config), make_batches(host_config), strict=True
         ):
-            assert canvas["image"].shape == (8, 64, 64, 3)
-            assert canvas["box"].shape == (8, 2, 3)
-            assert host["image"].shape == (8, 24, 24, 3)
-            assert "box" not in host
-            pixels = resample.resample(canvas["image"], canvas["box"], (24, 24))
-            assert np.abs(pixels - host["image"].astype(float)).mean() < 0.4
+            assert canvas_batch["image"].shape == (8, 64, 64, 3)
+            assert canvas_batch["box"].shape == (8, 2, 3)
+            assert host_batch["image"].shape == (8, 24, 24, 3)
+            assert "box" not in host_batch
+            pixels = resample.resample(
+                canvas_batch["image"], canvas_batch["box"], (24, 24)
+            )
+            assert np.abs(pixels - host_batch["image"].astype(float)).mean() < 0.4
             for key in ("label", "weight", "unreadable"):
-                assert_array_equal(canvas[key], host[key])
+                assert_array_equal(canvas_batch[key], host_batch[key])
 
 
 def test_evaluation_uses_center_crops(folder):
@@ -211,7 +213,7 @@ def batches_of(cfg):
 
 
 def identical(actual, expected):
-    """Return True if two lists of batches are bit-identical."""
+    """Return True if the `ARRAYS` of two lists of batches are bit-identical."""
     return len(actual) == len(expected) and all(
         np.array_equal(batch.get(key), expected_batch.get(key))
         for batch, expected_batch in zip(actual, expected, strict=True)
@@ -279,10 +281,10 @@ def halved(pixels, taps):
         pixels, weighted_sum = np.moveaxis(np.float64(pixels), axis, 0), 0
         even, weight_sum = start + np.arange(24) * 2, 0
         for offset, weight in taps.items():
-            position = even + offset
-            inside = (position >= 0) & (position < len(pixels))
+            positions = even + offset
+            inside = (positions >= 0) & (positions < len(pixels))
             weight = (weight * inside)[:, None, None]
-            neighbors = pixels[position.clip(0, len(pixels) - 1)]
+            neighbors = pixels[positions.clip(0, len(pixels) - 1)]
             weighted_sum = weighted_sum + weight * neighbors
             weight_sum = weight_sum + weight
         pixels = np.rint(weighted_sum / weight_sum).clip(0, 255)
@@ -399,7 +401,7 @@ def test_splits_with_different_classes_are_an_error(replace_sources):
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad_examples", "message"),
     [
         (
             [b""] * 20,
@@ -413,24 +415,24 @@ def test_splits_with_different_classes_are_an_error(replace_sources):
         ([{"image": GOOD, "label": 10}], "example 0: expected a label from 0 to 9"),
     ],
 )
-def test_both_splits_are_read_before_the_first_step(replace_sources, bad, message):
-    """`check_splits` reads a few evenly spaced examples of each split.
-
-    A single damaged image is not an error.
-    """
+def test_check_splits_reads_both_splits(replace_sources, bad_examples, message):
+    """A single damaged image is not an error."""
     inputs.check_splits(
         *replace_sources(ListSource(GOOD, b"", GOOD), ListSource(b"", GOOD))
     )
-    cfg, task = replace_sources(ListSource(GOOD), ListSource(*bad))
+    cfg, task = replace_sources(ListSource(GOOD), ListSource(*bad_examples))
     with pytest.raises(DataError, match=message):
         inputs.check_splits(cfg, task)
-    cfg, task = replace_sources(ListSource(*bad), ListSource(GOOD))
+    cfg, task = replace_sources(ListSource(*bad_examples), ListSource(GOOD))
     with pytest.raises(DataError, match=message.replace("test split", "train split")):
         inputs.check_splits(cfg, task)
 
 
-def test_run_warns_of_small_classes_and_unmatched_exclusions(tmp_path, monkeypatch):
-    """`dataset_warnings` returns these warnings; pretraining ignores the classes."""
+def test_warnings_name_small_classes_and_unmatched_exclusions(tmp_path, monkeypatch):
+    """`check_splits` and `dataset_warnings` return these warnings.
+
+    If no labels are needed (False), only the warning about exclusions is left.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for k, name in enumerate("abcdefg"):
         (tmp_path / "own" / name).mkdir(parents=True)
@@ -439,18 +441,17 @@ def test_run_warns_of_small_classes_and_unmatched_exclusions(tmp_path, monkeypat
     (tmp_path / "list.txt").write_text("a/0.png\nz/0.png\n*.png\n")
     keys = dict(data__eval_fraction=0.3, data__exclude=tmp_path / "list.txt")
     cfg = folder_config(tmp_path / "own", model__num_classes=0, **keys)
-    exclusions, classes = inputs.check_splits(cfg, inputs.make_task(cfg))
-    assert exclusions == (
+    exclusion_warning, class_warning = inputs.check_splits(cfg, inputs.make_task(cfg))
+    assert exclusion_warning == (
         f"data.exclude={tmp_path}/list.txt: 2 entries match no image, the first is "
         "'z/0.png'; expected paths as check_data --list writes them"
     )
-    assert (
-        classes
-        == "the evaluation has no image of 6 classes: b, c, d, e, f, ... and 1 more"
+    assert class_warning == (
+        "the evaluation has no image of 6 classes: b, c, d, e, f, ... and 1 more"
     )
-    splits = inputs.used_splits(cfg)
-    assert notes.dataset_warnings(cfg.data, splits, True) == [exclusions, classes]
-    assert notes.dataset_warnings(cfg.data, splits, False) == [exclusions]
+    splits, both = inputs.used_splits(cfg), [exclusion_warning, class_warning]
+    assert notes.dataset_warnings(cfg.data, splits, True) == both
+    assert notes.dataset_warnings(cfg.data, splits, False) == [exclusion_warning]
     # A split that does not exist is an error only when its images are read.
     keys = dict(data__train_split=".", data__eval_split="nowhere")
     cfg = folder_config(tmp_path / "own", **keys)
@@ -468,7 +469,7 @@ def test_run_warns_of_small_classes_and_unmatched_exclusions(tmp_path, monkeypat
     ],
 )
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_run_warns_of_classes_without_training_images(
+def test_warning_names_classes_without_training_images(
     labels, expected, multi_label, tmp_path
 ):
     """Labels in a CSV file that start at 1 leave the first output of a model unused."""
@@ -524,7 +525,7 @@ def test_evaluations_warn_of_unmatched_exclusions(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("total", "expected"), [(2, [0, 1]), (6, [*range(6)]), (21, [0, 4, 8, 12, 16, 20])]
 )
-def test_figures_show_evenly_spaced_examples(replace_sources, total, expected):
+def test_some_test_examples_are_evenly_spaced(replace_sources, total, expected):
     """The first examples of class folders would all have the same class."""
     images = [encode(np.full((8, 8), i, np.uint8), "PNG") for i in range(total)]
     cfg, _ = replace_sources(ListSource(GOOD), ListSource(*images))

@@ -110,7 +110,7 @@ def test_workdir_beside_or_above_the_images_is_accepted(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, minimal_output, single_device):
+def finished_run(tmp_path_factory, minimal_output, single_device):
     """Return the workdir of a finished run of one step."""
     workdir = tmp_path_factory.mktemp("finished")
     assert main([*MINI, f"--workdir={workdir}", "--config.total_steps=1"]) == 0
@@ -119,35 +119,35 @@ def finished(tmp_path_factory, minimal_output, single_device):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_checkpoint_of_another_model_is_refused(finished, tmp_path, capsys):
+def test_checkpoint_of_another_model_is_refused(finished_run, tmp_path, capsys):
     """Training, init_from and evaluation refuse a checkpoint of another model."""
-    before = (finished / "config.json").read_text()
+    before = (finished_run / "config.json").read_text()
     for flags in (
-        [f"--workdir={finished}"],
-        [f"--workdir={tmp_path}", f"--config.init_from={finished}"],
-        [f"--workdir={finished}", "--mode=eval"],
-        [f"--workdir={tmp_path}", f"--checkpoint={finished}", "--mode=eval"],
+        [f"--workdir={finished_run}"],
+        [f"--workdir={tmp_path}", f"--config.init_from={finished_run}"],
+        [f"--workdir={finished_run}", "--mode=eval"],
+        [f"--workdir={tmp_path}", f"--checkpoint={finished_run}", "--mode=eval"],
     ):
         assert main([*MINI, *flags, "--config.model.embed_dim=32"]) == 2
         err = capsys.readouterr().err
-        check_message(err, [str(finished), "different model", "expect"])
-    assert (finished / "config.json").read_text() == before
+        check_message(err, [str(finished_run), "different model", "expect"])
+    assert (finished_run / "config.json").read_text() == before
 
 
 @pytest.mark.slow
-def test_missing_checkpoint_exits_with_code_5(finished, tmp_path, capsys):
+def test_missing_checkpoint_exits_with_code_5(finished_run, tmp_path, capsys):
     """The error about a missing step lists the steps of the run."""
     empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
     empty.mkdir()
-    step = finished / "checkpoints" / "80"
+    step = finished_run / "checkpoints" / "80"
     for flags, path in (
         ([f"--workdir={empty}", "--mode=eval"], empty),
         ([f"--workdir={nowhere}", "--mode=eval"], nowhere),
         (
-            [f"--workdir={finished}", f"--checkpoint={nowhere}", "--mode=eval"],
+            [f"--workdir={finished_run}", f"--checkpoint={nowhere}", "--mode=eval"],
             nowhere,
         ),
-        ([f"--workdir={finished}", f"--checkpoint={step}", "--mode=eval"], step),
+        ([f"--workdir={finished_run}", f"--checkpoint={step}", "--mode=eval"], step),
         ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={nowhere}"], nowhere),
         ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={empty}"], empty),
     ):
@@ -163,39 +163,39 @@ def test_missing_checkpoint_exits_with_code_5(finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_eval_mode_prints_the_results_of_the_run(finished, capsys):
+def test_eval_mode_prints_the_results_of_the_run(finished_run, capsys):
     """``--mode eval`` evaluates the run's newest checkpoint, or ``--checkpoint``."""
-    step = finished / "checkpoints" / "1"
+    step = finished_run / "checkpoints" / "1"
     for flags in ([], [f"--checkpoint={step}"]):
-        assert main([*MINI, f"--workdir={finished}", "--mode=eval", *flags]) == 0
-        loss = mini_runs.logged(finished, "eval/loss")[1]
-        count = mini_runs.logged(finished, "eval/count")[1]
+        assert main([*MINI, f"--workdir={finished_run}", "--mode=eval", *flags]) == 0
+        loss = mini_runs.logged(finished_run, "eval/loss")[1]
+        count = mini_runs.logged(finished_run, "eval/count")[1]
         out = capsys.readouterr().out
         assert f"step 1  eval  loss {loss:.4f}  ({count} images)" in out
 
 
 @pytest.mark.slow
 def test_config_defaults_to_the_newest_config_of_the_workdir(
-    finished, tmp_path, capsys
+    finished_run, tmp_path, capsys
 ):
     """Evaluating or restarting a finished run writes nothing, even with an override.
 
     config.json is a valid recipe. Directories without config.json and invalid files
     are errors.
     """
-    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    loss = f"loss {mini_runs.logged(finished, 'eval/loss')[1]:.4f}"
+    before = {p: p.read_bytes() for p in finished_run.rglob("*") if p.is_file()}
+    loss = f"loss {mini_runs.logged(finished_run, 'eval/loss')[1]:.4f}"
     for flags in (
-        [f"--workdir={finished}", "--mode=eval"],
-        [f"--workdir={finished}"],
-        [f"--config={finished}/config.json", f"--workdir={finished}"],
-        [f"--workdir={finished}", "--config.log_every=7"],
+        [f"--workdir={finished_run}", "--mode=eval"],
+        [f"--workdir={finished_run}"],
+        [f"--config={finished_run}/config.json", f"--workdir={finished_run}"],
+        [f"--workdir={finished_run}", "--config.log_every=7"],
     ):
         assert main(flags) == 0
         assert f"step 1  eval  {loss}" in capsys.readouterr().out
-    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in finished_run.rglob("*") if p.is_file()} == before
 
-    config = f"--config={finished}/config.json"
+    config = f"--config={finished_run}/config.json"
     assert main([config, "--mode=describe", "--config.log_every=7"]) == 0
     assert "  log_every: 1 -> 7" in capsys.readouterr().out
     (tmp_path / "config.json").write_text('{"batch_size": 8}')
@@ -211,20 +211,20 @@ def test_config_defaults_to_the_newest_config_of_the_workdir(
 
 
 @pytest.mark.slow
-def test_locked_workdir_refuses_a_second_training_run(finished, capsys):
+def test_locked_workdir_refuses_a_second_training_run(finished_run, capsys):
     """The error names the process that holds the lock. Evaluation needs no lock."""
-    with lock.hold(finished):
-        before = sorted(finished.rglob("*"))
-        assert main([f"--workdir={finished}", "--config.total_steps=9"]) == 2
+    with lock.hold(finished_run):
+        before = sorted(finished_run.rglob("*"))
+        assert main([f"--workdir={finished_run}", "--config.total_steps=9"]) == 2
         err = capsys.readouterr().err
-        check_message(err, [f"{finished} is in use by process {os.getpid()} on "])
-        assert sorted(finished.rglob("*")) == before
-        assert main([f"--workdir={finished}", "--mode=eval"]) == 0
+        check_message(err, [f"{finished_run} is in use by process {os.getpid()} on "])
+        assert sorted(finished_run.rglob("*")) == before
+        assert main([f"--workdir={finished_run}", "--mode=eval"]) == 0
 
 
 @pytest.mark.slow
-def test_resumed_run_prints_changes_of_config_and_dataset(finished, capsys):
-    step = finished / "checkpoints" / "1"
+def test_resumed_run_prints_changes_of_config_and_dataset(finished_run, capsys):
+    step = finished_run / "checkpoints" / "1"
     saved = read.load_dataset_info(step)
     assert saved.keys() == {"counts", "classes", "encoded", "class_counts"}
 
@@ -250,18 +250,20 @@ def test_resumed_run_prints_changes_of_config_and_dataset(finished, capsys):
 
 
 @pytest.mark.slow
-def test_other_batch_size_or_task_is_refused_before_the_checkpoint_is_read(finished):
+def test_other_batch_size_or_task_is_refused_before_the_checkpoint_is_read(
+    finished_run,
+):
     """The error about another task does not list arrays with different shapes."""
     with pytest.raises(ConfigError, match="batch_size=8; .* with batch_size=16"):
-        train(mini_runs.mae(total_steps=2, batch_size=8), finished)
+        train(mini_runs.mae(total_steps=2, batch_size=8), finished_run)
     with pytest.raises(ConfigError) as error:
-        train(mini_runs.classifier(total_steps=2), finished)
+        train(mini_runs.classifier(total_steps=2), finished_run)
     first, second = str(error.value).splitlines()
     assert first == (
-        f"task=classify: {finished} contains a run of task=mae; choose another "
+        f"task=classify: {finished_run} contains a run of task=mae; choose another "
         "--workdir"
     )
-    assert f"--config.init_from={finished}" in second
+    assert f"--config.init_from={finished_run}" in second
 
 
 @pytest.mark.processes

@@ -36,7 +36,7 @@ def test_tilde_is_expanded_in_flags(home):
     assert flags.checkpoint == f"{home}/y"
 
 
-def test_tilde_is_expanded_in_recipes_but_not_in_buckets(home, monkeypatch):
+def test_tilde_is_expanded_in_recipe_paths_but_not_in_addresses(home, monkeypatch):
     (home / "own.py").write_text(
         "def get_config(size='16'):\n"
         "  return dict(task='mae', model=dict(name='mae_hivit_tiny', image_size=16 *"

@@ -24,12 +24,12 @@ def test_commands_without_device_work_use_the_cpu(updates, monkeypatch, capsys):
     Training leaves the platform unchanged, and so does a `main` called with arguments.
     """
     cpu = {"jax_platforms": "cpu"}
-    recipe = ["--config=no_such_recipe", "--workdir=x"]
+    recipe_flags = ["--config=no_such_recipe", "--workdir=x"]
     for command, flags in (
-        (main.main, [*recipe, "--mode=describe"]),
-        (main.main, [*recipe, "--mode=compile"]),
+        (main.main, [*recipe_flags, "--mode=describe"]),
+        (main.main, [*recipe_flags, "--mode=compile"]),
         (convert.main, ["--inspect", "/no/such/file.pth"]),
-        (check_data.main, recipe[:1]),
+        (check_data.main, recipe_flags[:1]),
     ):
         assert command(flags) != 0
         assert updates == {}
@@ -37,7 +37,7 @@ def test_commands_without_device_work_use_the_cpu(updates, monkeypatch, capsys):
         assert command() != 0
         assert updates == cpu
         updates.clear()
-    monkeypatch.setattr(sys, "argv", ["command", *recipe])
+    monkeypatch.setattr(sys, "argv", ["command", *recipe_flags])
     assert main.main() == 2
     assert updates == {}
 

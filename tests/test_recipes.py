@@ -70,7 +70,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", recipes.names())
 @pytest.mark.usefixtures("cache_directory")
 def test_every_recipe_builds_its_model(name, folder):
-    """Recipe files document command, values, expected result, hardware and cost."""
+    """Its file also documents command, values, expected result, hardware and cost."""
     text = (mini_runs.ROOT / "configs" / f"{name}.py").read_text()
     assert 10 <= len(text.splitlines()) <= 25
     assert f"\n    hivit_jax --config {name}" in text
@@ -240,7 +240,7 @@ SOURCES += [(name, old_file(name)) for name in NAMES_WITH_FILE]
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)
 def test_old_recipes_have_the_recorded_values(name, source):
-    """All other keys with a value are newer than the recorded values."""
+    """The only other keys with a value were added later."""
     actual = named_leaves(json.loads(configs.to_json(configs.load(source))))
     expected = named_leaves(OLD_RECIPES[name]["config"])
     if source == "digits_linear":

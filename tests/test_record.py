@@ -94,7 +94,7 @@ def test_dataset_changes_lists_sizes_and_class_names():
         ([], ""),
     ],
 )
-def test_changed_class_of_a_label_is_an_error(new, message):
+def test_only_a_changed_class_of_a_label_is_an_error(new, message):
     old = ["cat", "dog", "fox"]
     if not message:
         record.check_classes(old, new, "DIR")

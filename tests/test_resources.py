@@ -43,7 +43,7 @@ def code_and_message(error, capsys):
 
 @pytest.mark.parametrize(("text", "expected"), OUT_OF_MEMORY)
 def test_out_of_memory_error_suggests_keys(text, expected, capsys):
-    """The error contains needed and available memory, and keys that reduce memory.
+    """The error contains the available memory, and keys that reduce memory.
 
     JAX raises some of these errors at compile time, others at run time.
     """

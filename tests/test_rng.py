@@ -28,11 +28,11 @@ def test_sample_keys_depend_on_seed_purpose_and_position():
 
 
 def test_sample_positions_wrap_after_32_bits():
-    last = key_data(0, "train", jnp.uint32(2**32 - 2), 4)
-    assert_array_equal(last[2:], key_data(0, "train", jnp.uint32(0), 2))
+    keys = key_data(0, "train", jnp.uint32(2**32 - 2), 4)
+    assert_array_equal(keys[2:], key_data(0, "train", jnp.uint32(0), 2))
 
 
-def test_split_keys_are_independent_for_each_purpose():
+def test_split_keys_differ_by_purpose_and_sample():
     keys = rng.step_keys(0, "train", jnp.uint32(0), 6).samples
     mask, flip = (rng.split_keys(keys, purpose) for purpose in ("mask", "flip"))
     data = [np.asarray(jax.random.key_data(k)) for k in (keys, mask, flip)]

@@ -19,7 +19,7 @@ def test_pretraining_uses_every_image_that_is_not_tested(tmp_path):
     for draw in range(2):
         root = tmp_path / str(draw)
         small_data.write(root, images, draw)
-        small_data.write_png(root / "all", rehearsal.unlabeled(images, draw))
+        small_data.write_png(root / "all", rehearsal.pretraining_images(images, draw))
         train, tested = gray_values(root / "train"), gray_values(root / "val")
         assert (len(train), len(tested)) == (small_data.TRAIN, small_data.TEST)
         assert sorted(gray_values(root / "all") + tested) == list(range(90))
