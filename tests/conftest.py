@@ -72,9 +72,9 @@ def minimal_output():
 @pytest.fixture(scope="module")
 def single_device():
     """Let runs use one device, which needs a quarter of the CPU time of eight."""
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: devices)
+    import mini_runs
+
+    with mini_runs.visible_devices(1):
         yield
 
 

@@ -316,8 +316,8 @@ def test_intervals_limits_and_caches_change_no_bit(recorded_run, tmp_path):
         data__max_unreadable=0.9,
     )
     config = run_config("classify, plain", data__dir=run.root, **other_values)
-    results = train(config, tmp_path / "run")
-    assert results == run.results
+    with mini_runs.visible_devices(1):
+        assert train(config, tmp_path / "run") == run.results
     saved = mini_runs.saved_arrays(tmp_path / "run", STEPS)
     mini_runs.assert_identical(saved, run.states[STEPS])
 

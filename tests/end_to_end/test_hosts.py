@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     }
     overrides["model__image_size"] = 64
     arguments = mini_runs.arguments("photographs", **overrides)
-    with mini_runs.minimal_output():
+    with mini_runs.minimal_output(), mini_runs.visible_devices(1):
         train(mini_runs.mae("photographs", **overrides), root / "run")
     return arguments, root
 

@@ -136,6 +136,15 @@ def minimal_output() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def visible_devices(count: int) -> Iterator[None]:
+    """Context manager in which `jax.devices` returns the first `count` devices."""
+    devices = jax.devices()[:count]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: devices)
+        yield
+
+
 def memoize(build: Callable) -> Callable:
     """Return a wrapper of a function that builds programs from a task and a mesh.
 
