@@ -194,14 +194,13 @@ def start_torch(
     first = random_noise_or_labels() if is_random else noise_or_labels.to(device)
     began = time.perf_counter()
     loss = step(images, first).item()
-    memory = (
-        torch.cuda.max_memory_allocated if device == "cuda" else peak_process_memory
-    )
+    on_gpu = device == "cuda"
+    memory = torch.cuda.max_memory_allocated if on_gpu else peak_process_memory
     facts = {
         "loss": None if is_random else loss,
         "compile_seconds": time.perf_counter() - began if compiled else None,
         "versions": {"torch": torch.__version__},
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
     }
     return run, memory, facts
 
