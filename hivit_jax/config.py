@@ -123,7 +123,7 @@ def model_keys(name: str) -> dict[str, Key]:
 
     The comments of these keys come from docstrings; see `field_keys`.
     """
-    keys = [field_keys(each) for each in (*models.family(name), RunOptions)]
+    keys = [field_keys(each) for each in (*models.family_configs(name), RunOptions)]
     return {n: k for part in keys for n, k in part.items() if n not in KEYS["model"]}
 
 
