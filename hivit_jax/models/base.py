@@ -192,6 +192,6 @@ class Model(nnx.Module):
         return ids
 
     def _grid(self, image_size: int | Sequence[int] | None) -> positions.Grid:
-        """Return the grid of patches of an image; None: of the model's image size."""
+        """Return the grid of patches for an image size; None: for the model's own."""
         size = image_size or self.config.image_size
         return positions.image_grid(size, self.config.patch_size)

@@ -145,7 +145,7 @@ class MaskedAutoencoder(MaskedModel):
             return self.norm(latent)
 
     @accepts_explicit_axes
-    @jax.named_scope("latent")  # region of all before the blocks in `xla.cost`
+    @jax.named_scope("latent")  # in `xla.cost`, the region before the blocks
     def decode(
         self, latent: jax.Array, ids: jax.Array, *, masked_only: bool = False
     ) -> jax.Array:

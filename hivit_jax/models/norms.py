@@ -49,7 +49,7 @@ def _layer_norm_jvp(eps, dtype, primals, tangents):
     y, mean, inverse_std = _layer_norm(*primals, eps, dtype)
 
     # The backward pass transposes `output_tangent`. Because of `jax.checkpoint`, the
-    # transpose recomputes the normalized rows from the arguments without saving them.
+    # normalized rows are recomputed from the arguments instead of saved.
     @partial(jax.checkpoint, prevent_cse=False)
     def output_tangent(residuals, dx, dscale, dbias):
         # Without this, XLA:GPU recomputes mean and deviation at every use, and writes

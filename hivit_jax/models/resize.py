@@ -74,7 +74,7 @@ def geometric_matrix(side: int, new_side: int) -> np.ndarray:
 
 
 def resize_patch_kernel(kernel: np.ndarray, side: int, new_side: int) -> np.ndarray:
-    """Resize a patch embedding to squares of another side in pixels.
+    """Resize a patch embedding from squares of `side` pixels per side to `new_side`.
 
     The shape changes from [side*side*C, dim] to [new_side*new_side*C, dim]. Applies
     `resize_grid_table` to the rows and columns of pixels. The weights are not rescaled

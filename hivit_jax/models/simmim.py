@@ -138,9 +138,9 @@ class SimMIM(MaskedModel):
     @accepts_explicit_axes
     def mask(self, images: jax.Array, noise: jax.Array, mask_ratio: float) -> jax.Array:
         """Return the mask of the units, [B, N] float32: 0 visible, 1 masked."""
-        num_masked = noise.shape[1] - self.num_visible(images, noise, mask_ratio)
+        num_visible = self.num_visible(images, noise, mask_ratio)
         # `random_masking` keeps the units with the lowest noise; SimMIM masks them.
-        return 1 - random_masking(noise, num_masked)[2]
+        return 1 - random_masking(noise, noise.shape[1] - num_visible)[2]
 
     @accepts_explicit_axes
     def encode(

@@ -27,9 +27,9 @@ def compile_report(training: Training, chip_name: str) -> dict[str, Any]:
     With several buckets, the report is on the bucket whose batches have the most bytes,
     because this bucket determines whether training fits.
 
-    - ``hbm_bytes_per_device`` is the compiler's memory analysis. If the compiler rejects
-      the program as too large, the analysis contains only ``total`` and ``limit``, and
-      all costs are None.
+    - ``hbm_bytes_per_device`` is the compiler's memory analysis. If the compiler
+      rejects the program as too large, the analysis contains only ``total`` and
+      ``limit``, and all costs are None.
     - ``flops_per_image`` and ``bytes_accessed_per_image`` are the counts of the TPU
       compiler, which counts the body of a loop once. Both counts are therefore
       multiplied by a ratio: the operations of matrix products with every iteration
