@@ -217,7 +217,7 @@ def _merge(merge, x):
 
 
 def _recompute(function, module, x):
-    """Return function(module, x), saving only x for the backward pass.
+    """Return function(module, x), saving only parameters and x for the backward pass.
 
     The intermediate arrays of the patch embedding and of the merges are as large as the
     first feature maps, and cost little to recompute.
