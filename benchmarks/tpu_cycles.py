@@ -126,7 +126,7 @@ def compile_block(
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(forward_and_backward)(*inputs).jaxpr
         program = jax.jit(forward_and_backward).lower(*inputs).compile()
-        return program.as_text(), matmul_flops(jaxpr, loops=True)
+        return program.as_text(), matmul_flops(jaxpr, count_iterations=True)
 
 
 def measure(config: Any, num_images: int, dump: Path) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def model_keys(name: str) -> dict[str, Key]:
     These are the settings of the model's family and the run options. Their comments
     come from docstrings; see `field_keys`.
     """
-    parts = [field_keys(each) for each in (*models.family(name), RunOptions)]
+    parts = [field_keys(each) for each in (*models.family_configs(name), RunOptions)]
     return {n: k for part in parts for n, k in part.items() if n not in KEYS["model"]}
 
 

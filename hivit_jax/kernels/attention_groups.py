@@ -6,8 +6,8 @@ a group is a range of whole tiles that contains the group. The *offset* of a gro
 the number of rows between the start of the window and the start of the group. All
 windows have W rows, enough for a group at any offset.
 
-A bias [heads, N, N] is copied to windows before the kernel runs, once for each offset.
-Otherwise the kernel would have to shift the bias for each group.
+A bias [heads, N, N] is expanded to arrays [W, W] before the kernel runs, one for each
+head and offset. Otherwise the kernel would have to shift the bias for each group.
 """
 
 import math
@@ -17,56 +17,60 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-LANES, TILE = 128, 8  # columns and rows of a float32 tile
+from hivit_jax.kernels.numerics import TILE_ROWS
+
+LANES = 128  # columns of a tile
 MASKED = -1e30  # added to the scores of keys that must not be attended to
 
 
 class Groups:
     """Groups of the images in a block of `rows` rows, with `tokens` rows per image.
 
-    images: number of images of a group.
-    size: number of rows of a group.
-    window: number of rows of a window, W.
+    images_per_group: number of images of a group.
+    group_rows: number of rows of a group.
+    window_rows: number of rows of a window, W.
     offsets: all offsets, ascending.
     """
 
     def __init__(self, rows: int, tokens: int):
         self.rows, self.tokens = rows, tokens
-        self.images = max(1, LANES // tokens)
-        while rows // tokens % self.images:
-            self.images -= 1
-        self.size = self.images * tokens
-        self.window = min(rows, _window_rows(self.size))
-        starts = range(0, rows, self.size)
-        last = rows - self.window
-        offsets = {start - min(start // TILE * TILE, last) for start in starts}
-        self.offsets = sorted(offsets)
+        self.images_per_group = max(1, LANES // tokens)
+        while rows // tokens % self.images_per_group:
+            self.images_per_group -= 1
+        self.group_rows = self.images_per_group * tokens
+        self.window_rows = min(rows, _window_rows(self.group_rows))
+        starts, last = range(0, rows, self.group_rows), rows - self.window_rows
+        self.offsets = sorted(
+            {start - min(start // TILE_ROWS * TILE_ROWS, last) for start in starts}
+        )
 
     def for_each(self, attend):
-        """Call attend(window, inside, score_mask, slot) for each group.
+        """Call attend(window, inside, score_mask, offset_index) for each group.
 
         - window: slice of the rows of the window.
         - inside: bool [W, 1], True for rows of the group.
-        - score_mask(axis, heads=1): returns the float32 mask to add to scores [W, W]
-          with keys along `axis`. In groups of several images, it is 0 if key and query
-          are of the same image or both outside the group, else MASKED. In groups of one
-          image, it is 0 for keys of the image, else MASKED, with length 1 along the
-          query axis. With `heads` > 1, the queries of that many heads lie side by side.
-        - slot(): returns the index of the group's offset in `offsets`.
+        - score_mask(axis, heads=1): returns the float32 mask to add to the scores, with
+          the W keys along `axis` and heads * W queries, head after head, along the
+          other axis. It is 0 where key and query belong to the same image or are both
+          outside the group, else MASKED. If groups consist of one image, the mask is 0
+          for the keys of the image, else MASKED, and its query axis has length 1.
+        - offset_index(): returns the index of the group's offset in `offsets`.
         """
-        tokens, window = self.tokens, self.window
-        size, images = self.size, self.images
+        tokens, window_rows = self.tokens, self.window_rows
+        group_rows, images = self.group_rows, self.images_per_group
 
         def body(i, _):
-            start = jnp.minimum(i * size // TILE * TILE, self.rows - window)
-            start = pl.multiple_of(start, TILE)
+            start = i * group_rows // TILE_ROWS * TILE_ROWS
+            start = jnp.minimum(start, self.rows - window_rows)
+            start = pl.multiple_of(start, TILE_ROWS)
 
             def image_index(axis, heads=1):
                 """Return the index of each row's image in the group; -1 outside."""
                 shape = [1, 1]
-                shape[axis] = heads * window
+                shape[axis] = heads * window_rows
                 row = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-                row = (row % window if heads > 1 else row) + start - i * size
+                row = row % window_rows if heads > 1 else row
+                row = row + start - i * group_rows
                 index = jnp.full(shape, -1)
                 for j in range(images):
                     in_image = (row >= j * tokens) & (row < (j + 1) * tokens)
@@ -80,50 +84,52 @@ class Groups:
                 queries = image_index(1 - axis, heads)
                 return jnp.where(keys == queries, 0.0, MASKED)
 
-            def slot():
+            def offset_index():
                 return sum(
-                    jnp.where(i * size - start == offset, index, 0)
+                    jnp.where(i * group_rows - start == offset, index, 0)
                     for index, offset in enumerate(self.offsets)
                 )
 
-            attend(pl.ds(start, window), image_index(0) >= 0, score_mask, slot)
+            window = pl.ds(start, window_rows)
+            attend(window, image_index(0) >= 0, score_mask, offset_index)
 
-        jax.lax.fori_loop(0, self.rows // size, body, None)
+        jax.lax.fori_loop(0, self.rows // group_rows, body, None)
 
     def bias_by_query(self, bias: jax.Array) -> jax.Array:
-        """Copy a bias to windows, [heads, N, N] -> [offsets * heads, W, W].
+        """Expand a bias for each offset, [heads, N, N] -> [offsets * heads, W, W].
 
         Rows are queries. The bias of keys that a query must not attend to is MASKED.
         """
-        windows = [self._at_offset(bias, offset) for offset in self.offsets]
-        return jnp.concatenate(windows)
+        return jnp.concatenate([self._expand(bias, offset) for offset in self.offsets])
 
     def bias_by_key(self, bias: jax.Array, heads_per_tile: int) -> jax.Array:
-        """Copy a bias to windows, [heads, N, N] -> [offsets * heads/P, W, P * W].
+        """Expand a bias for each offset, [heads, N, N] -> [offsets * heads/P, W, P*W].
 
         Like `bias_by_query`, but rows are keys, and P = `heads_per_tile` heads lie side
         by side.
         """
         bias = self.bias_by_query(bias).swapaxes(1, 2)
-        shape = -1, heads_per_tile, self.window, self.window
+        shape = -1, heads_per_tile, self.window_rows, self.window_rows
         bias = bias.reshape(shape).swapaxes(1, 2)
-        return bias.reshape(-1, self.window, heads_per_tile * self.window)
+        return bias.reshape(-1, self.window_rows, heads_per_tile * self.window_rows)
 
-    def _at_offset(self, bias, offset):
-        """Copy a bias to windows of one offset, [heads, N, N] -> [heads, W, W]."""
-        image = (np.arange(self.window) - offset) // self.tokens
-        image = np.where((image >= 0) & (image < self.images), image, -1)
-        same = (image == image[:, None]) & (image >= 0)
-        out = jnp.asarray(np.where(same, 0, MASKED)[None], bias.dtype)
-        for start in range(offset, offset + self.size, self.tokens):
-            padding = start, self.window - self.tokens - start
+    def _expand(self, bias, offset):
+        """Expand a bias for one offset, [heads, N, N] -> [heads, W, W]."""
+        image = (np.arange(self.window_rows) - offset) // self.tokens
+        image = np.where((image >= 0) & (image < self.images_per_group), image, -1)
+        is_same = (image == image[:, None]) & (image >= 0)
+        out = jnp.asarray(np.where(is_same, 0, MASKED)[None], bias.dtype)
+        for start in range(offset, offset + self.group_rows, self.tokens):
+            padding = start, self.window_rows - self.tokens - start
             out = out + jnp.pad(bias, ((0, 0), padding, padding))
         return out
 
 
-def _window_rows(size):
-    """Return the number of rows of a window for a group of `size` rows."""
-    return size if size % TILE == 0 else -(-(size + TILE - 1) // TILE) * TILE
+def _window_rows(group_rows):
+    """Return the number of rows of a window for a group of `group_rows` rows."""
+    if group_rows % TILE_ROWS == 0:
+        return group_rows
+    return -(-(group_rows + TILE_ROWS - 1) // TILE_ROWS) * TILE_ROWS
 
 
 def bias_bytes(tokens: int, heads: int, head_width: int) -> int:
@@ -133,13 +139,15 @@ def bias_bytes(tokens: int, heads: int, head_width: int) -> int:
     the array in which the gradient is summed. Assumes that a block holds enough images
     for groups of the largest size.
     """
-    size = max(1, LANES // tokens) * tokens
-    window, offsets = _window_rows(size), TILE // math.gcd(size, TILE)
-    offsets += offsets > 1  # because the last window of a block may start earlier
+    group_rows = max(1, LANES // tokens) * tokens
+    window_rows = _window_rows(group_rows)
+    num_offsets = TILE_ROWS // math.gcd(group_rows, TILE_ROWS)
+    # One more, because the last window of a block may start earlier.
+    num_offsets += num_offsets > 1
     heads_per_tile = LANES // head_width
-    columns = -(-heads_per_tile * window // LANES) * LANES
-    arrays, itemsize = 5, 4
-    return arrays * itemsize * offsets * heads // heads_per_tile * window * columns
+    columns = -(-heads_per_tile * window_rows // LANES) * LANES
+    num_tiles, num_arrays, itemsize = heads // heads_per_tile, 5, 4
+    return num_arrays * itemsize * num_offsets * num_tiles * window_rows * columns
 
 
 def head_lanes(head_width: int) -> list[jax.Array]:
@@ -162,8 +170,9 @@ def merge_heads(x: jax.Array, head_width: int) -> jax.Array:
 
     Of the rows of each head, only this head's lanes are used.
     """
-    window = len(x) * head_width // LANES
-    merged = x[:window]
+    window_rows = len(x) * head_width // LANES
+    merged = x[:window_rows]
     for i, lanes in enumerate(head_lanes(head_width)):
-        merged = jnp.where(lanes, x[i * window : (i + 1) * window], merged)
+        head_rows = x[i * window_rows : (i + 1) * window_rows]
+        merged = jnp.where(lanes, head_rows, merged)
     return merged

@@ -32,8 +32,8 @@ linear layers count:
 | backward, 1 saved  | 12 C  | 16 C C     |
 | backward, 2 saved  | 14 C  | 16 C C     |
 
-The second saved array also avoids one product of scores and v. A decoder block of
-mae_hivit_base moves 1 MB per image, or 2.6 MB if two arrays are saved, and is
+The second saved array also avoids one product of the probabilities and v. A decoder
+block of mae_hivit_base moves 1 MB per image, or 2.6 MB if two arrays are saved, and is
 compute-bound in both cases. Without the kernel, the scores of the block's 16 heads
 would move 55 MB.
 """
@@ -87,7 +87,7 @@ def attention_block(
 def _run(x, weights, bias, branch_scale, plan):
     """Return (output [B*N, C], saved).
 
-    saved: the first `plan.num_saved` of qkv [B*N, 3C] and the heads' outputs [B*N, C].
+    saved: ``(qkv, outputs of the heads)[:plan.num_saved]``, [B*N, 3C] and [B*N, C].
     """
     tokens, rows = plan.tokens, plan.rows
     width, dtype = x.shape[1], x.dtype
@@ -102,10 +102,10 @@ def _run(x, weights, bias, branch_scale, plan):
         x = row_refs[0][...]
         _project(x, weights, plan.eps, qkv)
 
-        def attend(window, inside, score_mask, slot):
+        def attend(window, inside, score_mask, offset_index):
             # The mask is [W or 1, W]: queries are rows, keys are columns.
             mask = None if biases else score_mask(1)
-            first_bias = slot() * plan.heads if biases else 0
+            first_bias = offset_index() * plan.heads if biases else 0
             for tile in range(width // LANES):
                 columns = pl.ds(tile * LANES, LANES)
                 q, k, v = _load_tile(qkv, window, tile, width)
@@ -115,8 +115,8 @@ def _run(x, weights, bias, branch_scale, plan):
                     if biases:
                         mask = biases[0][first_bias + tile * heads_per_tile + index]
                     q_head = jnp.where(lanes, q, 0.0).astype(dtype)
-                    p = dot(q_head, k, (1, 1)) * factor + mask  # [W, W]
-                    p = jnp.exp(p - p.max(-1, keepdims=True))
+                    scores = dot(q_head, k, (1, 1)) * factor + mask  # [W, W]
+                    p = jnp.exp(scores - scores.max(-1, keepdims=True))
                     # The output is divided by the row sums below, after the heads are
                     # merged, because a tile then needs one division instead of one per
                     # head.
@@ -168,23 +168,23 @@ def _backward(plan, residuals, gradient):
         scale, _, qkv_w, _, proj_w, _ = weights
         x, dout = row_refs[0][...], row_refs[1][...]
         dy = apply_branch_scale(dout).astype(dtype)
-        x_hat, inverse, n = _restore(x, row_refs[2:], weights, plan.eps, scratch)
+        x_hat, inverse_std, n = _restore(x, row_refs[2:], weights, plan.eps, scratch)
         dheads_out[...] = dot(dy, proj_w[...], (1, 1))
 
-        def attend(window, inside, score_mask, slot):
+        def attend(window, inside, score_mask, offset_index):
             # The mask is [W, heads * W or 1]: keys are rows.
             mask = None if biases else score_mask(0, heads_per_tile)
-            first_bias = slot() * (width // LANES) if biases else 0
+            first_bias = offset_index() * (width // LANES) if biases else 0
             for tile in range(width // LANES):
                 if biases:
                     mask = biases[0][first_bias + tile]
                 columns = pl.ds(tile * LANES, LANES)
                 q, k, v = _load_tile(qkv, window, tile, width)
                 k, v = k.astype(dtype), v.astype(dtype)
-                arrays = q, k, v, dheads_out[window, columns]
-                p, ds, *gradients = _tile_gradients(*arrays, mask, inside, head_width)
+                arguments = q, k, v, dheads_out[window, columns], mask, inside
+                p, dscores, *gradients = _tile_gradients(*arguments, head_width)
                 if biases:
-                    sums[6][first_bias + tile] += ds
+                    sums[6][first_bias + tile] += dscores
                 if num_saved < 2:
                     tile_out = merge_heads(dot(p, v, (0, 0)), head_width)
                     tile_out = jnp.where(inside, tile_out, heads_out[window, columns])
@@ -196,7 +196,7 @@ def _backward(plan, residuals, gradient):
         groups.for_each(attend)
         dn = dot(qkv[...].astype(dtype), qkv_w[...], (1, 1))
         _add_weight_gradients(sums[:6], n, x_hat, dn, qkv[...], heads_out[...], dy)
-        dx = normalize_vjp(dn * scale[...], x_hat, inverse)
+        dx = normalize_vjp(dn * scale[...], x_hat, inverse_std)
         out_refs[0][...] = (dx + dout.astype(F32)).astype(dtype)
 
     (dx,), sums = over_rows(
@@ -205,7 +205,7 @@ def _backward(plan, residuals, gradient):
         [x, gradient, *saved],
         [*weights, *biases],
         [*weights, *biases],
-        [pltpu.VMEM((rows, n * width), F32) for n in (3, 1, 1)],
+        [pltpu.VMEM((rows, count * width), F32) for count in (3, 1, 1)],
         branch_scale=branch_scale,
         flops=x.size * ((16 if num_saved else 22) * width + 12 * tokens),
         name="attention_block_gradient",
@@ -231,8 +231,8 @@ def _tile_gradients(q, k, v, dheads, mask, inside, head_width):
     """
     factor, dtype = np.float32(head_width**-0.5), k.dtype
     q, dheads = (stack_heads(x, head_width, inside, dtype) for x in (q, dheads))
-    p = dot(k, q, (1, 1)) * factor + mask
-    p = jnp.exp(p - p.max(0, keepdims=True))
+    scores = dot(k, q, (1, 1)) * factor + mask
+    p = jnp.exp(scores - scores.max(0, keepdims=True))
     p = p * (1 / p.sum(0, keepdims=True))
     dp = dot(v, dheads, (1, 1))
     dscores = p * (dp - (dp * p).sum(0, keepdims=True))
@@ -258,13 +258,13 @@ attention_block.defvjp(_forward, _backward)
 def _project(x, weights, eps, qkv):
     """Write q, k, v of x to `qkv` [rows, 3C]; return the results of `layer_norm`."""
     scale, bias = weights[:2]
-    x_hat, inverse, n = layer_norm(x, scale[...], bias[...], eps)
+    x_hat, inverse_std, n = layer_norm(x, scale[...], bias[...], eps)
     qkv[...] = dot(n, weights[2][...]) + weights[3][...]
-    return x_hat, inverse, n
+    return x_hat, inverse_std, n
 
 
 def _restore(x, saved, weights, eps, scratch):
-    """Copy `saved` to the scratch arrays; call `_project` if nothing is saved."""
+    """Fill `scratch` from `saved` or by `_project`; return results of `layer_norm`."""
     if not saved:
         return _project(x, weights, eps, scratch[0])
     for ref, array in zip(scratch, saved, strict=False):

@@ -38,10 +38,10 @@ def dot_product_attention(
         return out
     if target.platform() == "cpu":
         weights, sums = unnormalized_softmax(q, k, bias, mask)
-        # Divides the product instead of the weights, so that the gradient of a query's
-        # sum adds head_width values of the output instead of N values of the weights.
-        operands = "bhqk,bhkd->bhqd", weights.astype(v.dtype), jnp.swapaxes(v, 1, 2)
-        out = jnp.einsum(*operands, preferred_element_type=jnp.float32) / sums
+        # Divides the output, not the weights, by the sums. The backward pass then gets
+        # the gradient of a sum from head_width values instead of from N weights.
+        arguments = "bhqk,bhkd->bhqd", weights.astype(v.dtype), jnp.swapaxes(v, 1, 2)
+        out = jnp.einsum(*arguments, preferred_element_type=jnp.float32) / sums
         return jnp.swapaxes(out, 1, 2).astype(v.dtype)
     head_width = q.shape[-1]
     uses_cudnn = (
@@ -66,7 +66,7 @@ def cudnn_attention(
 
     The bias, [1, heads, N, N], is rounded to bfloat16, like q and k. cuDNN sums the
     gradient of the bias over the images of a GPU and returns the sum in bfloat16. The
-    all-reduce of these sums is in bfloat16 too, like that of weight gradients.
+    all-reduce of these sums is in bfloat16 too, as for the gradients of weights.
     """
     batch, tokens = q.shape[:2]
     options = {} if bias is None else {"bias": bias.astype(q.dtype)}

@@ -19,7 +19,7 @@ from hivit_jax.kernels.attention_groups import LANES, bias_bytes
 from hivit_jax.kernels.attention_tpu import attention_block
 from hivit_jax.kernels.flash_tpu import flash_attention, padded_tokens, vmem_bytes
 from hivit_jax.kernels.mlp_tpu import mlp_block
-from hivit_jax.kernels.numerics import ROWS, Plan, Weights
+from hivit_jax.kernels.numerics import TILE_ROWS, Plan, Weights
 from hivit_jax.kernels.target import block_rows, find_target
 
 CHOICES = ("auto", "fused", "plain")
@@ -58,7 +58,7 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> ResidualFn | None:
     # float32 and in x's dtype. `per_row`: x and hidden activations.
     fixed, per_row = 24 * width * hidden, 24 * hidden + 40 * width
     max_rows = (target.vmem - fixed) // per_row
-    rows = block_rows(total, ROWS, preferred, max_rows)
+    rows = block_rows(total, TILE_ROWS, preferred, max_rows)
     # With blocks of fewer rows than a tile of the matrix unit, the products for the
     # weight gradients leave most of the unit idle, and plain operations are faster.
     if rows is None or max_rows < LANES:
@@ -82,8 +82,8 @@ def attention(
     """Return a function that runs the branch as one kernel, or None.
 
     The function returns ``x + factor * attention(norm(x))``. No kernel supports key
-    masks, padded or shifted windows, or a bias that differs between images. GPUs use
-    cuDNN instead. For the arguments see `mlp` and `Attention.__call__`.
+    masks, padded or shifted windows, or a bias that differs between images. GPUs have
+    no such kernel. For the arguments see `mlp` and `Attention.__call__`.
     """
     target = find_target(choice, x)
     qkv, proj, windows = attention.qkv, attention.proj, attention.windows
@@ -104,18 +104,18 @@ def attention(
     # `per_row`: activations.
     fixed, per_row = 48 * width**2 + 16 * tokens**2 * heads_per_tile, 76 * width
     fixed += 0 if bias is None else bias_bytes(tokens, heads, head_width)
-    total, smallest = x.shape[0] * tokens // target.shards, math.lcm(tokens, ROWS)
-    rows = block_rows(total, smallest, 1024, (target.vmem - fixed) // per_row)
+    total, min_rows = x.shape[0] * tokens // target.shards, math.lcm(tokens, TILE_ROWS)
+    rows = block_rows(total, min_rows, 1024, (target.vmem - fixed) // per_row)
     if rows is None:
         return None
-    # Operations per row of a product: with weights [C, C]; with scores.
+    # Operations per row: of a product with weights [C, C], and of one with the scores.
     projection_flops, score_flops = 2 * width**2, 2 * tokens * width * heads_per_tile
     forward = 4 * projection_flops + 2 * score_flops
     backward = 11 * projection_flops + 6 * score_flops
-    num_saved, flops = 0, 3 * projection_flops
-    if target.should_save(forward, backward, flops, width, 6 * width):
-        # Saves the outputs of the heads too if it takes longer to recompute than to
-        # write them. The limit saves memory where recomputing costs little.
+    num_saved, qkv_flops = 0, 3 * projection_flops
+    if target.should_save(forward, backward, qkv_flops, width, 6 * width):
+        # Also saves the outputs of the heads if recomputing them takes longer than
+        # writing them. Otherwise, saving would only cost memory.
         num_saved = 1 + (score_flops > target.balance * 2 * width)
     weights = _weights(x.dtype, norm, qkv, proj)
     plan = Plan(norm.epsilon, rows, num_saved, target.interpret, heads, tokens)
@@ -151,8 +151,8 @@ def long_attention(
         return None
     if mask is not None or bias is None or len(bias) > 1:
         return None
-    padded = padded_tokens(tokens)
-    rows = block_rows(padded, LANES, 2 * LANES, padded)
+    length = padded_tokens(tokens)
+    rows = block_rows(length, LANES, 2 * LANES, length)
     if vmem_bytes(tokens, rows, head_width, q.dtype.itemsize) > target.vmem:
         return None
     plan = Plan(0.0, rows=rows, interpret=target.interpret, heads=heads, tokens=tokens)

@@ -46,12 +46,14 @@ def flash_attention(
         `padded_tokens(N)`.
     """
     tokens = plan.tokens
-    padding, none = (0, padded_tokens(tokens) - tokens), (0, 0)
-    # [B, N', C] each.
-    arrays = [jnp.pad(x.reshape(k.shape), (none, padding, none)) for x in (q, k, v)]
+    padding, unpadded = (0, padded_tokens(tokens) - tokens), (0, 0)
+    token_padding = unpadded, padding, unpadded
+    arrays = [
+        jnp.pad(x.reshape(k.shape), token_padding) for x in (q, k, v)
+    ]  # [B, N', C]
     # Without this bias, queries would attend to the padding.
-    bias = jnp.pad(bias, (none, none, padding), constant_values=MASKED)
-    bias = jnp.pad(bias, (none, padding, none))  # [heads, N', N']
+    bias = jnp.pad(bias, (unpadded, unpadded, padding), constant_values=MASKED)
+    bias = jnp.pad(bias, token_padding)  # [heads, N', N']
     return _attend(*arrays, bias, plan)[:, :tokens].reshape(q.shape)
 
 
@@ -67,14 +69,14 @@ def vmem_bytes(tokens: int, rows: int, head_width: int, itemsize: int) -> int:
       rows: queries of a block.
       itemsize: bytes of an element of q.
     """
-    padded = padded_tokens(tokens)
+    length = padded_tokens(tokens)
     # Two buffers each: the bias and its gradient; q, k, v, their gradients, and the
     # gradient of the output.
-    biases = 2 * 2 * 4 * (LANES // head_width) * padded**2
-    tiles = 2 * 7 * itemsize * padded * LANES
-    sums = 2 * 4 * padded * LANES  # gradients of k and v in float32
-    scores = 6 * 4 * rows * padded  # six float32 arrays like a block's scores
-    return biases + tiles + sums + scores
+    bias_bytes = 2 * 2 * 4 * (LANES // head_width) * length**2
+    tile_bytes = 2 * 7 * itemsize * length * LANES
+    sum_bytes = 2 * 4 * length * LANES  # gradients of k and v in float32
+    score_bytes = 6 * 4 * rows * length  # six float32 arrays like a block's scores
+    return bias_bytes + tile_bytes + sum_bytes + score_bytes
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -186,32 +188,33 @@ def _call(
       backward: return the gradients of q, k, v and the bias. False: return one array
         [B, N', C].
     """
-    images, tokens, width = arrays[0].shape
+    images, length, width = arrays[0].shape
     heads_per_tile = LANES // _head_width(arrays[0], plan)
-    array_spec = pl.BlockSpec((1, tokens, LANES), lambda tile, image: (image, 0, tile))
+    array_spec = pl.BlockSpec((1, length, LANES), lambda tile, image: (image, 0, tile))
     bias_spec = pl.BlockSpec(
-        (heads_per_tile, tokens, tokens), lambda tile, image: (tile, 0, 0)
+        (heads_per_tile, length, length), lambda tile, image: (tile, 0, 0)
     )
-    shape = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
-    shapes, specs, num_products = [shape], [array_spec], 2
+    struct = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+    out_structs, out_specs, num_products = [struct], [array_spec], 2
     if backward:
-        shapes = [*3 * [shape], jax.ShapeDtypeStruct(bias.shape, bias.dtype)]
-        specs, num_products = [*3 * [array_spec], bias_spec], 5
-    moved = [*arrays, bias, *shapes]
+        out_structs = [*3 * [struct], jax.ShapeDtypeStruct(bias.shape, bias.dtype)]
+        out_specs, num_products = [*3 * [array_spec], bias_spec], 5
     return pl.pallas_call(
         kernel,
         grid=(width // LANES, images),
         in_specs=[array_spec] * len(arrays) + [bias_spec],
-        out_specs=specs,
-        out_shape=shapes,
+        out_specs=out_specs,
+        out_shape=out_structs,
         scratch_shapes=scratch,
         compiler_params=compiler_params(plan.interpret),
         cost_estimate=pl.CostEstimate(
             # For each head, the kernel computes `num_products` matrix products with an
             # operand or a result [N', N'].
-            flops=2 * num_products * images * tokens**2 * width * heads_per_tile,
-            transcendentals=images * plan.heads * tokens**2,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
+            flops=2 * num_products * images * length**2 * width * heads_per_tile,
+            transcendentals=images * plan.heads * length**2,
+            bytes_accessed=sum(
+                x.size * x.dtype.itemsize for x in (*arrays, bias, *out_structs)
+            ),
         ),
         interpret=plan.interpret,
         name="flash_attention_gradient" if backward else "flash_attention",

@@ -37,51 +37,51 @@ def over_rows(
       kernel: (row refs, weight refs, output refs, refs of the sums in float32, scratch
         refs, apply_branch_scale) -> None; called for each block. Its last argument is a
         function that multiplies the output y of the residual branch by `branch_scale`.
-      arrays: [T, C] each; a block gets `plan.rows` rows of each.
+      arrays: [T, width] each; a block gets `plan.rows` rows of each.
       weights: arrays that every block gets whole; vectors become [1, n].
       sums_like: one array per sum over all rows; only shape and dtype are used.
       scratch: scratch buffers of the kernel.
-      extra_widths: widths of the outputs [T, width] after the first.
+      extra_widths: widths of the outputs after the first, which is like arrays[0].
       branch_scale: [B] float32, a factor for the T / B rows of each image; None: 1.
       flops: operations of all blocks, for the compiler's estimates.
 
     Returns:
-      (outputs, sums). outputs: an array like arrays[0], then one [T, width] per extra
-      width, in the dtype of arrays[0]. sums: one array per entry of `sums_like`.
+      (outputs [T, width] in the dtype of arrays[0], sums like `sums_like`).
     """
     total, width, dtype = *arrays[0].shape, arrays[0].dtype
-    outputs = [jax.ShapeDtypeStruct((total, w), dtype) for w in (width, *extra_widths)]
+    structs = [jax.ShapeDtypeStruct((total, w), dtype) for w in (width, *extra_widths)]
     cores = _cores(total // plan.rows)
     steps = total // plan.rows // cores
     weights = [jnp.atleast_2d(w) for w in weights]
     shapes = [(1, s.size) if s.ndim == 1 else s.shape for s in sums_like]
     pairs = zip(shapes, sums_like, strict=True)
-    core_sums = [jax.ShapeDtypeStruct((cores, *x), s.dtype) for x, s in pairs]
-    scalars = [] if branch_scale is None else [branch_scale]
-    ref_groups = arrays, weights, scalars, outputs, core_sums, core_sums, scratch
-    in_specs = [*_blocks(plan.rows, steps, arrays), *map(_whole, weights)]
-    in_specs += [pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars)
+    sum_structs = [jax.ShapeDtypeStruct((cores, *s), like.dtype) for s, like in pairs]
+    scales = [] if branch_scale is None else [branch_scale]
+    ref_groups = arrays, weights, scales, structs, sum_structs, sum_structs, scratch
+    in_specs = [*_row_specs(plan.rows, steps, arrays), *map(_whole_spec, weights)]
+    in_specs += [pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scales)
+    out_specs = _row_specs(plan.rows, steps, structs)
     results = pl.pallas_call(
         _body(kernel, ref_groups, steps, total),
         grid_spec=pl.GridSpec(
             grid=(cores, steps),
             in_specs=in_specs,
-            out_specs=[*_blocks(plan.rows, steps, outputs), *map(_per_core, core_sums)],
+            out_specs=[*out_specs, *map(_per_core_spec, sum_structs)],
             scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
         ),
-        out_shape=[*outputs, *core_sums],
+        out_shape=[*structs, *sum_structs],
         compiler_params=compiler_params(plan.interpret),
-        cost_estimate=_cost(flops, (*arrays, *outputs), (*weights, *sums_like), cores),
+        cost_estimate=_cost(flops, (*arrays, *structs), (*weights, *sums_like), cores),
         interpret=plan.interpret,
         name=name,
-    )(*arrays, *weights, *scalars)
-    pairs = zip(results[len(outputs) :], sums_like, strict=True)
+    )(*arrays, *weights, *scales)
+    pairs = zip(results[len(structs) :], sums_like, strict=True)
     sums = tuple(x.sum(0).reshape(like.shape) for x, like in pairs)
-    return tuple(results[: len(outputs)]), sums
+    return tuple(results[: len(structs)]), sums
 
 
-def _blocks(block_rows, steps, arrays):
-    """Return specs of arrays [T, C]; a core gets `steps` adjacent blocks of rows."""
+def _row_specs(block_rows, steps, arrays):
+    """Return specs of arrays [T, width]; a core gets `steps` adjacent blocks."""
 
     def index(core, step):
         return core * steps + step, 0
@@ -89,12 +89,12 @@ def _blocks(block_rows, steps, arrays):
     return [pl.BlockSpec((block_rows, x.shape[1]), index) for x in arrays]
 
 
-def _whole(x):
+def _whole_spec(x):
     """Return the spec of an array that every block reads whole."""
     return pl.BlockSpec(x.shape, lambda core, step: (0,) * x.ndim)
 
 
-def _per_core(x):
+def _per_core_spec(x):
     """Return the spec of an array [cores, ...]; each core writes one entry."""
     rest = (0,) * (x.ndim - 1)
     return pl.BlockSpec((1, *x.shape[1:]), lambda core, step: (core, *rest))
@@ -112,15 +112,15 @@ def compiler_params(interpret: bool) -> pltpu.CompilerParams:
     )
 
 
-def _cost(flops, split, whole, cores):
+def _cost(flops, split_arrays, whole_arrays, cores):
     """Estimate the cost for the compiler.
 
     Args:
-      split: arrays whose rows are split over the cores.
-      whole: arrays that each core moves once.
+      split_arrays: arrays whose rows are split over the cores.
+      whole_arrays: arrays that each core moves once.
     """
-    bytes_moved = sum(x.size * x.dtype.itemsize for x in split)
-    bytes_moved += cores * sum(x.size * x.dtype.itemsize for x in whole)
+    bytes_moved = sum(x.size * x.dtype.itemsize for x in split_arrays)
+    bytes_moved += cores * sum(x.size * x.dtype.itemsize for x in whole_arrays)
     return pl.CostEstimate(flops, 0, bytes_moved)
 
 
@@ -142,10 +142,10 @@ def _body(
     def body(*refs):
         refs = list(refs)
         parts = [[refs.pop(0) for _ in group] for group in ref_groups]
-        row_refs, weight_refs, scalars, out_refs, out_sums, sum_refs, scratch = parts
+        row_refs, weight_refs, scales, out_refs, out_sums, sum_refs, scratch = parts
         step = pl.program_id(1)
         block = pl.program_id(0) * steps + step
-        apply_branch_scale = partial(_apply_branch_scale, scalars, block, total)
+        apply_branch_scale = partial(_apply_branch_scale, scales, block, total)
 
         @pl.when(step == 0)
         def _():
@@ -163,27 +163,28 @@ def _body(
 
 
 def _apply_branch_scale(
-    scalars: Sequence[Any], block: jax.Array, total: int, y: jax.Array
+    scales: Sequence[Any], block: jax.Array, total: int, y: jax.Array
 ) -> jax.Array:
     """Multiply each row of a block by the factor of the row's image, [R, C] float32.
 
     Args:
-      scalars: [ref of the factors, [B] in SMEM], or [] for factors of 1.
+      scales: [ref of `branch_scale`, [B] in SMEM], or [] for factors of 1.
       block: index of the block.
       total: rows of all blocks.
     """
     y = y.astype(F32)
-    if not scalars:
+    if not scales:
         return y
-    (ref,), rows = scalars, len(y)
+    (ref,), rows = scales, len(y)
     images = ref.shape[0]
     image_rows = total // images
-    first = jax.lax.div(block * rows, image_rows)  # image of the block's first row
+    first_image = jax.lax.div(block * rows, image_rows)  # image of the first row
+    # Index of each row of the block, counted from the first row of `first_image`.
     row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    row += block * rows - first * image_rows
-    factors = jnp.full((rows, 1), ref[first])
+    row += block * rows - first_image * image_rows
+    factors = jnp.full((rows, 1), ref[first_image])
     for i in range(1, (rows - 1) // image_rows + 2):
-        factor = ref[jnp.minimum(first + i, images - 1)]
+        factor = ref[jnp.minimum(first_image + i, images - 1)]
         factors = jnp.where(row >= i * image_rows, factor, factors)
     return y * factors
 

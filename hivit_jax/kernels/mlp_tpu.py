@@ -3,8 +3,8 @@
 The forward and the backward pass are one kernel each.
 
 Shapes: x [T, C]. C and the hidden width H are multiples of 128, and T is a multiple of
-`Plan.rows`. The forward pass saves x. With `Plan.num_saved` it also saves the output of
-fc1; otherwise the backward pass recomputes this output.
+`Plan.rows`. The forward pass saves x. With ``Plan.num_saved=1``, it also saves the
+output of fc1; otherwise the backward pass recomputes this output.
 
 Roofline per row in bfloat16. The bytes exclude the weights, which a core reads once:
 
@@ -56,7 +56,7 @@ def mlp_block(
 def _run(x, weights, branch_scale, plan):
     """Return (output [T, C], saved).
 
-    With `plan.num_saved`, `saved` is one array, the output of fc1 [T, H]; otherwise ().
+    saved: (output of fc1 [T, H],) if `plan.num_saved` is 1, else ().
     """
     hidden_width = weights.w1.shape[1]
 

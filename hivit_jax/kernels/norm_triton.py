@@ -1,11 +1,11 @@
-"""LayerNorm at the start of a residual branch as one GPU kernel (Triton), forward and
-backward.
+"""LayerNorm at the start of a residual branch as GPU kernels (Triton), one for each
+pass.
 
-Without the kernel, XLA reads x three times in the forward pass (mean, variance, result)
-and four times in the backward pass. The kernels read every array once: the forward pass
-moves 4 C bytes for each row of C bfloat16 elements, the backward pass 8 C bytes. The
-backward kernel also adds the gradient that reaches x by the skip connection, because a
-separate addition would move the gradient of x again.
+Without the kernels, XLA reads x three times in the forward pass (mean, variance,
+result) and four times in the backward pass. The kernels read every array once: the
+forward pass moves 4 C bytes for each row of C bfloat16 elements, the backward pass 8 C
+bytes. The backward kernel also adds the gradient that reaches x by the skip connection,
+because a separate addition would move the gradient of x again.
 
 Blocks of rows run concurrently and cannot share sums. Therefore each block writes its
 share of the gradients of scale and bias, and XLA adds the shares up.
@@ -21,18 +21,18 @@ from jax.experimental import pallas as pl
 
 from hivit_jax.kernels.numerics import F32, Plan
 
-TILE = 4096  # elements that a thread block processes at a time
-BLOCK = 16384  # elements that a thread block processes in the backward pass, in tiles
+TILE_ELEMENTS = 4096  # that a thread block processes at a time
+BLOCK_ELEMENTS = 16384  # that a thread block processes in the backward pass, in tiles
 MAX_PARTS = 4  # largest number of parts of a row; see `row_parts`
 
 
 def row_parts(width: int) -> list:
     """Return slices that divide a row into parts.
 
-    All parts have one length, a power of two, because Triton supports only arrays whose
-    sides are powers of two.
+    The parts have equal lengths. The length is a power of two, because Triton supports
+    only arrays whose sides are powers of two.
     """
-    size = math.gcd(width, TILE)
+    size = math.gcd(width, TILE_ELEMENTS)
     return [pl.ds(start, size) for start in range(0, width, size)]
 
 
@@ -52,7 +52,7 @@ def skip_and_norm(
     """Return x and its LayerNorm.
 
     Args:
-      x: [T, C]; `supports` must be True.
+      x: [T, C]; ``supports(T, C)`` must be True.
       scale, bias: [C] float32.
     """
     return _forward(x, scale, bias, plan)[0]
@@ -62,19 +62,19 @@ def _forward(x, scale, bias, plan):
     total, width = x.shape
     parts = row_parts(width)
 
-    def kernel(x, scale, bias, y, mean, inverse):
-        rows = [x[:, part].astype(F32) for part in parts]
-        row_mean = _mean(rows, width)
-        centered = [row - row_mean for row in rows]
+    def kernel(x_ref, scale_ref, bias_ref, y_ref, mean_ref, inverse_std_ref):
+        x = [x_ref[:, part].astype(F32) for part in parts]
+        mean = _mean(x, width)
+        centered = [values - mean for values in x]
         inverse_std = jax.lax.rsqrt(_mean(map(jnp.square, centered), width) + plan.eps)
-        for part, row in zip(parts, centered, strict=True):
-            normalized = row * inverse_std * _row(scale, part) + _row(bias, part)
-            y[:, part] = normalized.astype(y.dtype)
-        mean[...], inverse[...] = row_mean, inverse_std
+        for part, values in zip(parts, centered, strict=True):
+            y = values * inverse_std * _row(scale_ref, part) + _row(bias_ref, part)
+            y_ref[:, part] = y.astype(y_ref.dtype)
+        mean_ref[...], inverse_std_ref[...] = mean, inverse_std
 
-    block = _block_rows(total, width, TILE)
+    block = _block_rows(total, width, TILE_ELEMENTS)
     statistics = jax.ShapeDtypeStruct((total, 1), F32)
-    y, mean, inverse = pl.pallas_call(
+    y, mean, inverse_std = pl.pallas_call(
         kernel,
         grid=(total // block,),
         in_specs=[_row_spec(block, width), _whole_spec(scale), _whole_spec(bias)],
@@ -84,40 +84,42 @@ def _forward(x, scale, bias, plan):
         interpret=plan.interpret,
         name="layer_norm",
     )(x, scale, bias)
-    return (x, y), (x, scale, mean, inverse)
+    return (x, y), (x, scale, mean, inverse_std)
 
 
 def _backward(plan, saved, gradients):
-    x, scale, mean, inverse = saved
+    x, scale, mean, inverse_std = saved
     total, width = x.shape
-    parts, block = row_parts(width), _block_rows(total, width, BLOCK)
-    tile = _block_rows(block, width, TILE)
+    parts, block = row_parts(width), _block_rows(total, width, BLOCK_ELEMENTS)
+    tile = _block_rows(block, width, TILE_ELEMENTS)
 
-    def kernel(x, dskip, dy, scale, mean, inverse, dx, dscale, dbias):
+    def kernel(*refs):
+        x_ref, dskip_ref, dy_ref, scale_ref, mean_ref, inverse_std_ref = refs[:6]
+        dx_ref, dscale_ref, dbias_ref = refs[6:]
+
         def add_tile(i, sums):
             rows = pl.ds(i * tile, tile)
-            row_mean, inverse_std = mean[rows, :], inverse[rows, :]
-            x_hat = [
-                (x[rows, part].astype(F32) - row_mean) * inverse_std for part in parts
-            ]
-            dys = [dy[rows, part].astype(F32) for part in parts]
-            dx_hat = [d * _row(scale, part) for d, part in zip(dys, parts, strict=True)]
+            mean, inverse_std = mean_ref[rows, :], inverse_std_ref[rows, :]
+            x = [x_ref[rows, part].astype(F32) for part in parts]
+            x_hat = [(values - mean) * inverse_std for values in x]
+            dy = [dy_ref[rows, part].astype(F32) for part in parts]
+            scale = [_row(scale_ref, part) for part in parts]
+            dx_hat = [a * b for a, b in zip(dy, scale, strict=True)]
             products = [a * b for a, b in zip(dx_hat, x_hat, strict=True)]
             average, projection = _mean(dx_hat, width), _mean(products, width)
             for part, d, normalized in zip(parts, dx_hat, x_hat, strict=True):
-                branch = inverse_std * (d - average - normalized * projection)
-                dx[rows, part] = (dskip[rows, part].astype(F32) + branch).astype(
-                    dx.dtype
-                )
+                dx = inverse_std * (d - average - normalized * projection)
+                dx = dskip_ref[rows, part].astype(F32) + dx
+                dx_ref[rows, part] = dx.astype(dx_ref.dtype)
             return [
                 (dscale + d * normalized, dbias + d)
-                for (dscale, dbias), d, normalized in zip(sums, dys, x_hat, strict=True)
+                for (dscale, dbias), d, normalized in zip(sums, dy, x_hat, strict=True)
             ]
 
         zeros = [(jnp.zeros((tile, part.size), F32),) * 2 for part in parts]
         sums = jax.lax.fori_loop(0, block // tile, add_tile, zeros)
-        for part, (scale_sum, bias_sum) in zip(parts, sums, strict=True):
-            dscale[0, part], dbias[0, part] = scale_sum.sum(0), bias_sum.sum(0)
+        for part, (dscale, dbias) in zip(parts, sums, strict=True):
+            dscale_ref[0, part], dbias_ref[0, part] = dscale.sum(0), dbias.sum(0)
 
     row_spec, column_spec = _row_spec(block, width), _row_spec(block, 1)
     sum_spec = _row_spec(1, width)
@@ -131,16 +133,16 @@ def _backward(plan, saved, gradients):
         compiler_params=_compiler_params(),
         interpret=plan.interpret,
         name="layer_norm_gradient",
-    )(x, *gradients, scale, mean, inverse)
+    )(x, *gradients, scale, mean, inverse_std)
     return dx, dscale.sum(0), dbias.sum(0)
 
 
 skip_and_norm.defvjp(_forward, _backward)
 
 
-def _mean(parts, width):
-    """Return the mean of each row, [R, 1], given its parts."""
-    return sum(part.sum(1, keepdims=True) for part in parts) / width
+def _mean(values, width):
+    """Return the mean of each row, [R, 1], given the values of its parts."""
+    return sum(x.sum(1, keepdims=True) for x in values) / width
 
 
 def _row(ref, columns):
@@ -148,12 +150,12 @@ def _row(ref, columns):
     return jnp.expand_dims(ref[columns], 0)
 
 
-def _block_rows(total, width, elements):
+def _block_rows(total, width, max_elements):
     """Return the number of rows of a block: a power of two that divides `total`.
 
-    The block has at most `elements` elements, or one row.
+    The block has at most `max_elements` elements, or one row.
     """
-    return math.gcd(total, 2 ** int(math.log2(max(elements // width, 1))))
+    return math.gcd(total, 2 ** int(math.log2(max(max_elements // width, 1))))
 
 
 def _row_spec(count, width):

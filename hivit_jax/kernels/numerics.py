@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 F32 = jnp.float32
-ROWS = 8  # rows of a float32 tile; a TPU block has a multiple of this number of rows
+TILE_ROWS = 8  # rows of a float32 tile; the blocks of a TPU consist of whole tiles
 # Coefficients of a polynomial in x^2. Its product with x approximates
 # artanh(2 cdf(x) - 1). The fit minimizes the largest error of x cdf(x).
-TANH_FIT = (
+ARTANH_FIT = (
     7.97827577e-01,
     3.64699309e-02,
     -1.25476268e-04,
@@ -27,8 +27,8 @@ class Plan:
     """Static arguments of a kernel.
 
     eps: epsilon of the LayerNorm.
-    rows: rows of a block, the part of x that is in VMEM at a time; must divide the
-      rows of x. TPU kernels only.
+    rows: rows of a block, the part of x that a kernel processes at a time; must divide
+      the rows of x. TPU kernels only.
     num_saved: number of intermediate arrays that are saved for the backward pass, which
       recomputes the others; TPU kernels only. MLP: 1 saves the output of fc1.
       Attention: 1 saves q, k and v; 2 also saves the outputs of the heads.
@@ -67,9 +67,9 @@ def scale_branches(x: jax.Array, scale: jax.Array) -> jax.Array:
       x: [B*T, C] or [B, T, C].
       scale: [B].
     """
-    rows = math.prod(x.shape[:-1]) // max(len(scale), 1)
+    rows_per_image = math.prod(x.shape[:-1]) // max(len(scale), 1)
     # x becomes a matrix, because XLA:TPU pads the tokens of [B, T, C] to whole tiles.
-    matrix = x.reshape(-1, x.shape[-1]) * jnp.repeat(scale, rows)[:, None]
+    matrix = x.reshape(-1, x.shape[-1]) * jnp.repeat(scale, rows_per_image)[:, None]
     return matrix.reshape(x.shape)
 
 
@@ -91,52 +91,54 @@ def layer_norm(
 
     Returns:
       x_hat: normalized rows before scale and bias, [T, C] float32.
-      inverse: inverse standard deviation of each row, [T, 1] float32.
+      inverse_std: inverse standard deviation of each row, [T, 1] float32.
       n: ``x_hat * scale + bias``, [T, C] in x's dtype.
     """
     x32 = x.astype(F32)
     centered = x32 - x32.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
-    x_hat = centered * inverse
-    return x_hat, inverse, (x_hat * scale + bias).astype(x.dtype)
+    inverse_std = jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
+    x_hat = centered * inverse_std
+    return x_hat, inverse_std, (x_hat * scale + bias).astype(x.dtype)
 
 
 def normalize_vjp(
-    gradient: jax.Array, x_hat: jax.Array, inverse: jax.Array
+    gradient: jax.Array, x_hat: jax.Array, inverse_std: jax.Array
 ) -> jax.Array:
     """Return the gradient of x, given the gradient of x_hat; see `layer_norm`."""
     projection = (gradient * x_hat).mean(-1, keepdims=True)
-    return inverse * (gradient - gradient.mean(-1, keepdims=True) - x_hat * projection)
+    return inverse_std * (
+        gradient - gradient.mean(-1, keepdims=True) - x_hat * projection
+    )
 
 
 def normalize_jvp(
-    tangent: jax.Array, x_hat: jax.Array, inverse: jax.Array
+    tangent: jax.Array, x_hat: jax.Array, inverse_std: jax.Array
 ) -> jax.Array:
     """Return the tangent of x_hat, given the tangent of x; see `layer_norm`.
 
-    The transpose of this function is `normalize_vjp`. Adds negated row averages instead
-    of subtracting the averages, because the transpose of a subtraction negates a [T, C]
-    array. The transpose of this form negates only [T, 1].
+    JAX transposes this function, which results in `normalize_vjp`. The transpose of
+    ``a - mean`` would negate an array [T, C]. The transpose of ``a + (-mean)`` negates
+    only the means, [T, 1].
     """
-    tangent = inverse * tangent
+    tangent = inverse_std * tangent
     projection = -(tangent * x_hat).mean(-1, keepdims=True)
     return tangent + -tangent.mean(-1, keepdims=True) + x_hat * projection
 
 
 def normal_cdf(x: jax.Array, dtype: Any = F32) -> jax.Array:
-    """Cumulative distribution function of the standard normal distribution, float32.
+    """Cumulative distribution function of the standard normal distribution in float32.
 
     GELU(x) is x times this function, as in PyTorch.
 
     Args:
-      dtype: dtype that GELU is rounded to. For float32, the function uses erf, which is
-        exact; for bfloat16 a fitted tanh, with which GELU is off by at most 3e-6. TPUs
-        have a unit for tanh, whereas the many operations of erf would take longer than
-        the matrix products of a narrow block.
+      dtype: dtype to which the caller rounds GELU. For float32, the function uses erf,
+        which is exact. For bfloat16, it uses a fitted tanh, with which GELU is off by
+        at most 3e-6. TPUs have a unit for tanh, whereas the many operations of erf
+        would take longer than the matrix products of a narrow block.
     """
     if dtype == F32:
         return 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
-    return 0.5 + 0.5 * jnp.tanh(_artanh(x))
+    return 0.5 + 0.5 * jnp.tanh(_artanh_of_cdf(x))
 
 
 def normal_cdf_by_exp(x: jax.Array) -> jax.Array:
@@ -146,13 +148,13 @@ def normal_cdf_by_exp(x: jax.Array) -> jax.Array:
     have units for these two, whereas XLA:GPU computes erf, tanh and divisions by many
     operations. `models.layers.gelu` uses this function.
     """
-    return jnp.square(jax.lax.rsqrt(1.0 + jnp.exp(-2.0 * _artanh(x))))
+    return jnp.square(jax.lax.rsqrt(1.0 + jnp.exp(-2.0 * _artanh_of_cdf(x))))
 
 
-def _artanh(x):
-    """Approximate artanh(2 cdf(x) - 1), with the cdf of the normal distribution."""
-    square, y = jnp.square(x), TANH_FIT[-1]
-    for coefficient in TANH_FIT[-2::-1]:
+def _artanh_of_cdf(x):
+    """Approximate artanh(2 cdf(x) - 1), where cdf is `normal_cdf`."""
+    square, y = jnp.square(x), ARTANH_FIT[-1]
+    for coefficient in ARTANH_FIT[-2::-1]:
         y = y * square + coefficient
     return x * y
 

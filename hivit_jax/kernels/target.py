@@ -41,7 +41,7 @@ class Target:
         return self.platform == "cpu"
 
     def should_save(
-        self, forward: int, backward: int, recompute: int, width: int, saved: int
+        self, forward: int, backward: int, recompute: int, width: int, saved_bytes: int
     ) -> bool:
         """Return True if saving arrays is faster than recomputing them.
 
@@ -50,15 +50,15 @@ class Target:
           recompute: operations per row of the backward pass that saving avoids.
           width: elements of a row. The forward pass moves two arrays of this width, the
             backward pass three.
-          saved: bytes that are saved per row.
+          saved_bytes: bytes that are saved per row.
         """
 
-        def time(operations, moved):
-            return max(operations, self.balance * moved)
+        def time(operations, bytes_moved):
+            return max(operations, self.balance * bytes_moved)
 
         if_recomputed = time(forward, 4 * width) + time(backward, 6 * width)
-        if_saved = time(forward, 4 * width + saved)
-        if_saved += time(backward - recompute, 6 * width + saved)
+        if_saved = time(forward, 4 * width + saved_bytes)
+        if_saved += time(backward - recompute, 6 * width + saved_bytes)
         return if_saved < if_recomputed
 
     def run(
@@ -112,9 +112,9 @@ def find_target(choice: str, x: jax.Array) -> Target | None:
     Returns None if `choice` excludes the platform, if kernels do not support the dtype
     of x or the sharding, or if the sharding of arrays is unknown.
     """
-    device, bfloat16 = platform(), x.dtype == jnp.bfloat16
-    supported = choice == "fused" if device == "cpu" else bfloat16
-    if choice == "plain" or not supported:
+    name, is_bfloat16 = platform(), x.dtype == jnp.bfloat16
+    is_supported = choice == "fused" if name == "cpu" else is_bfloat16
+    if choice == "plain" or not is_supported:
         return None
     mesh = jax.sharding.get_abstract_mesh()
     # Without a mesh the sharding is known only if there is a single device.
@@ -125,14 +125,14 @@ def find_target(choice: str, x: jax.Array) -> Target | None:
     if AxisType.Explicit in mesh.axis_types or varying_axes(x):
         return None
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    axes = tuple(name for name, axis_type in types if axis_type == AxisType.Auto)
+    axes = tuple(axis for axis, axis_type in types if axis_type == AxisType.Auto)
     shards = math.prod(mesh.shape[axis] for axis in axes)
-    if device != "tpu":
-        return Target(device, axes, shards)
+    if name != "tpu":
+        return Target(name, axes, shards)
     info = pltpu.get_tpu_info()
     bandwidth = HBM_SHARE * info.mem_bw_bytes_per_second
     vmem = int(VMEM_SHARE * info.vmem_capacity_bytes)
-    return Target(device, axes, shards, vmem, info.bf16_ops_per_second / bandwidth)
+    return Target(name, axes, shards, vmem, info.bf16_ops_per_second / bandwidth)
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -154,14 +154,14 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def block_rows(total: int, smallest: int, preferred: int, most: int) -> int | None:
+def block_rows(total: int, min_rows: int, preferred: int, max_rows: int) -> int | None:
     """Return the number of rows of a block, or None if no block fits.
 
-    The number is the largest multiple of `smallest` that divides `total` and is at most
-    `most` (the rows that fit into VMEM) and `preferred`. The number is also at most
+    The number is the largest multiple of `min_rows` that divides `total` and is at most
+    `preferred` and `max_rows`, the rows that fit into VMEM. The number is also at most
     half of `total`, so that one block can be fetched while another is computed. A block
-    of `smallest` rows may exceed `preferred` and half of `total`.
+    of `min_rows` rows may exceed `preferred` and half of `total`.
     """
-    limit = min(max(min(preferred, total // 2), smallest), most)
-    candidates = range(smallest, limit + 1, smallest)
+    limit = min(max(min(preferred, total // 2), min_rows), max_rows)
+    candidates = range(min_rows, limit + 1, min_rows)
     return max((rows for rows in candidates if total % rows == 0), default=None)

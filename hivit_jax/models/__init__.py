@@ -105,7 +105,7 @@ def variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def family(name: str) -> list[type[EncoderConfig]]:
+def family_configs(name: str) -> list[type[EncoderConfig]]:
     """Return the config classes of all models with the encoder class of model `name`.
 
     For an unknown name, return the config classes of the HiViT models.
@@ -190,10 +190,10 @@ def merge_arguments(
 ) -> dict[str, Any]:
     """Merge the arguments of a saved model with overrides.
 
-    A model of another name inherits only arguments that it accepts: the run options,
-    and the sizes that differ from the defaults of the saved model's config class. The
-    model inherits embed_dim, depths (for a ViT, depth) and num_heads only if both
-    variants agree in all three.
+    A model of another name inherits the run options. It inherits those sizes that it
+    accepts and that differ from the defaults of the saved model's config class. It
+    inherits embed_dim, depths (for a ViT, depth) and num_heads only if the two names
+    have the same defaults for all three.
     """
     if overrides.get("name", arguments["name"]) == arguments["name"]:
         return arguments | overrides

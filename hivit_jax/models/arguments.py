@@ -22,12 +22,16 @@ def make_key(seed: Any) -> jax.Array:
     """
     dtype = getattr(seed, "dtype", None)
     if isinstance(seed, jax.Array):
-        is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
-        if seed.ndim == (0 if is_key else 1) and (is_key or dtype == jnp.uint32):
+        is_typed_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        if seed.ndim == (0 if is_typed_key else 1) and (
+            is_typed_key or dtype == jnp.uint32
+        ):
             return seed
-    is_integer_scalar = dtype is not None and np.ndim(seed) == 0 and dtype.kind in "iu"
+    is_integer_array_scalar = (
+        dtype is not None and np.ndim(seed) == 0 and dtype.kind in "iu"
+    )
     try:
-        return jax.random.key(seed if is_integer_scalar else _to_int(seed))
+        return jax.random.key(seed if is_integer_array_scalar else _to_int(seed))
     except (TypeError, OverflowError):
         raise ConfigError(
             f"seed={seed!r}; expected an integer of at most 64 bits or one PRNG key"

@@ -45,8 +45,8 @@ class Attention(nnx.Module):
         if grid is None:
             self.relative_position_bias_table = None
         else:
-            rows = (2 * grid[0] - 1) * (2 * grid[1] - 1)
-            table = INIT(rngs.params(), (rows, num_heads), jnp.float32)
+            table_rows = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+            table = INIT(rngs.params(), (table_rows, num_heads), jnp.float32)
             self.relative_position_bias_table = nnx.Param(table)
 
     def __call__(
@@ -109,13 +109,13 @@ class Attention(nnx.Module):
 
     def _project_qkv(self, x):
         """Return q, k, v as one array, [B, K, C] -> [B, K, 3, heads, C/heads]."""
-        rows = x.reshape(-1, x.shape[-1])
+        matrix = x.reshape(-1, x.shape[-1])
         if target.heads_are_sharded():
-            rows = self.qkv(rows)
+            qkv = self.qkv(matrix)
         else:  # as one matrix product, for the reasons stated in `RowLinear`
             kernel = self.qkv.kernel[...].reshape(x.shape[-1], -1).astype(x.dtype)
-            rows = rows @ kernel + self.qkv.bias[...].reshape(1, -1).astype(x.dtype)
-        return rows.reshape(*x.shape[:2], *self.qkv.bias.shape)
+            qkv = matrix @ kernel + self.qkv.bias[...].reshape(1, -1).astype(x.dtype)
+        return qkv.reshape(*x.shape[:2], *self.qkv.bias.shape)
 
     def _softmax_inputs(self, x, relative_index, key_mask):
         """Return q, k, v, each [B, K, heads, C/heads], then bias and mask.

@@ -29,8 +29,8 @@ class ModelInfo:
     channels: number of image channels.
     interpolation: resize filter, "bicubic" or "bilinear".
     antialias: widen the filter when downscaling.
-    value_range: values of images with more than 8 bits that become 0 and 255; ():
-      0 and the largest value, which is defined for unsigned integers of up to 16 bits.
+    value_range: (low, high), the values of black and white in images with more than 8
+      bits; (): 0 and the largest value, for unsigned integers of up to 16 bits.
     dtype: dtype of the pixels before normalization, "uint8", "uint16" or "float32".
     multi_label: an image may have any number of classes. The sigmoid of a logit is the
       probability of the class.
@@ -159,10 +159,10 @@ class Model(nnx.Module):
     def layer_ids(self) -> dict[str, int]:
         """Return {parameter name: layer number}, as in the official ``lr_decay.py``.
 
-        The patch embedding, the class and mask tokens and the absolute positions have
-        layer 0, the residual blocks layers 1, 2, ... A merge has the layer of the
-        preceding block. Parameters outside the encoder have the layer after the last
-        block's.
+        In the encoder, the patch embedding, the class and mask tokens and the absolute
+        positions have layer 0, and the residual blocks have layers 1, 2, ... A merge
+        has the layer of the preceding block. Parameters outside the encoder have the
+        layer number after that of the last block.
 
         Raises:
           ValueError: an encoder parameter belongs to none of these parts.
@@ -192,6 +192,6 @@ class Model(nnx.Module):
         return ids
 
     def _grid(self, image_size: int | Sequence[int] | None) -> positions.Grid:
-        """Return the grid of units for an image size; None: the model's image size."""
+        """Return the grid of patches for an image size; None: for the model's own."""
         size = image_size or self.config.image_size
         return positions.image_grid(size, self.config.patch_size)

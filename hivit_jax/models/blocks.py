@@ -60,9 +60,11 @@ class MlpBlock(nnx.Module):
           kernels: see `RunOptions`.
         """
         with jax.named_scope("mlp"):
-            drop = drop_path_rate, drop_path_keys, 2 * block_index
-            fused = dispatch.mlp(x, self.norm2, self.mlp, kernels)
-            return _add_branch(x, self.norm2, self.mlp, kernels, fused, drop)
+            drop_args = drop_path_rate, drop_path_keys, 2 * block_index
+            fused_branch = dispatch.mlp(x, self.norm2, self.mlp, kernels)
+            return _add_branch(
+                x, self.norm2, self.mlp, kernels, fused_branch, drop_args
+            )
 
 
 class AttentionBlock(MlpBlock):
@@ -121,28 +123,30 @@ class AttentionBlock(MlpBlock):
         arguments as in `add_mlp`.
         """
         with jax.named_scope("attention"):
-            drop = drop_path_rate, drop_path_keys, 2 * block_index + 1
+            drop_args = drop_path_rate, drop_path_keys, 2 * block_index + 1
             arguments = relative_index, key_mask, kernels
-            fused = dispatch.attention(x, self.norm1, self.attn, *arguments)
+            fused_branch = dispatch.attention(x, self.norm1, self.attn, *arguments)
 
             def attend(normalized):
                 return self.attn(normalized, *arguments)
 
-            return _add_branch(x, self.norm1, attend, kernels, fused, drop)
+            return _add_branch(x, self.norm1, attend, kernels, fused_branch, drop_args)
 
 
-def _add_branch(x, norm, branch, kernels, fused, drop):
+def _add_branch(x, norm, branch, kernels, fused_branch, drop_args):
     """Return ``x + drop_path(branch(norm(x)))``.
 
     Args:
-      fused: result of `dispatch.mlp` or `dispatch.attention`; None: no kernel.
-      drop: arguments of `drop_path` after the first.
+      fused_branch: result of `dispatch.mlp` or `dispatch.attention`; None: no kernel.
+      drop_args: arguments of `drop_path` after the first.
     """
-    if fused is None:
+    if fused_branch is None:
         x, normalized = dispatch.layer_norm(x, norm, kernels) or (x, norm(x))
-        return x + drop_path(branch(normalized), *drop)
-    branch_scale = drop_path_scale(*drop, x.dtype)
-    return fused(None if branch_scale is None else branch_scale.astype(jnp.float32))
+        return x + drop_path(branch(normalized), *drop_args)
+    branch_scale = drop_path_scale(*drop_args, x.dtype)
+    return fused_branch(
+        None if branch_scale is None else branch_scale.astype(jnp.float32)
+    )
 
 
 def run_blocks(
@@ -208,7 +212,7 @@ _jitted_block = jax.jit(_run_block, static_argnums=(0, 1, 2))
 
 
 def _call_block(*arguments):
-    """Apply a block as a call that XLA does not inline; all blocks share its code."""
+    """Apply a block as a call that XLA does not inline; equal blocks share its code."""
     with set_xla_metadata(inlineable="false"):
         return _jitted_block(*arguments)
 

@@ -10,7 +10,7 @@ from hivit_jax.models.base import Model, make_info
 from hivit_jax.models.config import ClassifierConfig, EncoderConfig, RunOptions
 from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
-from hivit_jax.models.flops import encoder_cost, row_cost
+from hivit_jax.models.flops import encoder_cost, module_cost
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import Linear
 from hivit_jax.models.norms import BatchNorm, LayerNorm
@@ -55,8 +55,8 @@ class Classifier(Model):
             self.fc_norm = LayerNorm(dim, epsilon=config.layer_norm_eps, rngs=rngs)
         else:
             self.fc_norm = None
-        classes = config.num_classes
-        self.head = Linear(dim, classes, rngs=rngs) if classes else None
+        num_classes = config.num_classes
+        self.head = Linear(dim, num_classes, rngs=rngs) if num_classes else None
 
     @accepts_explicit_axes
     def __call__(
@@ -115,5 +115,5 @@ class Classifier(Model):
         grid = self._grid(image_size)
         cost = encoder_cost(self.encoder, grid, layer_norm_cost=layer_norm_cost)
         for part in (self.fc_norm, self.head):
-            cost += row_cost(part, 1, layer_norm_cost)
+            cost += module_cost(part, 1, layer_norm_cost)
         return cost

@@ -51,7 +51,8 @@ class EncoderConfig:
     mlp_ratio: hidden width divided by width in the MLPs after attention.
     drop_path_rate: drop path rate of the last block. The rates of the blocks rise
       linearly from 0.
-    patch_size: side in pixels of a unit (image area of a token of the last stage).
+    patch_size: side in pixels of a unit (image area of a token of the last stage). In
+      Swin, a unit belongs to a token of the first stage.
     layer_norm_eps: epsilon of every LayerNorm.
 
     Class attributes:
@@ -169,8 +170,8 @@ class HiViTConfig(EncoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        stems, inner = len(self.depths) - 1, self.inner_patches
-        if stems < 1 or inner != 2**stems:
+        num_stems, inner = len(self.depths) - 1, self.inner_patches
+        if num_stems < 1 or inner != 2**num_stems:
             raise ConfigError(
                 f"depths={self.depths} with inner_patches={inner}: expected at least "
                 "two depths and inner_patches = 2 ** (number of stages - 1)"
@@ -181,7 +182,7 @@ class HiViTConfig(EncoderConfig):
                 f"inner_patches={inner}"
             )
         dim, depth = self.embed_dim, self.depths[-1]
-        self.check_widths({"mlp_ratio": dim, "stem_mlp_ratio": dim >> stems})
+        self.check_widths({"mlp_ratio": dim, "stem_mlp_ratio": dim >> num_stems})
         if any(index >= depth for index in self.global_blocks):
             raise ConfigError(
                 f"global_blocks={self.global_blocks}; expected indices from 0 to "
@@ -259,7 +260,7 @@ class AutoencoderConfig(EncoderConfig):
         return self.embed_dim
 
     @property
-    def latent_norm(self) -> bool:
+    def has_latent_norm(self) -> bool:
         """True if a LayerNorm precedes the decoder's embedding of the latent."""
         return True
 
@@ -289,12 +290,11 @@ class MAEConfig(AutoencoderConfig, HiViTConfig):
     def latent_dim(self) -> int:
         """Width of the latent of a unit.
 
-        With `multi_scale`, each stage contributes (cells per unit) x (stage width):
-        4E + 2E + E with three stages.
+        With `multi_scale`, each stage contributes (cells per unit) x (stage width).
         """
         return self.embed_dim * (2 * self.inner_patches - 1 if self.multi_scale else 1)
 
     @property
-    def latent_norm(self) -> bool:
+    def has_latent_norm(self) -> bool:
         """True if a LayerNorm precedes the decoder's embedding of the latent."""
         return self.multi_scale

@@ -217,8 +217,8 @@ class Encoder(nnx.Module):
         if count := self.config.class_tokens:
             x = x[:, count:]
         maps = [
-            positions.tokens_to_map(x, grid, self.config.inner_patches >> level)
-            for level, x in enumerate([*outputs, x])
+            positions.tokens_to_map(x, grid, self.config.inner_patches >> stage)
+            for stage, x in enumerate([*outputs, x])
         ]
         if stride_32:
             rows, columns = grid[0] // 2, grid[1] // 2

@@ -13,11 +13,12 @@ def accepts_explicit_axes(method: Callable) -> Callable:
     """Decorate a method of an nnx.Module so that it runs on meshes with Explicit axes.
 
     With Explicit axes, the sharding of an array is part of its type, and JAX rejects
-    reshapes that split or merge a sharded axis. Models need such reshapes for patches
-    and cells. The decorated method therefore runs with Auto axes, where XLA propagates
-    shardings. The first axis of each result is sharded like the first axis of the first
-    non-scalar array argument with Explicit axes. The other axes of each result are
-    replicated. Without Explicit axes the method runs unchanged.
+    reshapes that split or merge a sharded dimension. Models need such reshapes for
+    patches and cells. The decorated method therefore runs with Auto axes, where XLA
+    propagates shardings. Dimension 0 of each result is sharded like dimension 0 of the
+    batch, and all other dimensions are replicated. The batch is the first array
+    argument that has dimensions and lies on a mesh with Explicit axes. Without Explicit
+    axes the method runs unchanged.
 
     The method must not change variables of the module.
     """
@@ -44,7 +45,7 @@ def accepts_explicit_axes(method: Callable) -> Callable:
             return scalars, [x for x in out_leaves if x.ndim]
 
         specs = [s.spec for s in shardings if len(s.spec) and _explicit_axes(s.mesh)]
-        first_axis = PartitionSpec(*specs[0][:1]) if specs else PartitionSpec()
+        batch_spec = PartitionSpec(*specs[0][:1]) if specs else PartitionSpec()
         scalars, arrays = map(
             iter,
             jax.sharding.auto_axes(
@@ -52,7 +53,7 @@ def accepts_explicit_axes(method: Callable) -> Callable:
                 axes=_explicit_axes(mesh),
                 out_sharding=(
                     NamedSharding(mesh, PartitionSpec()),
-                    NamedSharding(mesh, first_axis),
+                    NamedSharding(mesh, batch_spec),
                 ),
             )(state, [x for x in leaves if _is_array(x)]),
         )

@@ -18,7 +18,7 @@ def parameter_count(module: nnx.Module) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(counted))
 
 
-def row_cost(module: nnx.Module | None, rows: int, layer_norm_cost: int) -> int:
+def module_cost(module: nnx.Module | None, rows: int, layer_norm_cost: int) -> int:
     """Return the cost of a module's Linears and LayerNorms, each on `rows` rows.
 
     A Linear costs its multiply-adds. A LayerNorm costs `layer_norm_cost` per output
@@ -35,7 +35,7 @@ def row_cost(module: nnx.Module | None, rows: int, layer_norm_cost: int) -> int:
     return cost
 
 
-def attention_cost(
+def attention_block_cost(
     block: AttentionBlock, tokens: int, pairs: int, layer_norm_cost: int
 ) -> int:
     """Return the cost of an attention block on `tokens` tokens.
@@ -44,28 +44,32 @@ def attention_cost(
       pairs: number of query-key pairs.
     """
     products_cost = 2 * pairs * block.attn.proj.in_features
-    return row_cost(block, tokens, layer_norm_cost) + products_cost
+    return module_cost(block, tokens, layer_norm_cost) + products_cost
 
 
 def encoder_cost(
-    encoder: Encoder, grid: Grid, kept: int | None = None, *, layer_norm_cost: int = 5
+    encoder: Encoder,
+    grid: Grid,
+    num_visible: int | None = None,
+    *,
+    layer_norm_cost: int = 5,
 ) -> int:
-    """Return the cost of encoding `kept` units of one image; None: all units.
+    """Return the cost of encoding `num_visible` units of one image; None: all units.
 
     As in the published tables, the patch convolution counts for all units, although it
-    runs on the kept units only. Attention products with padding count, because they are
-    computed.
+    runs only on the visible units. The attention products of padding count too, because
+    they are computed.
     """
     config, units = encoder.config, grid[0] * grid[1]
-    kept = units if kept is None else kept
-    cells = config.inner_patches**2  # per unit
-    cost = row_cost(encoder.patch_embed, units * cells, layer_norm_cost)
+    num_visible = units if num_visible is None else num_visible
+    cells_per_unit = config.inner_patches**2
+    cost = module_cost(encoder.patch_embed, units * cells_per_unit, layer_norm_cost)
     for blocks, merge in zip(encoder.stages, encoder.merges, strict=False):
-        cost += row_cost(blocks, kept * cells, layer_norm_cost)
-        cells //= 4
-        cost += row_cost(merge, kept * cells, layer_norm_cost)
-    tokens = config.class_tokens + kept
+        cost += module_cost(blocks, num_visible * cells_per_unit, layer_norm_cost)
+        cells_per_unit //= 4
+        cost += module_cost(merge, num_visible * cells_per_unit, layer_norm_cost)
+    tokens = config.class_tokens + num_visible
     for block, windows in zip(encoder.stages[-1], config.windows(grid), strict=True):
         pairs = tokens**2 if windows is None else windows.pairs
-        cost += attention_cost(block, tokens, pairs, layer_norm_cost)
+        cost += attention_block_cost(block, tokens, pairs, layer_norm_cost)
     return cost

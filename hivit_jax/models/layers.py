@@ -116,21 +116,21 @@ def gelu(x: jax.Array) -> jax.Array:
     Saves one array for the backward pass; `jax.nn.gelu` saves three. For bfloat16, the
     error before rounding is at most 3e-6.
     """
-    wide = x.astype(jnp.float32)
-    return (wide * _normal_cdf(x)).astype(x.dtype)
+    x32 = x.astype(jnp.float32)
+    return (x32 * _normal_cdf(x)).astype(x.dtype)
 
 
 @gelu.defjvp
 def _gelu_jvp(primals, tangents):
     (x,), (tangent,) = primals, tangents
-    cdf, wide = _normal_cdf(x), x.astype(jnp.float32)
-    slope = gelu_slope(wide, cdf).astype(x.dtype)
-    return (wide * cdf).astype(x.dtype), tangent * slope
+    cdf, x32 = _normal_cdf(x), x.astype(jnp.float32)
+    slope = gelu_slope(x32, cdf).astype(x.dtype)
+    return (x32 * cdf).astype(x.dtype), tangent * slope
 
 
 def _normal_cdf(x):
-    wide = x.astype(jnp.float32)
-    return normal_cdf_by_exp(wide) if x.dtype == jnp.bfloat16 else normal_cdf(wide)
+    x32 = x.astype(jnp.float32)
+    return normal_cdf_by_exp(x32) if x.dtype == jnp.bfloat16 else normal_cdf(x32)
 
 
 class Mlp(nnx.Module):
@@ -217,10 +217,10 @@ def _merge(merge, x):
 
 
 def _recompute(function, module, x):
-    """Return function(module, x), of which the backward pass saves only x.
+    """Return function(module, x), saving only parameters and x for the backward pass.
 
-    The arrays at the LayerNorms of the patch embedding and of the merges are as large
-    as the first feature maps, and cost little to recompute.
+    The intermediate arrays of the patch embedding and of the merges are as large as the
+    first feature maps, and cost little to recompute.
     """
     graphdef, params = nnx.split(module)
 

@@ -19,7 +19,7 @@ from hivit_jax.models.blocks import AttentionBlock, run_blocks
 from hivit_jax.models.config import AutoencoderConfig, RunOptions
 from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
-from hivit_jax.models.flops import attention_cost, encoder_cost, row_cost
+from hivit_jax.models.flops import attention_block_cost, encoder_cost, module_cost
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import INIT, FixedTable, Linear
 from hivit_jax.models.masked import MAEOutput, MaskedModel
@@ -49,7 +49,7 @@ class MaskedAutoencoder(MaskedModel):
         norm_options = dict(epsilon=config.layer_norm_eps, **common)
         options = dict(kernel_init=self.kernel_init, **common)
         width, dim = config.latent_dim, config.decoder_embed_dim
-        self.norm = LayerNorm(width, **norm_options) if config.latent_norm else None
+        self.norm = LayerNorm(width, **norm_options) if config.has_latent_norm else None
         self.decoder_embed = Linear(width, dim, **options)
         self.mask_token = nnx.Param(INIT(rngs.params(), (dim,), jnp.float32))
         table = positions.sincos_table(config.grid, dim, config.class_tokens)
@@ -60,8 +60,8 @@ class MaskedAutoencoder(MaskedModel):
             for _ in range(config.decoder_depth)
         )
         self.decoder_norm = LayerNorm(dim, **norm_options)
-        unit_values = config.patch_size**2 * config.in_channels
-        self.decoder_pred = Linear(dim, unit_values, **options)
+        values_per_unit = config.patch_size**2 * config.in_channels
+        self.decoder_pred = Linear(dim, values_per_unit, **options)
 
     @accepts_explicit_axes
     def __call__(
@@ -85,9 +85,9 @@ class MaskedAutoencoder(MaskedModel):
           ConfigError: an array has another shape, or `mask_ratio` leaves no visible
             unit or is outside (0, 1).
         """
-        kept = self.num_visible(images, noise, mask_ratio)
-        ids_shuffle, ids_restore, mask = random_masking(noise, kept)
-        latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
+        num_visible = self.num_visible(images, noise, mask_ratio)
+        ids_shuffle, ids_restore, mask = random_masking(noise, num_visible)
+        latent = self.encode(images, ids_shuffle[:, :num_visible], drop_path_keys)
         pred = positions.gather_tokens(self.decode(latent, ids_shuffle), ids_restore)
         return self.output(images, pred, mask, latent)
 
@@ -105,12 +105,12 @@ class MaskedAutoencoder(MaskedModel):
         For the arguments see `__call__`. Training uses this method, because it skips
         the visible units in the last MLP and in the output layer of the decoder.
         """
-        kept = self.num_visible(images, noise, mask_ratio)
-        ids_shuffle = random_masking(noise, kept)[0]
-        latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
+        num_visible = self.num_visible(images, noise, mask_ratio)
+        ids_shuffle = random_masking(noise, num_visible)[0]
+        latent = self.encode(images, ids_shuffle[:, :num_visible], drop_path_keys)
         # [B, N - K, P*P*C]
         pred = self.decode(latent, ids_shuffle, masked_only=True)
-        return self.unit_loss(images, pred, ids_shuffle[:, kept:]).mean(1)
+        return self.unit_loss(images, pred, ids_shuffle[:, num_visible:]).mean(1)
 
     @accepts_explicit_axes
     def encode(
@@ -122,9 +122,9 @@ class MaskedAutoencoder(MaskedModel):
         """Encode the units `ids_keep`, int [B, K], of images [B, H, W, C].
 
         Returns:
-          Latent in compute dtype, [B, K, 7E] (multi-scale), [B, K, E] or, with a class
-          token, [B, 1+K, E]. The multi-scale latent concatenates the stages, with cells
-          in merge order.
+          Latent in compute dtype, [B, K, L], or [B, 1+K, L] with a class token, where L
+          is `config.latent_dim`. The multi-scale latent concatenates the stages, with
+          cells in merge order.
         """
         stages = self.encoder(images, ids_keep=ids_keep, drop_path_keys=drop_path_keys)
         latent = stages[-1]
@@ -133,19 +133,19 @@ class MaskedAutoencoder(MaskedModel):
         with jax.named_scope("latent"):
             if self.config.multi_scale:
                 width, inner = self.config.embed_dim, self.config.inner_patches
-                # Values per unit: 4E, 2E, E
+                # 4E, 2E and E with three stages.
                 values_per_unit = [
                     width * inner >> level for level in range(len(stages))
                 ]
-                per_unit = [
+                unit_latents = [
                     x.reshape(*ids_keep.shape, n)
                     for x, n in zip(stages, values_per_unit, strict=True)
                 ]
-                latent = jnp.concatenate(per_unit, axis=-1)
+                latent = jnp.concatenate(unit_latents, axis=-1)
             return self.norm(latent)
 
     @accepts_explicit_axes
-    @jax.named_scope("latent")  # region of `decoder_embed` in `xla.cost`
+    @jax.named_scope("latent")  # in `xla.cost`, the region before the blocks
     def decode(
         self, latent: jax.Array, ids: jax.Array, *, masked_only: bool = False
     ) -> jax.Array:
@@ -212,13 +212,17 @@ class MaskedAutoencoder(MaskedModel):
         """
         grid = self._grid(image_size)
         units = grid[0] * grid[1]
-        kept = count_visible_units(units, mask_ratio)
-        cost = encoder_cost(self.encoder, grid, kept, layer_norm_cost=layer_norm_cost)
-        kept, tokens = (n + self.config.class_tokens for n in (kept, units))
+        num_visible = count_visible_units(units, mask_ratio)
+        cost = encoder_cost(
+            self.encoder, grid, num_visible, layer_norm_cost=layer_norm_cost
+        )
+        num_encoded, tokens = (
+            count + self.config.class_tokens for count in (num_visible, units)
+        )
         for part in (self.norm, self.decoder_embed):
-            cost += row_cost(part, kept, layer_norm_cost)
+            cost += module_cost(part, num_encoded, layer_norm_cost)
         for block in self.decoder_blocks:
-            cost += attention_cost(block, tokens, tokens**2, layer_norm_cost)
+            cost += attention_block_cost(block, tokens, tokens**2, layer_norm_cost)
         for part in (self.decoder_norm, self.decoder_pred):
-            cost += row_cost(part, tokens, layer_norm_cost)
+            cost += module_cost(part, tokens, layer_norm_cost)
         return cost

@@ -23,8 +23,8 @@ class MAEOutput(NamedTuple):
       empty batch.
     pred: [B, N, P*P*C] float32, predictions of the (possibly normalized) targets.
     mask: [B, N] float32, 0 visible, 1 masked.
-    latent: input of the decoder: [B, K, 7E] (multi-scale), [B, K, E] or, with a class
-      token, [B, 1+K, E]. SimMIM: all tokens of the last stage.
+    latent: input of the decoder, [B, K, L], or [B, 1+K, L] with a class token, where L
+      is `config.latent_dim`. SimMIM: all tokens of the last stage.
     unit_loss: [B, N] float32, mean error of each unit, visible or masked.
     """
 
@@ -124,16 +124,16 @@ class MaskedModel(Model):
     ) -> tuple[jax.Array, jax.Array]:
         """Return the prediction [B, H, W, C] and the mask [B, H, W, 1] as images.
 
-        The prediction is normalized like the input images. The mask is 1 for masked
-        pixels and 0 for visible pixels.
+        The unit normalization of the prediction is undone, so that its pixels have the
+        scale of the input images. The mask is 1 for masked pixels, 0 for visible ones.
 
         Args:
           mean, scale: [B, N, 1], statistics of each unit, from `targets` or estimated
             without the masked pixels.
         """
-        grid, patch_size = self.unit_grid, self.unit_size
-        mask = jnp.repeat(out.mask[..., None], patch_size**2, -1)
+        grid, unit_size = self.unit_grid, self.unit_size
+        mask = jnp.repeat(out.mask[..., None], unit_size**2, -1)
         return (
-            positions.unpatchify(out.pred * scale + mean, grid, patch_size),
-            positions.unpatchify(mask, grid, patch_size),
+            positions.unpatchify(out.pred * scale + mean, grid, unit_size),
+            positions.unpatchify(mask, grid, unit_size),
         )

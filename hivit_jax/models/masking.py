@@ -20,7 +20,7 @@ def count_visible_units(units: int, mask_ratio: float) -> int:
     return _count_visible(units, mask_ratio, lambda ratio: int(units * (1 - ratio)))
 
 
-def simmim_visible_units(units: int, mask_ratio: float) -> int:
+def count_simmim_visible_units(units: int, mask_ratio: float) -> int:
     """Return SimMIM's number of visible units, ``units - ceil(units * mask_ratio)``.
 
     Differs from `count_visible_units` only because of floating-point errors.
@@ -63,22 +63,23 @@ def _largest_mask_ratio(units: int, count: Callable[[float], int]) -> float:
 
 @jax.named_scope("input")
 def random_masking(
-    noise: jax.Array, kept: int
+    noise: jax.Array, num_visible: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mask all units except the `kept` units with the lowest noise.
+    """Mask all units except the `num_visible` units with the lowest noise.
 
     Args:
       noise: [B, N]. Of units with equal noise, the unit with the lower index comes
         first.
 
     Returns:
-      ids_shuffle: int [B, N], units in order of noise; visible units come first.
+      ids_shuffle: int [B, N], indices of the units in order of noise; visible units
+        come first.
       ids_restore: int [B, N], rank of each unit in the order of noise.
       mask: float32 [B, N], 0 visible, 1 masked.
     """
     ids_shuffle = _argsort(noise)
     ids_restore = _argsort(ids_shuffle)
-    mask = (ids_restore >= kept).astype(jnp.float32)
+    mask = (ids_restore >= num_visible).astype(jnp.float32)
     return ids_shuffle, ids_restore, mask
 
 

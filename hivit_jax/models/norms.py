@@ -39,34 +39,34 @@ def _layer_norm(x, scale, bias, eps, dtype):
     scale, bias = (_like_rows(w, x) for w in (scale, bias))
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + eps)
-    y = (x32 - mean) * inverse * scale + bias
-    return y.astype(dtype), mean, inverse
+    inverse_std = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + eps)
+    y = (x32 - mean) * inverse_std * scale + bias
+    return y.astype(dtype), mean, inverse_std
 
 
 @layer_norm.defjvp
 def _layer_norm_jvp(eps, dtype, primals, tangents):
-    y, mean, inverse = _layer_norm(*primals, eps, dtype)
+    y, mean, inverse_std = _layer_norm(*primals, eps, dtype)
 
-    # The backward pass transposes `tangent`. Because of `jax.checkpoint`, the transpose
-    # recomputes the normalized rows from the arguments instead of saving them.
+    # The backward pass transposes `output_tangent`. Because of `jax.checkpoint`, the
+    # normalized rows are recomputed from the arguments instead of saved.
     @partial(jax.checkpoint, prevent_cse=False)
-    def tangent(saved, dx, dscale, dbias):
+    def output_tangent(residuals, dx, dscale, dbias):
         # Without this, XLA:GPU recomputes mean and deviation at every use, and writes
         # the summands of the scale's gradient to memory in float32.
-        x, scale, mean, inverse = jax.lax.optimization_barrier(saved)
-        x_hat = (x.astype(jnp.float32) - mean) * inverse
-        dx_hat = normalize_jvp(dx.astype(jnp.float32), x_hat, inverse)
+        x, scale, mean, inverse_std = jax.lax.optimization_barrier(residuals)
+        x_hat = (x.astype(jnp.float32) - mean) * inverse_std
+        dx_hat = normalize_jvp(dx.astype(jnp.float32), x_hat, inverse_std)
         scale, dscale, dbias = (_like_rows(w, x) for w in (scale, dscale, dbias))
         return (dx_hat * scale + x_hat * dscale + dbias).astype(dtype)
 
     x, scale, _ = primals
-    return y, tangent((x, scale, mean, inverse), *tangents)
+    return y, output_tangent((x, scale, mean, inverse_std), *tangents)
 
 
-def _like_rows(weight, x):
+def _like_rows(vector, x):
     """Reshape a vector [C] to [1, ..., 1, C], with as many axes as x."""
-    return weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 class BatchNorm(nnx.Module):
@@ -108,14 +108,13 @@ class BatchNorm(nnx.Module):
         if weight is None:
             # Without stop_gradient, a user who differentiates with respect to all
             # variables would train the running statistics.
-            running = self.mean[...], self.var[...]
-            mean, var = jax.lax.stop_gradient(running)
+            mean, var = jax.lax.stop_gradient((self.mean[...], self.var[...]))
         else:
             mean, var, count = batch_statistics(x32, weight)
-            unbiased = var * count / jnp.maximum(count - 1, 1.0)
+            unbiased_var = var * count / jnp.maximum(count - 1, 1.0)
             # A batch without examples changes no running statistics.
             momentum = self.momentum * (count > 0)
-            for running, new in ((self.mean, mean), (self.var, unbiased)):
+            for running, new in ((self.mean, mean), (self.var, unbiased_var)):
                 old, new = running[...], jax.lax.stop_gradient(new)
                 running[...] = old + momentum * (new - old)
         mean, var = (_like_rows(v, x) for v in (mean, var))
@@ -143,7 +142,7 @@ def batch_statistics(
     manual = tuple(name for name, type_ in axis_types if type_ == AxisType.Manual)
 
     def global_sum(values):
-        # Inside `shard_map` a device sees only its own examples.
+        # Inside `shard_map` a device has only its own examples.
         return jax.lax.psum(values, manual) if manual else values
 
     check_shape("weight", weight, "[B]", len(x))

@@ -18,7 +18,7 @@ from hivit_jax.kernels.target import platform
 
 # Values per unit up to which a permutation matrix reorders units. On a TPU, transposing
 # larger units is faster.
-MAX_PERMUTED = 2048
+MAX_PERMUTED_SIZE = 2048
 Grid = tuple[int, int]  # units or tokens along the height and along the width
 
 
@@ -83,7 +83,7 @@ def units_to_cells(units: jax.Array, patch_size: int, inner_patches: int) -> jax
     order, and the channel varies fastest.
     """
     size = units.shape[-1]
-    if platform() == "tpu" and size <= MAX_PERMUTED:
+    if platform() == "tpu" and size <= MAX_PERMUTED_SIZE:
         # A product with a permutation matrix is exact and moves half as many bytes as a
         # transposition, in which XLA:TPU pads the pixels of a row to a tile of 128.
         order = _split_units(np.arange(size), patch_size, inner_patches).reshape(-1)
@@ -109,7 +109,7 @@ def tokens_to_map(tokens: jax.Array, grid: Grid, inner: int) -> jax.Array:
     """Arrange the tokens of all units as maps [B, Gh*inner, Gw*inner, C].
 
     Args:
-      tokens: [B*N*inner**2, C] in merge order; the leading shape is arbitrary.
+      tokens: B*N*inner**2 tokens in merge order, [..., C].
       grid: (Gh, Gw), with N = Gh*Gw.
       inner: cells per unit side at this stage (4, 2, 1).
     """
@@ -123,7 +123,7 @@ def tokens_to_map(tokens: jax.Array, grid: Grid, inner: int) -> jax.Array:
 
 
 def merge_order(inner: int) -> np.ndarray:
-    """Return the cells of a unit, ``row*inner + col``, in merge order: [inner**2]."""
+    """Return the indices ``row*inner + col`` of a unit's cells in merge order."""
     levels = inner.bit_length() - 1
     raster = np.arange(inner**2).reshape((2,) * (2 * levels))
     return raster.transpose(_merge_axes(levels)).reshape(-1)
@@ -173,10 +173,10 @@ def relative_position_index(ids: jax.Array, grid: Grid) -> jax.Array:
       int [..., K, K], query first: ``(r1-r2+Gh-1)*(2*Gw-1) + (c1-c2+Gw-1)``. The
       official ``hivit.py`` gathers these indices from a stored N x N buffer.
     """
-    row, column = jnp.divmod(ids, grid[1])
-    row = row[..., :, None] - row[..., None, :] + grid[0] - 1
-    column = column[..., :, None] - column[..., None, :] + grid[1] - 1
-    return row * (2 * grid[1] - 1) + column
+    rows, columns = jnp.divmod(ids, grid[1])
+    row_offset = rows[..., :, None] - rows[..., None, :] + grid[0] - 1
+    column_offset = columns[..., :, None] - columns[..., None, :] + grid[1] - 1
+    return row_offset * (2 * grid[1] - 1) + column_offset
 
 
 def relative_position_bias(table: jax.Array, grid: Grid) -> jax.Array:

@@ -36,51 +36,53 @@ def resize_relative_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.n
     return resize_grid_table(table, *shapes)
 
 
-def resize_table_geometrically(table: np.ndarray, side: int, new: int) -> np.ndarray:
+def resize_table_geometrically(
+    table: np.ndarray, side: int, new_side: int
+) -> np.ndarray:
     """Resize a relative position table of square windows, as in SimMIM's finetuning.
 
-    The shape changes from [(2*side-1)**2, heads] to [(2*new-1)**2, heads]. Interpolates
-    with a cubic spline whose knots are at geometrically growing distances.
+    The shape changes from [(2*side-1)**2, heads] to [(2*new_side-1)**2, heads].
+    Interpolates with a cubic spline whose knots are at geometrically growing distances.
     """
-    if side == new:
+    if side == new_side:
         return table
-    matrix = geometric_matrix(side, new)
+    matrix = geometric_matrix(side, new_side)
     maps = table.reshape(2 * side - 1, 2 * side - 1, -1).astype(np.float64)
     resized = matrix @ np.tensordot(matrix, maps, 1)
     return resized.reshape(-1, table.shape[-1]).astype(table.dtype)
 
 
-def geometric_matrix(side: int, new: int) -> np.ndarray:
-    """Return the matrix of `resize_table_geometrically`, [2*new-1, 2*side-1]."""
+def geometric_matrix(side: int, new_side: int) -> np.ndarray:
+    """Return the matrix of `resize_table_geometrically`, [2*new_side-1, 2*side-1]."""
     # Imported here, because the import takes 0.5 s and only SimMIM needs it.
     from scipy.interpolate import CubicSpline
 
     if side == 1:
-        return np.ones((2 * new - 1, 1))
-    # Finds the ratio for which the outermost knot lies at the distance new - 1.
+        return np.ones((2 * new_side - 1, 1))
+    # Finds the ratio for which the outermost knot lies at the distance new_side - 1.
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2
-        if (ratio ** (side - 1) - 1) / (ratio - 1) > new - 1:
+        if (ratio ** (side - 1) - 1) / (ratio - 1) > new_side - 1:
             high = ratio
         else:
             low = ratio
     positive = np.cumsum(ratio ** np.arange(side - 1))
-    source = np.concatenate([-positive[::-1], [0], positive])
-    target = np.clip(np.arange(1 - new, new), source[0], source[-1])
-    return CubicSpline(source, np.eye(len(source)), bc_type="not-a-knot")(target)
+    knots = np.concatenate([-positive[::-1], [0], positive])
+    points = np.clip(np.arange(1 - new_side, new_side), knots[0], knots[-1])
+    return CubicSpline(knots, np.eye(len(knots)), bc_type="not-a-knot")(points)
 
 
-def resize_patch_kernel(kernel: np.ndarray, side: int, new: int) -> np.ndarray:
-    """Resize a patch embedding to squares of `new` instead of `side` pixels per side.
+def resize_patch_kernel(kernel: np.ndarray, side: int, new_side: int) -> np.ndarray:
+    """Resize a patch embedding from squares of `side` pixels per side to `new_side`.
 
-    The shape changes from [side*side*C, dim] to [new*new*C, dim]. Applies
+    The shape changes from [side*side*C, dim] to [new_side*new_side*C, dim]. Applies
     `resize_grid_table` to the rows and columns of pixels. The weights are not rescaled
     for the new number of pixels.
     """
     dim = kernel.shape[-1]
     pixels = np.asarray(kernel).reshape(side * side, -1)
-    return resize_grid_table(pixels, (side,) * 2, (new,) * 2).reshape(-1, dim)
+    return resize_grid_table(pixels, (side,) * 2, (new_side,) * 2).reshape(-1, dim)
 
 
 def resize_matrix(old: int, new: int) -> np.ndarray:
@@ -105,8 +107,9 @@ def channel_matrix(old: int, new: int) -> np.ndarray:
 
     For new > old, new channel i gets the weights of old channel ``i % old``, divided by
     the number of new channels that share this old channel. For new < old, new channel i
-    gets the sum of the old channels j with ``j % new == i``. Every column sums to 1, so
-    images whose channels are equal give the same embedding for any number of channels.
+    gets the summed weights of all old channels j with ``j % new == i``. Every column
+    sums to 1, so images whose channels are equal give the same embedding for any number
+    of channels.
     """
     few, many = min(old, new), max(old, new)
     cycle = np.equal.outer(np.arange(many) % few, np.arange(few)).astype(np.float64)

@@ -20,10 +20,10 @@ from hivit_jax.models.arguments import check_shape
 from hivit_jax.models.base import make_info
 from hivit_jax.models.config import RunOptions
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
-from hivit_jax.models.flops import row_cost
+from hivit_jax.models.flops import module_cost
 from hivit_jax.models.layers import PatchEmbed
 from hivit_jax.models.masked import MAEOutput, MaskedModel
-from hivit_jax.models.masking import random_masking, simmim_visible_units
+from hivit_jax.models.masking import count_simmim_visible_units, random_masking
 from hivit_jax.models.norms import LayerNorm
 from hivit_jax.models.swin import Swin, SwinConfig
 from hivit_jax.models.swin_classifier import swin_cost
@@ -74,7 +74,7 @@ class SimMIM(MaskedModel):
     architecture = "SimMIM (Xie et al., CVPR 2022) on Swin"
     encoder_class = Swin
     elementwise_error = staticmethod(jnp.abs)
-    count_visible = staticmethod(simmim_visible_units)
+    count_visible = staticmethod(count_simmim_visible_units)
 
     def __init__(
         self,
@@ -86,10 +86,11 @@ class SimMIM(MaskedModel):
         self.encoder = Swin(config, run_options, has_mask_token=True, rngs=rngs)
         self.info = make_info(config)
         common = dict(dtype=jnp.dtype(run_options.dtype), rngs=rngs)
-        width, token_values = config.widths[-1], config.stride**2 * config.in_channels
+        width, stride = config.widths[-1], config.stride
         self.norm = LayerNorm(width, epsilon=config.layer_norm_eps, **common)
+        values_per_token = stride**2 * config.in_channels
         # A `PatchEmbed`, because it is initialized like the official 1x1 convolution.
-        self.decoder = PatchEmbed(width, token_values, eps=None, **common)
+        self.decoder = PatchEmbed(width, values_per_token, eps=None, **common)
 
     @accepts_explicit_axes
     def __call__(
@@ -137,9 +138,9 @@ class SimMIM(MaskedModel):
     @accepts_explicit_axes
     def mask(self, images: jax.Array, noise: jax.Array, mask_ratio: float) -> jax.Array:
         """Return the mask of the units, [B, N] float32: 0 visible, 1 masked."""
-        visible = self.num_visible(images, noise, mask_ratio)
+        num_visible = self.num_visible(images, noise, mask_ratio)
         # `random_masking` keeps the units with the lowest noise; SimMIM masks them.
-        return 1 - random_masking(noise, noise.shape[1] - visible)[2]
+        return 1 - random_masking(noise, noise.shape[1] - num_visible)[2]
 
     @accepts_explicit_axes
     def encode(
@@ -197,4 +198,4 @@ class SimMIM(MaskedModel):
         grid = self._grid(image_size)
         rows, columns = self.config.stage_grids(grid)[-1]
         cost = swin_cost(self, grid, layer_norm_cost)
-        return cost + row_cost(self.decoder, rows * columns, layer_norm_cost)
+        return cost + module_cost(self.decoder, rows * columns, layer_norm_cost)

@@ -178,7 +178,7 @@ class Swin(Encoder):
         Args:
           images: [B, H, W, C] float, normalized.
           mask: [B, N], nonzero for first-stage tokens that `mask_token` replaces; None:
-            none.
+            no mask.
           drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
 
         Raises:
@@ -222,8 +222,8 @@ class Swin(Encoder):
         """Return the outputs of all stages as feature maps, in compute dtype.
 
         Returns:
-          For patch_size=4: [B, H/4, W/4, E], [B, H/8, W/8, 2E] and so on. If a side of
-          a map is odd, half of the side is rounded up.
+          For patch_size=4: [B, H/4, W/4, E], [B, H/8, W/8, 2E] and so on. Half of an
+          odd side is rounded up.
 
         Raises:
           ConfigError: as in `__call__`; `ids_keep`, because windows need all tokens; or

@@ -11,7 +11,7 @@ from hivit_jax.keys import setting
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.config import RunOptions
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
-from hivit_jax.models.flops import attention_cost, row_cost
+from hivit_jax.models.flops import attention_block_cost, module_cost
 from hivit_jax.models.norms import LayerNorm
 from hivit_jax.models.positions import Grid
 from hivit_jax.models.swin import Swin, SwinConfig
@@ -71,7 +71,7 @@ class SwinClassifier(Classifier):
           image_size, layer_norm_cost: as in `Classifier.macs`.
         """
         cost = swin_cost(self, self._grid(image_size), layer_norm_cost)
-        return cost + row_cost(self.head, 1, layer_norm_cost)
+        return cost + module_cost(self.head, 1, layer_norm_cost)
 
 
 def swin_cost(model: nnx.Module, grid: Grid, layer_norm_cost: int) -> int:
@@ -81,13 +81,13 @@ def swin_cost(model: nnx.Module, grid: Grid, layer_norm_cost: int) -> int:
       grid: tokens of the first stage along height and width.
     """
     encoder, config = model.encoder, model.encoder.config
-    cost = row_cost(encoder.patch_embed, grid[0] * grid[1], layer_norm_cost)
+    cost = module_cost(encoder.patch_embed, grid[0] * grid[1], layer_norm_cost)
     for stage, (rows, columns) in enumerate(config.stage_grids(grid)):
         tokens = rows * columns
         if stage:
-            cost += row_cost(encoder.merges[stage - 1], tokens, layer_norm_cost)
+            cost += module_cost(encoder.merges[stage - 1], tokens, layer_norm_cost)
         stage_windows = config.stage_windows(stage, (rows, columns))
         for block, windows in zip(encoder.stages[stage], stage_windows, strict=True):
             pairs = tokens**2 if windows is None else windows.pairs
-            cost += attention_cost(block, tokens, pairs, layer_norm_cost)
-    return cost + row_cost(model.norm, tokens, layer_norm_cost)
+            cost += attention_block_cost(block, tokens, pairs, layer_norm_cost)
+    return cost + module_cost(model.norm, tokens, layer_norm_cost)

@@ -1,8 +1,8 @@
 """Plain ViT: encoder, classifier and masked autoencoder as in the official MAE code.
 
-A class token precedes the tokens of the units, the patches of the image, and is never
-masked. Papers: Dosovitskiy et al. (ICLR 2021) for ViT, He et al. (CVPR 2022) for the
-masked autoencoder.
+The units are the patches of the image. A class token, which is never masked, precedes
+their tokens. Papers: Dosovitskiy et al. (ICLR 2021) for ViT, He et al. (CVPR 2022) for
+the masked autoencoder.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.config import AutoencoderConfig, EncoderConfig, RunOptions
 from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
-from hivit_jax.models.flops import row_cost
+from hivit_jax.models.flops import module_cost
 from hivit_jax.models.layers import INIT, XAVIER, FixedTable, PatchEmbed
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.norms import LayerNorm
@@ -86,9 +86,9 @@ class ViT(Encoder):
     """ViT without a head.
 
     Args:
-      sincos_position: use the sine-cosine table, which is not trained, as
-        `absolute_pos_embed`, and initialize kernels by `XAVIER`, as in a masked
-        autoencoder. False: train the table. Initialize table and kernels by
+      sincos_position: `absolute_pos_embed` is the sine-cosine table and is not trained.
+        Kernels are initialized by `XAVIER`, as in a masked autoencoder. False:
+        `absolute_pos_embed` is trained. It and the kernels are initialized by
         normal(0.02), and `patch_embed` as in PyTorch.
     """
 
@@ -142,8 +142,8 @@ class ViT(Encoder):
         self._check_arguments(images, ids_keep, drop_path_keys)
         dtype = jnp.dtype(self.run_options.dtype)
         units, position = self._select_units(images, ids_keep)
-        rows = self.patch_embed(units.astype(dtype).reshape(-1, units.shape[-1]))
-        x = rows.reshape(*units.shape[:2], -1) + position.astype(dtype)  # [B, K, E]
+        x = self.patch_embed(units.astype(dtype).reshape(-1, units.shape[-1]))
+        x = x.reshape(*units.shape[:2], -1) + position.astype(dtype)  # [B, K, E]
         token = self.cls_token[...] + self._position_table()[0]
         token = jnp.broadcast_to(token.astype(dtype), (len(x), 1, x.shape[-1]))
         return (jnp.concatenate([token, x], axis=1),)
@@ -203,7 +203,7 @@ class ViTClassifier(Classifier):
         """
         cost = super().macs(image_size, layer_norm_cost=layer_norm_cost)
         rows, columns = self._grid(image_size)
-        return cost + row_cost(self.norm, 1 + rows * columns, layer_norm_cost)
+        return cost + module_cost(self.norm, 1 + rows * columns, layer_norm_cost)
 
 
 class ViTMaskedAutoencoder(MaskedAutoencoder):

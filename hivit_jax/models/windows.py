@@ -70,8 +70,8 @@ class Windows:
     def shift_mask(self) -> np.ndarray:
         """Return the mask to add to the scores of shifted windows, float32 [W, S, S].
 
-        As in the official code, the mask is -100 for tokens that share a window only
-        because windows continue at the opposite side, and 0 for all other pairs.
+        As in the official code, the mask is -100 for pairs of tokens that share a
+        window only because windows continue at the opposite side, else 0.
         """
         numbers = []  # region numbers, 0 to 2, along the height and the width
         for count, side in zip(self.counts, self.size, strict=True):

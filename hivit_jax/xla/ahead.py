@@ -27,9 +27,9 @@ def compile_report(training: Training, chip_name: str) -> dict[str, Any]:
     With several buckets, the report is on the bucket whose batches have the most bytes,
     because this bucket determines whether training fits.
 
-    - ``hbm_bytes_per_device`` is the compiler's memory analysis. If the program does
-      not fit, the analysis contains only ``total`` and ``limit``, and all costs are
-      None.
+    - ``hbm_bytes_per_device`` is the compiler's memory analysis. If the compiler
+      rejects the program as too large, the analysis contains only ``total`` and
+      ``limit``, and all costs are None.
     - ``flops_per_image`` and ``bytes_accessed_per_image`` are the counts of the TPU
       compiler, which counts the body of a loop once. Both counts are therefore
       multiplied by a ratio: the operations of matrix products with every iteration
@@ -76,7 +76,7 @@ def _compile(
 ) -> tuple[jax.stages.Compiled | None, str, dict[str, int | None]]:
     """Return the compiled step of a bucket, its HLO text, and {kind: bytes of memory}.
 
-    If the step does not fit, returns (None, "", memory).
+    If the compiler rejects the step as too large, returns (None, "", memory).
     """
     limit = CHIPS[chip_name].memory // CHIPS[chip_name].devices
     try:
@@ -108,30 +108,32 @@ def _costs(
     """Return operations, bytes, collectives and the roofline of a compiled step."""
     sample_weights = training.batches[bucket]["weight"]
     mesh, batch_size = sample_weights.sharding.mesh, len(sample_weights)
-    images = batch_size / mesh.size  # per device
+    images_per_device = batch_size / mesh.size
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(training.step)(*training.arguments(bucket)).jaxpr
-    region_flops = matmul_flops_by_region(jaxpr, loops=True)
+    region_flops = matmul_flops_by_region(jaxpr, count_iterations=True)
     region_bytes = bytes_by_region(text)
     product_flops = region_flops.total()
     flops = product_flops / batch_size
-    accessed = hbm_bytes = region_bytes.total() / images
+    bytes_accessed = hbm_bytes = region_bytes.total() / images_per_device
     if cost := compiled.cost_analysis():
-        flops_once = matmul_flops(jaxpr, loops=False)
-        flops = cost["flops"] * product_flops / flops_once / images
-        accessed = cost["bytes accessed"] * product_flops / flops_once / images
+        ratio = product_flops / matmul_flops(jaxpr, count_iterations=False)
+        flops = cost["flops"] * ratio / images_per_device
+        bytes_accessed = cost["bytes accessed"] * ratio / images_per_device
     communication = collectives(text)
     return {
         "flops_per_image": flops,
-        "bytes_accessed_per_image": accessed,
+        "bytes_accessed_per_image": bytes_accessed,
         "hbm_bytes_per_image": hbm_bytes,
         "regions": {
             region: {
-                "bytes_per_image": region_bytes[region] / images,
+                "bytes_per_image": region_bytes[region] / images_per_device,
                 "flops_per_image": region_flops[region] / batch_size,
             }
             for region in sorted(region_bytes | region_flops)
         },
         "collectives": communication,
-        "roofline": roofline(CHIPS[chip_name], images, flops, hbm_bytes, communication),
+        "roofline": roofline(
+            CHIPS[chip_name], images_per_device, flops, hbm_bytes, communication
+        ),
     }

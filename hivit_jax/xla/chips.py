@@ -16,9 +16,9 @@ class Utilization(NamedTuple):
     """Fractions of a chip's limits that a training run reaches.
 
     Attributes:
-      peak: fraction of the bfloat16 peak; `Task.training_flops` counts operations.
+      peak: fraction of the bfloat16 peak, with operations as in `Task.training_flops`.
       bound: fraction of the bound that `--mode compile` computes.
-      measurement: run and document that the fractions come from; "": an assumption.
+      measurement: run and document that the fractions come from; "": assumed.
     """
 
     peak: float
@@ -67,13 +67,15 @@ class Chip(NamedTuple):
 
 GIB = 2**30
 TPU_DOCS = "cloud.google.com/tpu/docs/{}, half of the bidirectional interconnect"
-TPU7X = TPU_DOCS.format("tpu7x")
-NVIDIA = "NVIDIA {} SXM data sheet, dense, half of the bidirectional NVLink"
+TPU7X_SOURCE = TPU_DOCS.format("tpu7x")
+NVIDIA_SXM = "NVIDIA {} SXM data sheet, dense, half of the bidirectional NVLink"
 NVIDIA_PCIE = "NVIDIA {}, dense, half of the bidirectional PCIe 4.0 x16"
-A100 = NVIDIA.format("A100")
-L4 = NVIDIA_PCIE.format("L4 data sheet")
-RTX4090 = NVIDIA_PCIE.format("Ada GPU architecture white paper")
-B200 = "NVIDIA HGX B200 data sheet, per GPU, dense, half of the bidirectional NVLink"
+A100_SOURCE = NVIDIA_SXM.format("A100")
+L4_SOURCE = NVIDIA_PCIE.format("L4 data sheet")
+RTX4090_SOURCE = NVIDIA_PCIE.format("Ada GPU architecture white paper")
+B200_SOURCE = (
+    "NVIDIA HGX B200 data sheet, per GPU, dense, half of the bidirectional NVLink"
+)
 # The memory of a TPU is the part that libtpu 0.0.52 (tpu7x: 0.0.42) leaves to programs.
 # The chips have 32 (v4), 16 (v5e), 95 (v5p), 32 (v6e) and 192 GiB (tpu7x).
 CHIPS = {
@@ -81,17 +83,17 @@ CHIPS = {
     "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 200e9, TPU_DOCS.format("v5e")),
     "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, TPU_DOCS.format("v5p")),
     "v6e": Chip(int(31.24 * GIB), 918e12, 1640e9, 400e9, TPU_DOCS.format("v6e")),
-    "tpu7x": Chip(int(189.5 * GIB), 2307e12, 7380e9, 600e9, TPU7X, devices=2),
-    "a100-40": Chip(40 * 10**9, 312e12, 1555e9, 300e9, A100),
-    "a100-80": Chip(80 * 10**9, 312e12, 2039e9, 300e9, A100),
-    "l4": Chip(24 * 10**9, 121e12, 300e9, 32e9, L4),
-    "rtx4090": Chip(24 * 10**9, 165.2e12, 1008e9, 32e9, RTX4090),
+    "tpu7x": Chip(int(189.5 * GIB), 2307e12, 7380e9, 600e9, TPU7X_SOURCE, devices=2),
+    "a100-40": Chip(40 * 10**9, 312e12, 1555e9, 300e9, A100_SOURCE),
+    "a100-80": Chip(80 * 10**9, 312e12, 2039e9, 300e9, A100_SOURCE),
+    "l4": Chip(24 * 10**9, 121e12, 300e9, 32e9, L4_SOURCE),
+    "rtx4090": Chip(24 * 10**9, 165.2e12, 1008e9, 32e9, RTX4090_SOURCE),
     "h100": Chip(
         80 * 10**9,
         989e12,
         3350e9,
         450e9,
-        NVIDIA.format("H100"),
+        NVIDIA_SXM.format("H100"),
         utilization=MEASURED_H100,
     ),
     "h200": Chip(
@@ -99,10 +101,10 @@ CHIPS = {
         989e12,
         4800e9,
         450e9,
-        NVIDIA.format("H200"),
+        NVIDIA_SXM.format("H200"),
         utilization=DERIVED_H200,
     ),
-    "b200": Chip(180 * 10**9, 2250e12, 8000e9, 900e9, B200),
+    "b200": Chip(180 * 10**9, 2250e12, 8000e9, 900e9, B200_SOURCE),
 }
 # Pattern of a device's name in JAX (`device_kind`) and PyTorch -> key of `CHIPS`. The
 # A100 with PCIe has the peak rate of the A100 SXM.
@@ -125,7 +127,7 @@ DEVICE_KINDS = {
 PLUGINS = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), "libtpu")
 PLUGINS |= dict.fromkeys(("h100", "h200"), "jax-cuda13-plugin")
 # Chip -> number of dimensions of the shape of a slice.
-NDIMS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+SLICE_NDIMS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, h100:8, h200:8"
 # Without these values, the TPU compiler queries the machine that it runs on, which need
 # not be a TPU host.
@@ -187,10 +189,10 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def suggested_topology(text: str) -> str:
-    """Return "v5e:8x8 (64 chips)" for a name such as "v5e-64" or "v5litepod-64".
+    """Return the topology that `text` probably means, or "" if this is unknown.
 
-    Returns "" for other names. The number in a name of Google Cloud counts chips; for
-    v4 and v5p, it counts cores, two per chip.
+    For example, "v5e:8x8 (64 chips)" for "v5e-64" and "v5litepod-64". The number in a
+    name of Google Cloud counts chips; for v4 and v5p, it counts cores, two per chip.
     """
     match = re.fullmatch(r"(\w+)([-:])(\d+)(x[\dx]+)?", text.lower())
     if not match:
@@ -199,11 +201,11 @@ def suggested_topology(text: str) -> str:
     name, chips = name.replace("v5litepod", "v5e"), int(count)
     if shape or PLUGINS.get(name, "libtpu") != "libtpu":
         return f"{name}:{count}{shape or ''}" if name in PLUGINS else ""
-    if name not in NDIMS:
+    if name not in SLICE_NDIMS:
         return ""
-    if NDIMS[name] == 3 and separator == "-":
+    if SLICE_NDIMS[name] == 3 and separator == "-":
         chips //= 2
-    doublings, ndim = chips.bit_length() - 1, NDIMS[name]
+    doublings, ndim = chips.bit_length() - 1, SLICE_NDIMS[name]
     if chips != 2**doublings or doublings < ndim:
         return ""
     exponents = [(doublings + dim) // ndim for dim in range(ndim)]

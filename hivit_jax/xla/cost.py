@@ -60,24 +60,26 @@ def region_of(name: str) -> str:
     return region
 
 
-def matmul_flops(jaxpr: Any, loops: bool) -> int:
+def matmul_flops(jaxpr: Any, count_iterations: bool) -> int:
     """Return the operations of all matrix products of a traced program.
 
     Args:
-      loops: see `matmul_flops_by_region`.
+      count_iterations: see `matmul_flops_by_region`.
     """
-    return matmul_flops_by_region(jaxpr, loops).total()
+    return matmul_flops_by_region(jaxpr, count_iterations).total()
 
 
-def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
+def matmul_flops_by_region(
+    jaxpr: Any, count_iterations: bool, outer: str = ""
+) -> Counter:
     """Count the operations of all matrix products of a traced program.
 
     The counts are totals over all devices.
 
     Args:
-      loops: True: count the body of a `scan` once per iteration; False: count it once.
-        Pallas kernels always count once per grid point, and scans inside them once per
-        iteration.
+      count_iterations: True: the body of a `scan` counts once per iteration; False:
+        once. Pallas kernels always count once per grid point, and scans inside them
+        once per iteration.
       outer: name stack of the equation that calls the program.
     """
     total = Counter()
@@ -86,27 +88,27 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
-            products = math.prod(shape[dim] for dim in contracted)
-            flops = 2 * products * math.prod(eqn.outvars[0].aval.shape)
+            contracted_size = math.prod(shape[dim] for dim in contracted)
+            flops = 2 * contracted_size * math.prod(eqn.outvars[0].aval.shape)
             total[region_of(name) or OTHER] += flops
-        inner_loops = loops or eqn.primitive.name == "pallas_call"
-        runs = _run_count(eqn, inner_loops)
+        count_inner = count_iterations or eqn.primitive.name == "pallas_call"
+        runs = _run_count(eqn, count_inner)
         for inner in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
         ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                counts = matmul_flops_by_region(inner, inner_loops, name)
+                counts = matmul_flops_by_region(inner, count_inner, name)
                 for region, flops in counts.items():
                     total[region] += runs * flops
     return total
 
 
-def _run_count(eqn: Any, loops: bool) -> int:
-    """Return how often an equation runs its inner program, summed over all devices."""
+def _run_count(eqn: Any, count_iterations: bool) -> int:
+    """Return the number of runs of an equation's inner program on all devices."""
     match eqn.primitive.name:
         case "scan":
-            return eqn.params["length"] if loops else 1
+            return eqn.params["length"] if count_iterations else 1
         case "shard_map":  # the program runs on each device
             mesh = eqn.params["mesh"]
             return math.prod(

@@ -22,7 +22,7 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it calls, without the condition of a loop."""
+        """Names of the called computations, without the condition of a loop."""
         return NAMES.findall(" ".join(CALLED.findall(self.attributes)))
 
 

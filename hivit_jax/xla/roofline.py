@@ -7,7 +7,7 @@ from hivit_jax.xla.chips import Chip
 
 def roofline(
     chip: Chip,
-    images: float,
+    images_per_device: float,
     flops: float,
     hbm_bytes: float,
     collectives: list[dict[str, Any]],
@@ -20,23 +20,23 @@ def roofline(
 
     Args:
       chip: peak rates of a chip, which may consist of several JAX devices.
-      images: images per step and device.
+      images_per_device: images per step and device.
       flops: operations per image.
       hbm_bytes: bytes of HBM traffic per image.
       collectives: result of `cost.collectives`, for one device.
 
     Returns:
       "images_per_second_per_chip": the upper bound.
-      "bound": name of the slowest of the three: "arithmetic", "memory" or "network".
-      "seconds_per_step": {name: time of this part alone}.
-      "peaks": values of `chip`.
+      "bound": the slowest of the three, "arithmetic", "memory" or "network".
+      "seconds_per_step": {name of one of the three: its time alone}.
+      "peaks": values of `chip`, except `utilization`.
     """
     devices_per_chip = chip.devices
     sent = devices_per_chip * sum(
         entry["bytes_per_step"] * (2 if entry["kind"] == "all-reduce" else 1)
         for entry in collectives
     )
-    images_per_chip = images * devices_per_chip
+    images_per_chip = images_per_device * devices_per_chip
     seconds = {
         "arithmetic": flops * images_per_chip / chip.flops,
         "memory": hbm_bytes * images_per_chip / chip.bandwidth,

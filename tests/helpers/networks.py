@@ -10,7 +10,7 @@ import reference
 from flax import nnx
 
 from hivit_jax.models import create_model
-from hivit_jax.models.flops import row_cost
+from hivit_jax.models.flops import module_cost
 from hivit_jax.models.masking import count_visible_units
 from hivit_jax.tree import leaf_name, named_leaves, split
 
@@ -151,7 +151,7 @@ def training_macs(model, mask_ratio):
     """
     visible = count_visible_units(math.prod(model.encoder.grid), mask_ratio)
     shortened = model.decoder_blocks[-1].mlp, model.decoder_pred
-    skipped_macs = sum(row_cost(layer, visible, 0) for layer in shortened)
+    skipped_macs = sum(module_cost(layer, visible, 0) for layer in shortened)
     return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - skipped_macs
 
 

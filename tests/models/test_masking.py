@@ -8,9 +8,9 @@ import pytest
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models.masking import (
+    count_simmim_visible_units,
     count_visible_units,
     random_masking,
-    simmim_visible_units,
 )
 
 
@@ -36,12 +36,12 @@ def test_mask_ratio_that_keeps_no_unit_is_refused():
 
 def test_simmim_rounds_the_number_of_masked_units_up():
     """A ratio of 0.6 masks 22 of 36 units, and a ratio of 0.9 masks 9 of 10."""
-    assert simmim_visible_units(36, 0.6) == 14
-    assert simmim_visible_units(10, 0.9) == 1
+    assert count_simmim_visible_units(36, 0.6) == 14
+    assert count_simmim_visible_units(10, 0.9) == 1
     with pytest.raises(ConfigError, match="keeps none of 10 .* at most 0.9$"):
-        simmim_visible_units(10, 0.91)
+        count_simmim_visible_units(10, 0.91)
     with pytest.raises(ConfigError, match="mask_ratio=0; expected"):
-        simmim_visible_units(10, 0)
+        count_simmim_visible_units(10, 0)
 
 
 def test_random_masking_keeps_the_units_with_the_lowest_noise():

@@ -17,7 +17,7 @@ from reference import (
 from swin import FIXTURES
 
 from hivit_jax.models import resize
-from hivit_jax.models.masking import random_masking, simmim_visible_units
+from hivit_jax.models.masking import count_simmim_visible_units, random_masking
 from hivit_jax.weights.names.official import from_official, to_state_dict
 
 MINIS = ["swin_mini", "swin_mini_rect", "swin_mini_rect_clamp", "swin_mini_clamp"]
@@ -120,7 +120,7 @@ def test_masks_equal_the_official_ones(case):
     facts = FIXTURES["simmim_masks"]["cases"][case]
     size, cell, patch, ratio = map(float, case.split("_"))
     num_cells, side = facts["cells"], int(size // cell)
-    masked_count = num_cells - simmim_visible_units(num_cells, ratio)
+    masked_count = num_cells - count_simmim_visible_units(num_cells, ratio)
     assert masked_count == facts["count"]
     noise = jnp.asarray(swin.noise(*facts["noise"]))
     mask = 1 - random_masking(noise, masked_count)[2].reshape(-1, side, side)

@@ -104,7 +104,7 @@ def test_collectives_in_loops_count_every_iteration():
 
 
 def test_flops_of_a_kernel_count_devices_grid_and_inner_loops():
-    """With loops=False, iterations count only for loops inside kernels."""
+    """With count_iterations=False, iterations count only for loops inside kernels."""
     mesh = data_mesh()
 
     def kernel(x, y):
@@ -121,7 +121,7 @@ def test_flops_of_a_kernel_count_devices_grid_and_inner_loops():
         call_kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
     )
     jaxpr = jax.make_jaxpr(run)(jnp.ones((8 * 64, 16))).jaxpr
-    flops = cost.matmul_flops_by_region(jaxpr, loops=False)
+    flops = cost.matmul_flops_by_region(jaxpr, count_iterations=False)
     assert flops == {"stem1": 8 * 4 * 3 * 2 * 16**3}
 
 
@@ -156,11 +156,13 @@ def test_flops_in_loops_count_every_iteration():
     x, w = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
     flops_of_product = 2 * 8 * 16 * 16
     forward = jax.make_jaxpr(program)(x, w).jaxpr
-    assert cost.matmul_flops(forward, loops=True) == 5 * flops_of_product
-    assert cost.matmul_flops(forward, loops=False) == flops_of_product
+    assert cost.matmul_flops(forward, count_iterations=True) == 5 * flops_of_product
+    assert cost.matmul_flops(forward, count_iterations=False) == flops_of_product
     # Forward, recomputation, and one product each for the gradients of x and w.
     gradient = jax.make_jaxpr(jax.grad(program, (0, 1)))(x, w).jaxpr
-    assert cost.matmul_flops(gradient, loops=True) == 5 * 4 * flops_of_product
+    assert (
+        cost.matmul_flops(gradient, count_iterations=True) == 5 * 4 * flops_of_product
+    )
 
 
 def test_memory_counts_aliased_outputs_once():
@@ -207,7 +209,7 @@ def test_flops_of_a_step_are_three_times_the_forward_pass():
         mesh = sharding.make_mesh(config.mesh, 8)
         training = compile_ahead.prepare_training(config, mesh)
         jaxpr = jax.make_jaxpr(training.step)(*training.arguments()).jaxpr
-        flops.append(cost.matmul_flops(jaxpr, loops=True) / 8)
+        flops.append(cost.matmul_flops(jaxpr, count_iterations=True) / 8)
         model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
         expected.append(6 * training_macs(model, mask_ratio))
     assert_allclose(flops, expected, rtol=0.04)  # resizing of images adds FLOPs

@@ -187,7 +187,7 @@ def test_counts_of_regions_include_both_passes():
 
     jaxpr = jax.make_jaxpr(program)(w, x).jaxpr
     product_flops = 2 * 512 * 256 * 128
-    flops = cost.matmul_flops_by_region(jaxpr, loops=True)
+    flops = cost.matmul_flops_by_region(jaxpr, count_iterations=True)
     # Without a gradient for the argument x, main attention has two products.
     assert flops == {
         "main attention": 2 * product_flops,
