@@ -12,8 +12,9 @@ forward passes) takes, in GFLOP per image: tiny 20.1, small 38.8, base 68.3, lar
 
 def get_config(variant: str = "base") -> dict:
     """Return the keys that differ from the defaults."""
-    size, _, short = variant.partition("_")
-    run = dict(total_epochs=100.0 if short else 800.0, eval_every=12500)  # 20 epochs
+    size = variant.removesuffix("_100")
+    short = size != variant
+    run = dict(total_epochs=100.0 if short else 800.0, eval_every=12511)  # 20 epochs
     run |= dict(task="mae", batch_size=2048, mask_ratio=0.6)
     model = dict(name=f"simmim_swin_{size}", image_size=192, dtype="bfloat16")
     data = dict(crop_scale=(0.67, 1.0), interpolation="bilinear")

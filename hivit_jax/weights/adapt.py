@@ -67,7 +67,7 @@ class LoadReport:
       zero_init: relative position tables that the pretrained model does not have; they
         are initialized to 0.
       newly_initialized: arrays that are not copied and belong to the head, the norm
-        before the head, or the prediction layer of a decoder.
+        before the head, the prediction layer of a decoder, or `fresh` of the task.
       missing: other arrays that the pretrained model does not have.
       shape_mismatch: arrays whose shape differs and that cannot be resized.
     """
@@ -199,7 +199,7 @@ def match_arrays(
         if resized is not None and resized.shape == leaf.shape:
             (report.matched if resized is array else report.resized).append(name)
             arrays[name] = resized
-        elif name.startswith(HEAD) or (
+        elif name.startswith((*HEAD, *fresh)) or (
             array is not None and name.startswith(PREDICTION)
         ):
             report.newly_initialized.append(name)
