@@ -126,5 +126,5 @@ def format_compiled(
     bound = roofline["images_per_second_per_chip"]
     line += f"| {report['flops_per_image'] / 1e9:.1f} "
     line += f"| {report['hbm_bytes_per_image'] / 1e6:,.0f} "
-    line += f"| {bound:,.0f}, {roofline['bound']} "
+    line += f"| {bound:,.0f}, {roofline['limited_by']} "
     return line + (f"| {hivit_bound / bound:.2f} |" if hivit_bound else "| |")

@@ -87,7 +87,7 @@ def table_row(name: str, report: dict) -> str:
         f"{start} {memory['temporaries'] / GIB:.2f} "
         f"| {report['flops_per_image'] / 1e9:.1f} | {hbm_mb:,.0f} "
         f"| {collective_mb:,.1f} "
-        f"| {roofline['images_per_second_per_chip']:,.0f}, {roofline['bound']} "
+        f"| {roofline['images_per_second_per_chip']:,.0f}, {roofline['limited_by']} "
         f"| {report['compile_cpu_seconds']:.0f} |"
     )
 

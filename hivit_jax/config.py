@@ -186,7 +186,7 @@ def to_markdown() -> str:
         lines += ["|---|---|---|---|"]
         for name, key in _flatten(section):
             default = "the model's" if key.default is None else f"`{key.default!r}`"
-            lines.append(f"| `{name}` | {default} | {key.allowed} | {key.comment} |")
+            lines += [f"| `{name}` | {default} | {key.allowed_text} | {key.comment} |"]
     return "\n".join(lines) + "\n"
 
 

@@ -95,14 +95,14 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that raises ConfigError instead of exiting."""
+    """Argument parser that raises ConfigError for bad arguments; --help still exits."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help shows the usage")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        # Inside `run_command`, because a failing flush at the interpreter's exit prints
-        # a traceback.
+        # Flush now, because `run_command` can still catch the error of a broken pipe. A
+        # flush that fails at the interpreter's exit prints a traceback.
         print(end="", flush=True)
         super().exit(status, message)
 
@@ -177,8 +177,8 @@ def run_command(action: Callable[[], object]) -> int:
 def _discard_if_reader_exited() -> bool:
     """If the reader of stdout has exited, discard all output and return True.
 
-    Without this, the interpreter would print a traceback when it flushes stdout at
-    exit.
+    Output that is not discarded would cause a traceback when the interpreter flushes
+    stdout at exit.
     """
     try:
         stdout = sys.stdout.fileno()

@@ -41,9 +41,9 @@ class Key:
       type: a key of `TYPE_NAMES`; None: the type of the default.
       above, below: limits that a number must not reach; None: no limit.
       also: allowed numbers outside of the range.
-      item: required type of a tuple's elements: int, or float for any number. None: any
-        number if the key has limits or if its default contains only numbers; otherwise
-        anything.
+      item: required type of a tuple's elements: int, or float, which includes integers.
+        None: float if the key has limits or if its default contains only numbers;
+        otherwise, elements of any type are allowed.
       increasing: each number of a tuple must be at least as large as the previous one.
     """
 
@@ -143,24 +143,24 @@ class Key:
                 return f"0 or at least {FLOAT_MIN:.1e} (float32)"
         return ""
 
-    def _accepts(self, number: Any) -> bool:
+    def _accepts(self, value: Any) -> bool:
         """Return True if a number, or an element of a tuple, is allowed."""
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             return self._element_type is None
-        if number in self.also:
+        if value in self.also:
             return True
-        if self._is_integer and not isinstance(number, int):
+        if self._is_integer and not isinstance(value, int):
             return False
         limit = FLOAT_MAX
         if self._is_integer:
             limit = INT_MAX if self.high is None else self.high
         return (
-            abs(number) <= limit  # False for NaN
-            and (number == 0 or abs(number) >= FLOAT_MIN)
-            and (self.low is None or number >= self.low)
-            and (self.high is None or number <= self.high)
-            and (self.above is None or number > self.above)
-            and (self.below is None or number < self.below)
+            abs(value) <= limit  # False for NaN
+            and (value == 0 or abs(value) >= FLOAT_MIN)
+            and (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
         )
 
     @property
@@ -207,7 +207,7 @@ class Key:
         return f"{noun}{text and ', '}{text}{order}"
 
     @property
-    def allowed(self) -> str:
+    def allowed_text(self) -> str:
         """Description of the allowed values, for ``docs/config.md``."""
         if self.choices:
             return ", ".join(f"`{choice}`" for choice in self.choices)

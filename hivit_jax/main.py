@@ -226,8 +226,8 @@ def command() -> int:
     """
     code = main()
     if code:
-        # Without this, the interpreter may wait forever at exit for the threads of a
-        # checkpoint that could not be written.
+        # `os._exit`, because the interpreter might otherwise wait forever for the
+        # threads of a checkpoint that could not be written.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -71,7 +71,10 @@ def _read_json(path: str) -> Any:
 
 
 def _execute(path: str) -> Any:
-    """Execute a recipe and return the result of its ``get_config()``."""
+    """Execute a recipe and return the result of its ``get_config()``.
+
+    A ConfigDict is returned as nested dicts.
+    """
     name, _, variant = path.partition(":")
     file = _locate(name)
     spec = importlib.util.spec_from_file_location(file.stem, file)

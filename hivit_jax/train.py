@@ -14,7 +14,7 @@ from hivit_jax import evaluate, inputs, record, resources, tasks
 from hivit_jax.checkpoints import manager, read
 from hivit_jax.checkpoints.lock import exclusive
 from hivit_jax.config import complete_saved, due_after, record_text, step_options
-from hivit_jax.data.prefetch import defer_error, prefetch_to_device, raise_error
+from hivit_jax.data.prefetch import batch_or_raise, defer_error, prefetch_to_device
 from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.distributed.processes import check_same_on_all_processes
 from hivit_jax.distributed.sharding import make_mesh, replicate
@@ -32,7 +32,7 @@ from hivit_jax.paths import open_path, with_absolute_paths
 from hivit_jax.progress import counted
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
-from hivit_jax.training.early_stopping import check_progress
+from hivit_jax.training.early_stopping import early_stopping_flags
 from hivit_jax.training.schedule import make_schedule, skip_steps
 from hivit_jax.training.step import prepare
 from hivit_jax.xla.compile import compile_steps
@@ -101,8 +101,10 @@ def train(
     else:
         step, state = 0, initial_state(config, task, training, pretrained)
     frozen, writer = evaluate.put_frozen(task, mesh), None
-    progress_at = partial(check_progress, workdir, config.early_stopping, task.best)
-    if finished := step >= total_steps or progress_at(step)[0]:
+    stopping_flags = partial(
+        early_stopping_flags, workdir, config.early_stopping, task.best
+    )
+    if finished := step >= total_steps or stopping_flags(step).stalled:
         log(f"the run in {workdir} is finished; another --workdir starts a new run")
     missing = evaluate.is_evaluation_missing(config, task, workdir, step, total_steps)
     if not finished or missing:
@@ -142,16 +144,17 @@ def train(
         stop = stop_requested(step)
         if missing and not stop:
             results = run_evaluation()
-            finished |= progress_at(step)[0]
+            finished |= stopping_flags(step).stalled
         if not finished and not stop:
             batches = inputs.train_batches(config, step, total_steps)
             batches = defer_error(prefetch_to_device(unreadable.watch(batches), mesh))
-            batch = raise_error(next(batches))
+            batch = batch_or_raise(next(batches))
             train_step = compile_steps(training)
         throughput.read()  # starts the measurement
         while not finished and not stop:
             steps_done = replicate(mesh, np.int32(step))
-            state, values = train_step(state, frozen, raise_error(batch), steps_done)
+            batch = batch_or_raise(batch)
+            state, values = train_step(state, frozen, batch, steps_done)
             if pending:  # so that at most two steps and their batches are in flight
                 jax.block_until_ready(pending[-1])
             batch = next(batches, None)  # while the devices compute
@@ -170,14 +173,16 @@ def train(
                 scalars["seconds_left"] = images_left / speed
                 if writer:
                     writer.scalars(step, scalars)
-                if scalars["unreadable"]:  # count images, not attempts to read them
+                # metrics.jsonl counts failed reads. The log and the check below count
+                # different images, each once.
+                if scalars["unreadable"]:
                     scalars["unreadable"] = unreadable.gather()
                 log(console.step_line(step, total_steps, scalars))
                 check_unreadable(scalars["unreadable"], num_images, config.data)
                 with throughput.pause():
                     # Evaluate before saving, or a resumed run may skip the evaluation.
                     if due["eval"] and (results := run_evaluation()):
-                        stalled, improved = progress_at(step)
+                        stalled, improved = stopping_flags(step)
                         finished |= stalled
                         due["checkpoint"] |= stalled or improved or bool(stop)
                     if due["checkpoint"]:

@@ -564,9 +564,9 @@ def test_unreadable_images_are_counted_once(monkeypatch):
     assert [*unreadable.watch(batches)] == batches
     assert unreadable.gather() == 2
     assert unreadable.indices == {0, 2}
-    # Another process fails to read images 2 and 7. This process fails to read image 5,
-    # and reads image 0 after its storage recovered.
-    list(unreadable.watch([batch_of((0, 0), (5, 1))]))
+    # Another process fails to read images 2 and 7. This process fails to read images 5
+    # and 9, and reads images 0 and 9 after their storage recovered.
+    list(unreadable.watch([batch_of((0, 0), (5, 1), (9, 1)), batch_of((9, 0))]))
     monkeypatch.setattr(
         "hivit_jax.data.unreadable.gather_objects",
         lambda mine: [mine, ({2, 7}, set())],

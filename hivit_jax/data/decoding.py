@@ -241,7 +241,7 @@ def _multiband_values(image: Any, encoded: bytes, bits: int) -> StoredValues | N
         array = _load(image, ["RGBA"]).astype(np.uint16)
         return StoredValues(array[..., 0] * 256 + array[..., 1], "L", (0, 65535))
     if bits == 16 and high_modes[0] in (*"RGBA", *"CMYK"):
-        # Without this, PIL would decode each byte of uncompressed planes as a pixel.
+        # PIL would otherwise decode each byte of uncompressed planes as a pixel.
         order = "B" if image.tag_v2.prefix == b"MM" else "L"
         high_modes = [f"{raw_mode};16{order}" for raw_mode in high_modes]
     if not high_modes or not re.fullmatch(r"[A-Z]+;16[BLN]", high_modes[0]):

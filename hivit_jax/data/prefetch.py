@@ -15,9 +15,10 @@ from hivit_jax.errors import DataError
 def prefetch_to_device(
     batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yield global arrays, sharded over the mesh, from each process's part of a batch.
+    """Yield batches as global arrays that are sharded over the mesh.
 
     Args:
+      batches: this process's part of each batch.
       ahead: number of later batches whose transfer starts before a batch is yielded.
     """
     sharding, queue = NamedSharding(mesh, BATCH), deque()
@@ -36,8 +37,8 @@ def prefetch_to_device(
 def defer_error(batches: Iterable[Any]) -> Iterator[Any]:
     """Yield the batches; yield a DataError as the last element instead of raising it.
 
-    The caller can then log and evaluate the last computed step before `raise_error`
-    raises the error of the next batch.
+    The caller can then log and evaluate the last computed step before
+    `batch_or_raise` raises the error of the next batch.
     """
     try:
         yield from batches
@@ -45,7 +46,7 @@ def defer_error(batches: Iterable[Any]) -> Iterator[Any]:
         yield error
 
 
-def raise_error(batch: Any) -> Any:
+def batch_or_raise(batch: Any) -> Any:
     """Return a batch, or raise the error that `defer_error` yielded in its place."""
     if isinstance(batch, DataError):
         raise batch

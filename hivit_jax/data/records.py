@@ -85,7 +85,7 @@ class Records:
 
     def _locate(self, i: int) -> str:
         path = self.file(i)
-        return self._cache.locate(path) if self._cache else path
+        return self._cache.locate_or_request(path) if self._cache else path
 
     def _start_reading(self, path: str, i: int) -> storage.Waiter:
         if self._starts is None:

@@ -14,7 +14,7 @@ from hivit_jax.errors import HivitError
 from hivit_jax.progress import Progress, to_stderr
 
 THREADS = 4  # number of concurrent copies
-EXIT_SECONDS = 10.0  # longest wait at exit for unfinished copies
+EXIT_SECONDS = 10.0  # longest wait at exit for the threads of aborted copies
 
 
 class ShardCache:
@@ -27,8 +27,8 @@ class ShardCache:
 
     Args:
       directory: the cache directory.
-      check: function of the path of a complete copy that raises an error if the copy is
-        damaged; None: copies are not checked.
+      check: function that is called with the path of a complete copy and raises an
+        error if the copy is damaged; None: copies are not checked.
     """
 
     def __init__(self, directory: str, check: Callable[[str], None] | None = None):
@@ -46,7 +46,7 @@ class ShardCache:
         scheme, _, rest = address.partition("://")
         return self._root / scheme / rest
 
-    def locate(self, address: str) -> str:
+    def locate_or_request(self, address: str) -> str:
         """Return the path of a file's copy if it exists, otherwise the file's address.
 
         A file without a copy is queued for copying.
@@ -64,14 +64,16 @@ class ShardCache:
         """Return the path of a file's copy, or the file's address on failure.
 
         If there is no copy, this method makes it, or waits for a thread or process that
-        is making it. After `stop`, nothing is copied.
+        is making it. After `stop` or a failed write, nothing is copied.
         """
-        if self.locate(address) == address and not self._stopped.is_set():
+        if self.locate_or_request(address) == address and not self._stopped.is_set():
             self._copy(address, wait=True)
-        return self.locate(address)
+        return self.locate_or_request(address)
 
-    def log_size(self, files: Sequence[str], total_bytes: int) -> None:
-        """Log to stderr how much space a split needs and how much is free.
+    def start_progress(self, files: Sequence[str], total_bytes: int) -> None:
+        """Create the directory, and log to stderr the needed and the free space.
+
+        From now on, the progress of copying is logged too.
 
         Args:
           files: addresses of the split's files.
@@ -100,7 +102,7 @@ class ShardCache:
                 self._queue.put(address)
 
     def stop(self) -> None:
-        """Stop copying, and wait up to `EXIT_SECONDS` for unfinished copies."""
+        """Abort unfinished copies, and wait up to `EXIT_SECONDS` for their threads."""
         self._stopped.set()
         for _ in self._threads:
             self._queue.put("")
@@ -125,7 +127,7 @@ class ShardCache:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 except BlockingIOError:
-                    self._requested.discard(address)  # so that `locate` can retry
+                    self._requested.discard(address)  # so that it can be queued again
                     return
                 self._copy_locked(address, target, file)
         except InterruptedError:
@@ -133,7 +135,7 @@ class ShardCache:
         except HivitError as error:
             self._log(f"not copied: {error}")
         except OSError as error:  # such as a full disk
-            self._stopped.set()
+            self._stopped.set()  # from now on, nothing is copied
             self._log(
                 f"{error.strerror or error}; other files are read from the bucket"
             )
@@ -141,8 +143,8 @@ class ShardCache:
     def _copy_locked(self, address: str, target: Path, file) -> None:
         """Copy a file into the locked ``.part`` file, check and rename the copy."""
         if target.exists():
-            # Another process has finished the copy. If the copy was renamed before this
-            # process opened the ``.part`` file, opening created a new, empty file.
+            # Another process or thread has finished the copy. If this happened before
+            # `_copy` opened the ``.part`` file, that created a new, empty file.
             _remove_if_empty(f"{target}.part")
             return
         file.truncate(0)

@@ -1,4 +1,4 @@
-"""Members of tar files, found by reading only their headers."""
+"""Members of tar files, found from the headers without reading every member's data."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -7,7 +7,9 @@ from hivit_jax.data import storage
 from hivit_jax.errors import DataError
 
 BLOCK = 512  # bytes; headers and data start at multiples of this size
-READ_AHEAD = 4096  # bytes; enough for the small members that follow an image
+# Least number of bytes per read, so that one read usually covers several small members,
+# such as the label and the JSON file that follow an image.
+READ_AHEAD = 4096
 REGULAR = b"0\0"  # types of regular files
 
 
@@ -57,15 +59,19 @@ def members(path: str) -> Iterator[tuple[Member, Callable[[], bytes]]]:
 
 
 def _reader(path: str) -> Callable[[int, int], bytes]:
-    """Return a function (position, size) -> bytes that reads ahead."""
-    first, data = 0, b""
+    """Return a function (position, size) -> bytes that reads ahead.
+
+    Beyond the end of the file, it returns fewer bytes.
+    """
+    data_start, data = 0, b""  # the last read: position in the file, bytes
 
     def read(position: int, size: int) -> bytes:
-        nonlocal first, data
-        if not first <= position <= position + size <= first + len(data):
-            first = position
+        nonlocal data_start, data
+        offset = position - data_start
+        if not 0 <= offset <= offset + size <= len(data):
+            data_start, offset = position, 0
             data = storage.read_at_most(path, position, max(size, READ_AHEAD))
-        return data[position - first : position - first + size]
+        return data[offset : offset + size]
 
     return read
 

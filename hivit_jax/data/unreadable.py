@@ -66,16 +66,20 @@ class UnreadableImages:
         """Yield this process's batches unchanged and note their unreadable images."""
         for batch in batches:
             is_bad = batch["unreadable"] > 0
+            readable = batch["index"][~is_bad].tolist()
+            self._recovered |= self.indices.intersection(readable)
+            self._failed.difference_update(readable)
             self._failed.update(batch["index"][is_bad].tolist())
-            if self.indices:
-                readable = batch["index"][~is_bad].tolist()
-                self._recovered |= self.indices.intersection(readable)
             if is_bad.any():
                 self._announce_end()
             yield batch
 
     def _announce_end(self) -> None:
-        """Print a line once if this process has read too many unreadable images."""
+        """Print a line once if the known unreadable images exceed the limit.
+
+        These are the images that all processes gathered, and those that this process
+        failed to read since then.
+        """
         count = len(self.indices | self._failed)
         if not self._announced and count / self._total > self._data.max_unreadable:
             self._announced = True

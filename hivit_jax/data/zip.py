@@ -7,7 +7,7 @@ from hivit_jax.data import storage
 from hivit_jax.errors import DataError
 
 END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
-MAX_END = 22 + 2**16 + 20 + 56  # most bytes after the central directory
+MAX_END = 22 + 2**16 + 20 + 56  # largest number of bytes after the central directory
 NONE_32 = 2**32 - 1  # means that the number is in the zip64 field
 
 

@@ -92,7 +92,7 @@ def make_mesh(
 def on_mesh(mesh: Mesh, jitted: Callable) -> Callable:
     """Return a jitted function that is traced with a mesh set.
 
-    Without this, a function on several devices never uses fused kernels, because
+    Without a mesh, a function on several devices never uses fused kernels, because
     `kernels.dispatch` reads the sharding of the batch from the mesh. The size of every
     batch must be divisible by replica x data x fsdp.
     """

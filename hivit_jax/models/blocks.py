@@ -61,9 +61,9 @@ class MlpBlock(nnx.Module):
         """
         with jax.named_scope("mlp"):
             drop_args = drop_path_rate, drop_path_keys, 2 * block_index
-            fused_branch = dispatch.mlp(x, self.norm2, self.mlp, kernels)
+            fused_residual = dispatch.mlp(x, self.norm2, self.mlp, kernels)
             return _add_branch(
-                x, self.norm2, self.mlp, kernels, fused_branch, drop_args
+                x, self.norm2, self.mlp, kernels, fused_residual, drop_args
             )
 
 
@@ -125,26 +125,29 @@ class AttentionBlock(MlpBlock):
         with jax.named_scope("attention"):
             drop_args = drop_path_rate, drop_path_keys, 2 * block_index + 1
             arguments = relative_index, key_mask, kernels
-            fused_branch = dispatch.attention(x, self.norm1, self.attn, *arguments)
+            fused_residual = dispatch.attention(x, self.norm1, self.attn, *arguments)
 
             def attend(normalized):
                 return self.attn(normalized, *arguments)
 
-            return _add_branch(x, self.norm1, attend, kernels, fused_branch, drop_args)
+            return _add_branch(
+                x, self.norm1, attend, kernels, fused_residual, drop_args
+            )
 
 
-def _add_branch(x, norm, branch, kernels, fused_branch, drop_args):
+def _add_branch(x, norm, branch, kernels, fused_residual, drop_args):
     """Return ``x + drop_path(branch(norm(x)))``.
 
     Args:
-      fused_branch: result of `dispatch.mlp` or `dispatch.attention`; None: no kernel.
+      fused_residual: result of `dispatch.mlp` or `dispatch.attention`: a function from
+        the factor of each image to ``x + factor * branch(norm(x))``; None: no kernel.
       drop_args: arguments of `drop_path` after the first.
     """
-    if fused_branch is None:
+    if fused_residual is None:
         x, normalized = dispatch.layer_norm(x, norm, kernels) or (x, norm(x))
         return x + drop_path(branch(normalized), *drop_args)
     branch_scale = drop_path_scale(*drop_args, x.dtype)
-    return fused_branch(
+    return fused_residual(
         None if branch_scale is None else branch_scale.astype(jnp.float32)
     )
 
@@ -174,7 +177,7 @@ def run_blocks(
         return _scan_blocks(
             blocks, x, run_options, apply, indices, drop_path_rates, inputs
         )
-    run = _call_block if _should_call_blocks(x) else _run_block
+    run = _run_block_not_inlined if _should_prevent_inlining(x) else _run_block
     rates = drop_path_rates or [None] * len(blocks)
     for block, index, rate in zip(blocks, indices, rates, strict=True):
         graphdef, params = nnx.split(block)
@@ -211,16 +214,16 @@ def _run_block(graphdef, apply, kernels, params, x, options):
 _jitted_block = jax.jit(_run_block, static_argnums=(0, 1, 2))
 
 
-def _call_block(*arguments):
+def _run_block_not_inlined(*arguments):
     """Apply a block as a call that XLA does not inline; equal blocks share its code."""
     with set_xla_metadata(inlineable="false"):
         return _jitted_block(*arguments)
 
 
-def _should_call_blocks(x: jax.Array) -> bool:
-    """Return True if blocks should run by `_call_block`.
+def _should_prevent_inlining(x: jax.Array) -> bool:
+    """Return True if blocks should run as calls that XLA does not inline.
 
-    Without these calls, every kernel of XLA:CPU that reads a block's input recomputes
+    In inlined blocks, every kernel of XLA:CPU that reads a block's input recomputes
     the sum of all earlier residual branches, at a cost that grows with depth. bfloat16
     is excluded, because each call rounds its output to bfloat16. Meshes with manual
     axes are excluded, because XLA cannot partition a call over the other axes.

@@ -52,7 +52,7 @@ class EncoderConfig:
     drop_path_rate: drop path rate of the last block. The rates of the blocks rise
       linearly from 0.
     patch_size: side in pixels of a unit (image area of a token of the last stage). In
-      Swin, a unit belongs to a token of the first stage.
+      Swin, a unit is the image area of a first-stage token instead.
     layer_norm_eps: epsilon of every LayerNorm.
 
     Class attributes:
@@ -111,7 +111,7 @@ class EncoderConfig:
 
     @property
     def cell_size(self) -> int:
-        """Side in pixels of a token of the first stage: a unit; in HiViT, a cell."""
+        """Side in pixels of a first-stage token's area: a unit, or in HiViT a cell."""
         return self.patch_size
 
     @property
@@ -155,7 +155,7 @@ class HiViTConfig(EncoderConfig):
       grid can therefore be used with windows of 14 in larger images.
     global_blocks: main-stage blocks, counted from 0, that use global attention despite
       `window_size`. Official detection uses windows of 14 and global blocks 4, 9, 14,
-      19. For the memory of both see docs/weights.md.
+      19. docs/weights.md shows how much memory the windows save.
 
     Raises:
       ConfigError: inconsistent sizes.
@@ -290,7 +290,7 @@ class MAEConfig(AutoencoderConfig, HiViTConfig):
     def latent_dim(self) -> int:
         """Width of the latent of a unit.
 
-        With `multi_scale`, each stage contributes (cells per unit) x (stage width).
+        With `multi_scale`, each stage contributes (its tokens per unit) x (its width).
         """
         return self.embed_dim * (2 * self.inner_patches - 1 if self.multi_scale else 1)
 

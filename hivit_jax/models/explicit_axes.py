@@ -15,10 +15,11 @@ def accepts_explicit_axes(method: Callable) -> Callable:
     With Explicit axes, the sharding of an array is part of its type, and JAX rejects
     reshapes that split or merge a sharded dimension. Models need such reshapes for
     patches and cells. The decorated method therefore runs with Auto axes, where XLA
-    propagates shardings. Dimension 0 of each result is sharded like dimension 0 of the
-    batch, and all other dimensions are replicated. The batch is the first array
-    argument that has dimensions and lies on a mesh with Explicit axes. Without Explicit
-    axes the method runs unchanged.
+    propagates shardings. Without Explicit axes the method runs unchanged.
+
+    The first array argument that has dimensions and lies on a mesh with Explicit axes
+    is the batch. Dimension 0 of each result is sharded like dimension 0 of the batch.
+    All other dimensions are replicated.
 
     The method must not change variables of the module.
     """

@@ -53,8 +53,8 @@ class ParameterKeys:
 class RowLinear(nnx.Linear):
     """Linear layer, [..., C] -> [..., D], that flattens its input to a matrix.
 
-    Without this, XLA:CPU transposes the operands of the weight gradient element by
-    element, and XLA:TPU pads the tokens of each image to whole tiles.
+    With more than two axes, XLA:CPU transposes the operands of the weight gradient
+    element by element, and XLA:TPU pads the tokens of each image to whole tiles.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -86,7 +86,7 @@ def random_masking(
 def _argsort(x: jax.Array) -> jax.Array:
     """Return the indices that stably sort each row of x [B, N], int32 [B, N]."""
     order = jnp.argsort(x, axis=1, stable=True)
-    # Without this, JAX 0.10 assumes that the order is equal on all devices of a
+    # Without `pcast`, JAX 0.10 assumes that the order is equal on all devices of a
     # `jax.shard_map`, and gradients use the masks of the first device for all devices.
     axes = varying_axes(x) - varying_axes(order)
     return jax.lax.pcast(order, tuple(axes), to="varying") if axes else order

@@ -52,8 +52,8 @@ def _layer_norm_jvp(eps, dtype, primals, tangents):
     # normalized rows are recomputed from the arguments instead of saved.
     @partial(jax.checkpoint, prevent_cse=False)
     def output_tangent(residuals, dx, dscale, dbias):
-        # Without this, XLA:GPU recomputes mean and deviation at every use, and writes
-        # the summands of the scale's gradient to memory in float32.
+        # Without the barrier, XLA:GPU recomputes mean and inverse_std at every use, and
+        # writes the summands of the scale's gradient to memory in float32.
         x, scale, mean, inverse_std = jax.lax.optimization_barrier(residuals)
         x_hat = (x.astype(jnp.float32) - mean) * inverse_std
         dx_hat = normalize_jvp(dx.astype(jnp.float32), x_hat, inverse_std)

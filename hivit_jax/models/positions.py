@@ -52,8 +52,8 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     """
     b, h, w, c = images.shape
     p = patch_size
-    # The pixels and channels of a row share one axis. Without this, XLA:TPU pads the
-    # axis of three channels to a tile of 128.
+    # The pixels and channels of a row share one axis, because XLA:TPU would pad a
+    # separate axis of three channels to a tile of 128.
     x = images.reshape(b, h // p, p, w // p, p * c)
     return x.transpose(0, 1, 3, 2, 4).reshape(b, (h // p) * (w // p), p * p * c)
 

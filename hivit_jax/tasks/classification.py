@@ -184,9 +184,10 @@ class Classification(Task):
     def summarize(
         self, sums: Mapping[str, np.ndarray], count: int, records: list[Any]
     ) -> dict[str, float]:
-        """Return the means of the sums and, with several labels per image, eval/mAP.
+        """Return the mean of each metric over the images.
 
-        The mAP is the mean of the average precisions of all classes that occur.
+        With several labels per image, also returns "eval/mAP", the mean of the average
+        precisions of all classes that occur.
         """
         values = super().summarize(sums, count, records)
         if self.config.data.multi_label:

@@ -80,8 +80,8 @@ def check_value_range(value_range: tuple) -> None:
     if value_range and not (is_pair and finite[0] < finite[1]):
         raise ConfigError(
             f"data.value_range={value_range}; expected (LOW, HIGH), the values of "
-            "black and white in images with more than 8 bits, or () for 0 to the "
-            "largest value"
+            "black and white in images with more than 8 bits, or () for 0 and the "
+            "largest value of the image's type"
         )
 
 
@@ -94,26 +94,27 @@ def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTran
     """
     data, model = config.data, config.model
     *size, channels = image_shape(model)
-    randaugment = train and data.randaugment and dataset.encoded
+    is_synthetic = not dataset.encoded
+    randaugment = train and data.randaugment and not is_synthetic
     if randaugment and channels != 3:
         raise ConfigError(
             f"data.randaugment with model.in_channels={channels}; expected 3 (RGB)"
         )
-    if dataset.encoded and data.canvas and data.canvas < max(size):
+    if not is_synthetic and data.canvas and data.canvas < max(size):
         raise ConfigError(
             f"data.canvas={data.canvas} with model.image_size={model.image_size}; "
             f"expected data.canvas=0 or at least {max(size)}"
         )
-    # Without a canvas, the device does not resize: RandAugment needs images that the
+    # With canvas 0, the device does not resize: RandAugment runs on images that the
     # host has already resized, and synthetic images are generated at their final size.
-    final_size_on_host = randaugment or not dataset.encoded
+    canvas = 0 if randaugment or is_synthetic else data.canvas
     num_classes = model.get("num_classes") or 0
     random_crop = train and tuple(data.crop_scale) != (1.0, 1.0)
     return ImageTransform(
         batch_size=config.batch_size,
         size=size,
         channels=channels,
-        canvas=0 if final_size_on_host else data.canvas,
+        canvas=canvas,
         crop_scale=tuple(data.crop_scale) if random_crop else None,
         crop_pct=data.crop_pct,
         interpolation=data.interpolation,

@@ -43,7 +43,8 @@ def _length_warnings(
     end = f"the run ends after {total_steps:,} steps, {epochs:,.3g} epochs"
     found, num_images = [], data.counts.get("train", config.batch_size)
     in_epochs = not config.total_steps or optimizer.warmup_epochs > 0
-    if in_epochs and not data.encoded and not config.data.train_examples:
+    is_synthetic = not data.encoded
+    if in_epochs and is_synthetic and not config.data.train_examples:
         found.append(
             f"data.name={config.data.name} has {num_images:,} images, which determine "
             "the steps of an epoch; data.train_examples=N sets another number"
@@ -116,7 +117,8 @@ def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
     """Return warnings about classes, and about evaluation on training images."""
     found, num_dataset_classes = [], len(data.classes)
     num_classes = config.model.get("num_classes") or 0
-    if data.encoded and 0 < num_dataset_classes < num_classes:
+    is_synthetic = not data.encoded  # a synthetic dataset has the model's classes
+    if not is_synthetic and 0 < num_dataset_classes < num_classes:
         found.append(
             f"model.num_classes={num_classes} exceeds the {num_dataset_classes:,} "
             f"classes of {config.data.name}: the additional outputs are never correct"

@@ -214,7 +214,7 @@ def written_lines(
 
 
 def load_config(path: str, overrides: Sequence[str]) -> Any:
-    """Load a config. If mean or std have the wrong length, replaces them.
+    """Load a config; replace data.mean and data.std if their length is wrong.
 
     The report does not depend on these values; it contains the right ones.
     """

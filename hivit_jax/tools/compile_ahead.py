@@ -197,9 +197,11 @@ def summary(report: dict[str, Any]) -> str:
             "and device"
             for c in report["collectives"]
         ]
+        # Reports of earlier versions contain the key "bound" instead.
+        limited_by = roofline.get("limited_by") or roofline["bound"]
         lines.append(
             f"at most {roofline['images_per_second_per_chip']:,.0f} images/s per chip, "
-            f"bound by {roofline['bound']}"
+            f"limited by {limited_by}"
         )
     run = report.get("run", {})
     if run.get("hours_at_bound"):

@@ -43,9 +43,9 @@ arrays of FILE.npz:
   files       [N] names of the images; images that cannot be read are left out
   labels      int32 [N], -1 where unknown; with several labels per image,
               [N, classes] of 0 and 1; absent if no label is known
-  class_names names of the classes; absent if unknown. If no directory has the name of
-              a class of the model, the directories directly below DIRECTORY are the
-              classes
+  class_names names of the model's classes. If no directory has one of these names, the
+              names of the directories directly below DIRECTORY, if there are any.
+              Absent if unknown
 
 exit codes: 0 finished, 2 bad flag or path, 4 no image could be read,
             5 no usable checkpoint
@@ -88,7 +88,8 @@ def write_features(
       The number of readable images. If it is 0, no file is written.
 
     Raises:
-      HivitError: the checkpoint is not usable, or the images cannot be read.
+      HivitError: `out` or the checkpoint is not usable, a path does not exist, a
+        directory contains no image, or the dataset cannot be opened.
     """
     out = output_path("--out", out, [checkpoint, *images])
     if out.suffix != ".npz":
@@ -130,7 +131,10 @@ def _labels_line(arrays: Mapping[str, np.ndarray], multi_label: bool) -> str:
     """Return the log line about the labels in the file."""
     if "labels" not in arrays:
         if multi_label:
-            return "no labels: several labels per image are known only for a test split"
+            return (
+                "no labels: a directory's name is one label, but the model has several "
+                "labels per image; without a path, the test split's labels are written"
+            )
         return (
             "no labels; to include labels, pass a directory that contains one "
             "directory per class"

@@ -13,7 +13,7 @@ from hivit_jax.errors import ConfigError, DataError, first_line, require
 from hivit_jax.paths import expand
 from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 
-# Word in the name of a file, or else of its directory -> split.
+# Word -> split. A file's name is searched for these words before its directory's name.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
@@ -60,7 +60,7 @@ def convert(
     Raises:
       ConfigError: no file is found, `out` is not usable, or no column has labels.
       DataError: a file is damaged, or the files do not have the same columns.
-      MissingPackage: pyarrow is not installed.
+      MissingPackage: pyarrow or tensorflow-datasets is not installed.
     """
     require("pyarrow.parquet", "hivit-jax[parquet]")
     tfds = require("tensorflow_datasets", "tensorflow-datasets")

@@ -58,8 +58,9 @@ def predict(
       The number of readable images.
 
     Raises:
-      HivitError: the checkpoint is not usable, the images cannot be read, or the task
-        has no predictions.
+      HivitError: `out` or the checkpoint is not usable, a path does not exist, a
+        directory contains no image, the dataset cannot be opened, or the task has no
+        predictions.
     """
     out = output_path("--out", out, [checkpoint, *images])
     pretrained = read_model(checkpoint)

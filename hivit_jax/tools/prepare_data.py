@@ -41,7 +41,7 @@ from hivit_jax.progress import listed
 from hivit_jax.tools import parquet
 from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 
-# Without these, tensorflow logs messages when it is imported.
+# Without these variables, tensorflow logs messages when it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -187,12 +187,12 @@ def _generators(builder: Any, manual_dir: str) -> dict[str, Iterable]:
     import tensorflow_datasets as tfds
     from absl import logging
 
-    # Without this, TFDS warns about ImageNet's missing unlabeled test split.
+    # Only errors, because TFDS warns that ImageNet's unlabeled test split is missing.
     logging.set_verbosity(logging.ERROR)
     tf.config.set_visible_devices([], "GPU")
     config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
     manager = builder._make_download_manager(download_dir=None, download_config=config)
-    # Without this, TFDS retries for minutes if a server cannot be reached.
+    # Check each server first, because TFDS retries for minutes if it is unreachable.
     download = manager._download
     manager._download = lambda resource: download(_check_reachable(resource))
     generators = builder._split_generators(manager)

@@ -14,7 +14,8 @@ from hivit_jax.progress import counted
 
 # Records are not compressed, because JPEGs would be slower to read but not smaller.
 OPTIONS = "group_size:1,uncompressed"
-# Split -> (key, example) of each image, and the number of images; None: unknown.
+# Split -> (key, example) of each image, and the largest possible number of images for a
+# progress bar; None: unknown.
 Splits = Mapping[str, tuple[Iterable[tuple[Any, Mapping[str, Any]]], int | None]]
 
 
@@ -35,9 +36,10 @@ def write_dataset(
     The directory has the suffix ``.incomplete`` until all splits are written.
 
     Args:
-      info: DatasetInfo of TFDS. This function sets its splits.
-      short_side: training images with a longer short side are shrunk to this short
-        side, unless they have more than 8 bits per channel; 0: no shrinking.
+      info: DatasetInfo of TFDS. This function sets its splits. If the dataset is
+        already complete, the caller must have read them instead.
+      short_side: training images whose short side exceeds this number of pixels are
+        shrunk to it, unless they have more than 8 bits per channel; 0: no shrinking.
       shard_size: images per shard. An interruption loses at most one shard.
       make_splits: returns the splits; not called if the dataset is already complete.
 
@@ -110,7 +112,7 @@ def _write_split(
                 example = example | {image_key: image}
             except Exception as error:
                 raise DataError(f"image {key!r} cannot be read: {error}") from error
-        # Without this, the order of the features differs between processes.
+        # Without `deterministic`, the order of features differs between processes.
         return serializer.get_tf_example(example).SerializeToString(deterministic=True)
 
     examples, stem = iter(examples), f"{info.name}-{split}.array_record"

@@ -60,7 +60,7 @@ def make_report(workdirs: Iterable[str]) -> str:
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
     run_configs = [run.pop("config") for run in runs]
     data = {"runs": runs, "charts": charts(runs), "config": config_table(run_configs)}
-    # Without this, a "<" could end the script element that contains the text.
+    # Otherwise, a "<" could end the script element that contains the text.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = resources.files("hivit_jax.tools") / "report.html"
     return page.read_text(encoding="utf-8").replace("{{DATA}}", text)

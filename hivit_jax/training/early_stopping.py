@@ -1,6 +1,7 @@
 """Early stopping: end a run after several evaluations without a better metric."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -9,21 +10,27 @@ from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import Criterion, evaluation_progress
 
 
-def check_progress(
-    workdir: Path, patience: int, criterion: Criterion, step: int
-) -> tuple[bool, bool]:
-    """Return two flags, (stalled, improved), for a step.
+class StoppingFlags(NamedTuple):
+    """Decisions after the evaluation of a step.
 
-    Process 0 decides for all processes.
+    Attributes:
+      stalled: the run must end early, at this step.
+      improved: the newest evaluation up to this step is the best, or there is none yet.
+    """
+
+    stalled: bool
+    improved: bool
+
+
+def early_stopping_flags(
+    workdir: Path, patience: int, criterion: Criterion, step: int
+) -> StoppingFlags:
+    """Return the flags of a step, which process 0 decides for all processes.
 
     Args:
       patience: number of consecutive evaluations without a better value of the metric
         after which the run ends; 0: never end early.
       criterion: (name of a metric, "max" or "min").
-
-    Returns:
-      stalled: the run must end early, at this step.
-      improved: the newest evaluation up to this step is the best, or there is none yet.
     """
     found = None
     if jax.process_index() == 0:
@@ -32,4 +39,4 @@ def check_progress(
     stalled = 0 < patience <= count
     if stalled:
         log(f"early stopping: no better {criterion[0]} in the last {count} evaluations")
-    return stalled, improved
+    return StoppingFlags(stalled, improved)

@@ -246,7 +246,7 @@ def update_average(
 ) -> Any:
     """Return the new moving average of the parameters."""
     updated = optax.incremental_update(params, average, 1.0 - decay)
-    # Without this, rounding would change the averages of frozen parameters.
+    # Without `select_frozen`, rounding would change the averages of frozen parameters.
     return select_frozen(frozen_names, params, updated)
 
 

@@ -15,9 +15,10 @@ def swin_arguments(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the arguments of a Swin or SimMIM, and the reasons for guessed arguments.
 
-    Only the tables of stages smaller than a window depend on the image size.
-    Official files contain shift masks, which determine the size of square images.
-    Without these masks, the image size is guessed so that the last stage is one window.
+    The shapes hardly reveal the image size: it changes the position tables only of
+    stages that are smaller than a window. Official files also contain shift masks. The
+    image size is computed from their number of tokens, assuming a square image. Without
+    these masks, the image size is guessed so that the last stage is one window.
 
     Args:
       image_size: size to use if its windows match the position tables; None: guess.

@@ -45,7 +45,7 @@ def compile_report(training: Training, chip_name: str) -> dict[str, Any]:
     Args:
       chip_name: a key of `CHIPS`.
     """
-    # Without this, JAX may read the program from the cache, which contains no text.
+    # Compile anew, because a program that is read from the cache contains no text.
     jax.config.update("jax_enable_compilation_cache", False)
     sizes = [
         sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values())

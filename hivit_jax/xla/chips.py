@@ -18,7 +18,8 @@ class Utilization(NamedTuple):
     Attributes:
       peak: fraction of the bfloat16 peak, with operations as in `Task.training_flops`.
       bound: fraction of the bound that `--mode compile` computes.
-      measurement: run and document that the fractions come from; "": assumed.
+      measurement: the measured run, and the document that describes it; "": the
+        fractions are assumed.
     """
 
     peak: float
@@ -178,7 +179,8 @@ def utilization_notes() -> list[str]:
     ]
     return [
         *notes,
-        "assumed: no measurement; a chip with little bandwidth per FLOP/s reaches less",
+        "assumed: no measurement; a chip with little bandwidth per FLOP/s is likely to "
+        "reach less than the assumed fraction",
     ]
 
 
@@ -222,7 +224,8 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     """
     name, _, shape = topology.partition(":")
     suggestion = suggested_topology(topology)
-    hint = f"did you mean {suggestion}? " if suggestion else ""
+    # A well-formed topology that XLA rejects, such as "v5e:3x3", is its own suggestion.
+    hint = "" if suggestion in ("", topology) else f"did you mean {suggestion}? "
     if name not in PLUGINS:
         problem = "no compiler for" if name in CHIPS else "unknown"
         raise ConfigError(
@@ -248,7 +251,7 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
             f"not installed; run pip install 'hivit-jax[{extra}]'\n"
             "--mode describe estimates the hours of a run without the compiler"
         )
-    # Without this, JAX would initialize the accelerators of this machine.
+    # Only the CPU, because JAX would otherwise initialize this machine's accelerators.
     jax.config.update("jax_platforms", "cpu")
     options: dict[str, Any] = {"platform": "cuda" if is_gpu else "tpu"}
     if is_gpu:

@@ -180,7 +180,7 @@ def bytes_by_region(text: str) -> Counter:
       {region: bytes}. Collectives have the region "exchange". Other kernels without a
       known region have the region "other".
     """
-    # Without this, the workspaces of cuBLAS would count as outputs.
+    # Empty the workspaces of cuBLAS (s8), which would otherwise count as outputs.
     text = re.sub(r"s8\[\d+\]", "s8[0]", text)
     computations, entry = hlo.parse(text)
     total = Counter()

@@ -27,7 +27,7 @@ def roofline(
 
     Returns:
       "images_per_second_per_chip": the upper bound.
-      "bound": the slowest of the three, "arithmetic", "memory" or "network".
+      "limited_by": the slowest of the three, "arithmetic", "memory" or "network".
       "seconds_per_step": {name of one of the three: its time alone}.
       "peaks": values of `chip`, except `utilization`.
     """
@@ -47,7 +47,7 @@ def roofline(
     del peaks["utilization"]
     return {
         "images_per_second_per_chip": images_per_chip / seconds[slowest],
-        "bound": slowest,
+        "limited_by": slowest,
         "seconds_per_step": seconds,
         "peaks": peaks,
     }

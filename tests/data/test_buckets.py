@@ -286,7 +286,7 @@ def test_caches_that_share_a_directory_download_a_file_once(bucket, tmp_path):
     # whole file.
     assert bucket.reads(path.name) == 2
     assert os.listdir(tmp_path / "cache/gs/bucket/tfrecord" / VERSION) == [path.name]
-    [copy] = {cache.locate(address) for cache in caches}
+    [copy] = {cache.locate_or_request(address) for cache in caches}
     assert copy == str(caches[0].target(address))
 
 

@@ -13,7 +13,7 @@ from hivit_jax.reporting import metrics
 from hivit_jax.tools import run_facts
 from hivit_jax.tools.loading import read_model
 from hivit_jax.train import train
-from hivit_jax.training.early_stopping import check_progress
+from hivit_jax.training.early_stopping import early_stopping_flags
 
 pytestmark = pytest.mark.usefixtures("minimal_output", "single_device")
 
@@ -160,16 +160,17 @@ def test_evaluations_since_best_are_counted_up_to_a_step(tmp_path):
     assert count(7, ("eval/top1", "max")) == 7
 
 
-# Program of one process that prints the results of `check_progress` for some steps
+# Program of one process that prints the `early_stopping_flags` of some steps
 PROGRAM = """
 import json, sys
 from pathlib import Path
 from hivit_jax.distributed import processes
-from hivit_jax.training.early_stopping import check_progress
+from hivit_jax.training.early_stopping import early_stopping_flags
 
 address, index, workdir, best, *steps = sys.argv[1:]
 processes.connect(address, 2, int(index), 60.0)
-found = [check_progress(Path(workdir), 2, (best, "min"), int(step)) for step in steps]
+criterion = best, "min"
+found = [early_stopping_flags(Path(workdir), 2, criterion, int(s)) for s in steps]
 print(json.dumps(found))
 processes.exit_together(0)
 """
@@ -190,7 +191,7 @@ def test_processes_stop_at_the_same_step(tmp_path):
             writer.scalars(step, values)
         writer.close()
     decisions_0, decisions_1 = (
-        [check_progress(tmp_path / name, 2, CRITERION, step) for step in LOSSES]
+        [early_stopping_flags(tmp_path / name, 2, CRITERION, step) for step in LOSSES]
         for name in "01"
     )
     assert [stalled for stalled, _ in decisions_0] == [False] * 4 + [True, False]

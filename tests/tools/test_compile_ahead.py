@@ -23,7 +23,7 @@ REPORT = {
     "flops_per_image": 2.5e9,
     "hbm_bytes_per_image": 7e6,
     "collectives": [{"kind": "all-reduce", "count": 2, "bytes_per_step": 3e6}],
-    "roofline": {"images_per_second_per_chip": 123.4, "bound": "memory"},
+    "roofline": {"images_per_second_per_chip": 123.4, "limited_by": "memory"},
 }
 
 
@@ -52,7 +52,7 @@ def test_search_batch_adds_the_largest_batch_to_the_report(
         out = capsys.readouterr().out
         assert "fits: 0.00 GiB of 0.00 GiB per device (arguments 0.00, " in out
         assert "all-reduce x 2: 3.0 MB per step and device\n" in out
-        assert "at most 123 images/s per chip, bound by memory\n" in out
+        assert "at most 123 images/s per chip, limited by memory\n" in out
         assert "2.5 GFLOP and 7 MB of HBM traffic per image\n" in out
         assert f"written: {tmp_path}/compile.json" in out
         # 8 steps of 64 images on 8 chips at 123.4 images/s each.
@@ -90,11 +90,15 @@ def test_hours_use_the_measured_utilization_of_a_chip():
     summary = compile_ahead.summary(report)
     assert "at 53% of it, measured" in summary
     assert "measured: HiViT-B, pretraining on one H100" in summary
-    # In reports of earlier versions, which lack the basis, utilization is assumed.
+    # In reports of earlier versions, which lack the basis, utilization is assumed. The
+    # slowest part has the key "bound".
+    report["roofline"] = {"images_per_second_per_chip": 123.4, "bound": "network"}
     report["run"] = {
         name: value for name, value in run.items() if "utilization_" not in name
     }
-    assert "at 53% of it, assumed" in compile_ahead.summary(report)
+    summary = compile_ahead.summary(report)
+    assert "at 53% of it, assumed" in summary
+    assert "limited by network" in summary
 
 
 def test_earlier_summary_describes_the_report_in_compile_json(tmp_path):

@@ -69,7 +69,7 @@ def test_report_of_a_tpu_step_follows_the_config(tmp_path):
     memory = report["hbm_bytes_per_device"]
     assert memory["limit"] == 15.75 * 2**30
     assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
-    assert report["roofline"]["bound"] == "memory"
+    assert report["roofline"]["limited_by"] == "memory"
 
     config = mini_runs.mae()
     model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)

@@ -109,6 +109,20 @@ def test_malformed_shape_is_an_error_without_the_compiler(topology, monkeypatch)
         chips.devices_of(topology)
 
 
+def test_rejected_shape_is_not_suggested_again(monkeypatch):
+    """The shape is well-formed, but no slice has it."""
+
+    def reject(**options):
+        raise ValueError("no such slice")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(chips, "TPU_ENVIRONMENT", {})
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    monkeypatch.setattr(chips.topologies, "get_topology_desc", reject)
+    with pytest.raises(ConfigError, match="no such slice\nexpected a shape"):
+        chips.devices_of("v5e:3x3")
+
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -13,7 +13,7 @@ def test_slowest_resource_bounds_the_throughput():
 
     def bound(flops, moved, exchanged=()):
         result = roofline.roofline(chip, 10, flops, moved, exchanged)
-        return result["bound"], result["images_per_second_per_chip"]
+        return result["limited_by"], result["images_per_second_per_chip"]
 
     assert bound(197e12, 0) == ("arithmetic", 1)
     assert bound(1, 819e9 / 2) == ("memory", 2)

@@ -80,7 +80,7 @@ class Archives(FileSource):
         )
         if cache:
             total_bytes = int((index["stops"] - index["starts"]).sum())
-            cache.log_size(files, total_bytes)
+            cache.start_progress(files, total_bytes)
         self.labeled = bool((index["labels"] != UNLABELED).all())
         self._names = index["names"]
         ranges = index["starts"], index["stops"]

@@ -96,7 +96,7 @@ class Tfds(Source):
                 is_checked = file_format == "tfrecord" and HAS_GOOGLE_CRC32C
                 check = tfrecord.check_file if is_checked else None
                 self._cache = ShardCache(cache_dir, check)
-                self._cache.log_size(self._paths, info.splits[split].num_bytes)
+                self._cache.start_progress(self._paths, info.splits[split].num_bytes)
         if file_format == "tfrecord" and storage.is_remote(path):
             counts = [file.examples_in_shard for file in files]
             self._records = self._index_records(path, counts)
@@ -187,7 +187,7 @@ class Tfds(Source):
           StorageError: the file is in a bucket and cannot be read.
         """
         path = self._paths[self._file_indices[index]]
-        path = self._cache.locate(path) if self._cache else path
+        path = self._cache.locate_or_request(path) if self._cache else path
         try:
             return self._open_file(path)(int(self._record_indices[index]))
         except Exception as error:
