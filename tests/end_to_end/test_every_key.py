@@ -425,7 +425,7 @@ ELSEWHERE = {
     "model.window_size": "test_windows_with_dropped_units_are_refused",
     "optimizer.ema_decay": "test_each_step_updates_the_average",
     "optimizer.first_moment_dtype": "test_ten_steps_equal_the_official_adamw",
-    "optimizer.first_epoch": "test_first_epoch_1_skips_an_epoch_when_resuming",
+    "optimizer.first_epoch": "test_resuming_with_first_epoch_1_skips_an_epoch",
     "optimizer.gamma": "test_multistep_schedule_equals_torch",
     "optimizer.lr_batch": "test_peak_is_proportional_to_batch_size_over_lr_batch",
     "optimizer.milestones": "test_multistep_schedule_equals_torch",

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from networks import jit_model, mini, params_by_name, random_array, torch_bicubic
+from networks import bicubic_like_torch, jit_model, mini, params_by_name, random_array
 from numpy.testing import assert_allclose, assert_array_equal
 
 import hivit_jax
@@ -13,7 +13,7 @@ import hivit_jax
 def resize_table(table, grid, new_grid):
     """Resize a table [rows * columns, D] from one grid to another."""
     maps = table.reshape(*grid, -1).astype(np.float64)
-    return torch_bicubic(maps, new_grid).reshape(new_grid[0] * new_grid[1], -1)
+    return bicubic_like_torch(maps, new_grid).reshape(new_grid[0] * new_grid[1], -1)
 
 
 @pytest.mark.slow
