@@ -30,8 +30,8 @@ def test_training_batches_follow_the_permutations_of_the_epochs():
     batches = list(inputs.train_batches(cfg, 0, 16))
     assert len(batches) == 16
     order = np.concatenate([permutation(0, 0, 1437), permutation(0, 1, 1437)])
-    for step, batch in enumerate(batches):
-        indices = order[step * 96 : (step + 1) * 96]
+    for batch_index, batch in enumerate(batches):
+        indices = order[batch_index * 96 : (batch_index + 1) * 96]
         assert batch["image"].shape == (96, 16, 16, 1)
         assert batch["image"].dtype == np.uint8
         assert batch["label"].dtype == np.int32

@@ -443,7 +443,7 @@ def test_every_key_is_in_a_table(name):
     known |= set(UNUSED.get(name, ()))
     keys = {key.replace("/", ".") for key in named_leaves(run_config(name).to_dict())}
     keys |= {f"model.{key}" for key in run_config(name).model}
-    # Without this, `keys` would contain elements of tuples, such as data.mean.0.
+    # Names such as data.mean.0 are elements of tuples, not keys.
     keys = {key for key in keys if not re.search(r"\.\d+$", key)}
     assert keys - known == set()
 

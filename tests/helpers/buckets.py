@@ -68,7 +68,7 @@ class Bucket(ThreadingHTTPServer):
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
             "STORAGE_EMULATOR_HOST": self.url,
-            # Without this, gcsfs asks another service for the type of the bucket.
+            # By default, gcsfs asks another service for the type of the bucket.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "FSSPEC_GCS_TOKEN": "anon",
             "AWS_ENDPOINT_URL": self.url,

@@ -251,8 +251,8 @@ def test_models_need_no_implicit_rank_promotion(name, overrides):
 def test_nnx_optimizer_trains_only_parameters(name, overrides, optimizer):
     """An `nnx.Optimizer` of `nnx.Param` changes no fixed tables or running statistics.
 
-    Both stay bit-identical with any weight decay. An optimizer of every `nnx.Variable`
-    would decay them, although their gradients are 0.
+    Tables and statistics stay bit-identical with any weight decay. An optimizer of
+    every `nnx.Variable` would decay them, although their gradients are 0.
     """
     graphdef, state = split_mini(name, **overrides)
 

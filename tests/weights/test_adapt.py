@@ -21,7 +21,7 @@ def resize_table(table, grid, new_grid):
 def test_tables_are_resized_to_another_image_size(size, tmp_path, capsys):
     """Tables of 4 x 6 units are resized to any other grid; nothing else changes.
 
-    This includes a grid of 6 x 4 units, although the number of units is equal.
+    A grid of 6 x 4 units counts as another grid, although its number of units is equal.
     """
     model = mini("hivit_base", image_size=(64, 96))
     hivit_jax.save_pretrained(model, tmp_path)

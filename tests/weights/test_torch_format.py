@@ -207,7 +207,7 @@ def test_tensors_that_are_not_dense_are_refused(name, tmp_path):
 
 @pytest.mark.parametrize("flag", ["conj", "neg"])
 def test_conjugated_and_negated_tensors_are_refused(flag, tmp_path):
-    """Their storage contains other numbers than the tensor."""
+    """The storage of such a tensor contains other numbers than the tensor."""
     function, args, *_ = tensor(NUMBERS).parts
     flagged = function(*args, {flag: True})
     path = torch_files.save({"a": flagged}, tmp_path / "x.pth")
