@@ -191,11 +191,11 @@ def print_memory(root: Path, num_batches: int) -> None:
     """Print the memory of this process about ten times while it reads batches."""
     config = mae_config(root, workers=2)
     interval = max(num_batches // 10, 1)
-    for step, _ in enumerate(inputs.train_batches(config, 0, num_batches), 1):
-        if step == min(100, interval) or step % interval == 0:
+    for count, _ in enumerate(inputs.train_batches(config, 0, num_batches), 1):
+        if count == min(100, interval) or count % interval == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-            print(f"batch {step:>7,}  {resident:7,.0f} MiB", flush=True)
+            print(f"batch {count:>7,}  {resident:7,.0f} MiB", flush=True)
 
 
 def compare(starts: dict[str, Callable[[], Iterator]], rounds: int) -> dict[str, float]:

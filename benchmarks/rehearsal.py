@@ -44,7 +44,7 @@ from hivit_jax.reporting.console import log
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "rehearsal.json"
 EPOCHS, PRETRAINING_EPOCHS = 60, 100
-UNIT_SIZES = {"model.patch_size": 8, "model.embed_dim": 64, "model.num_heads": 2}
+HIVIT_AND_VIT = {"model.patch_size": 8, "model.embed_dim": 64, "model.num_heads": 2}
 SWIN = {
     "model.patch_size": 2,
     "model.embed_dim": 16,
@@ -57,12 +57,12 @@ SWIN = {
 METHODS = {
     "HiViT, MAE": (
         ("mae_hivit_tiny", "hivit_tiny"),
-        UNIT_SIZES | {"model.depths": (1, 1, 4)},
+        HIVIT_AND_VIT | {"model.depths": (1, 1, 4)},
         DECODER | {"mask_ratio": 0.75},
     ),
     "ViT, MAE": (
         ("mae_vit_tiny", "vit_tiny"),
-        UNIT_SIZES | {"model.depth": 6},
+        HIVIT_AND_VIT | {"model.depth": 6},
         DECODER | {"mask_ratio": 0.75},
     ),
     "Swin, SimMIM": (

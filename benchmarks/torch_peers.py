@@ -158,7 +158,7 @@ class Swin(nn.Module):
             for block in range(depth):
                 shift = window // 2 if block % 2 and side > window else 0
                 layers.append(SwinBlock(dim, 4 << stage, side, window, shift))
-        self.blocks = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(1024)
         self.head = nn.Linear(1024, num_classes or 32 * 32 * 3)
         if not num_classes:
@@ -170,8 +170,8 @@ class Swin(nn.Module):
 
     def encode(self, x):
         """Encode patches: [B, 8*window, 8*window, 128] -> [B, window, window, 1024]."""
-        for block in self.blocks:
-            x = block(x)
+        for layer in self.layers:
+            x = layer(x)
         return self.norm(x)
 
     def classify(self, images):

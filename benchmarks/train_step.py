@@ -255,7 +255,7 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     overrides = args.set + ([f"batch_size={args.batch}"] if args.batch else [])
     config = configs.load(args.config, [f"--config.{item}" for item in overrides])
-    # Without this, the compile time would be the time to read a cached program.
+    # With the cache, the compile time would be the time to read a cached program.
     jax.config.update("jax_enable_compilation_cache", False)
     if jax.default_backend() == "cpu":
         keep_freed_memory()  # as training does

@@ -149,7 +149,7 @@ def run_main(monkeypatch, tmp_path):
 
         calls = []
         monkeypatch.setattr(jax.distributed, "initialize", initialize)
-        # Without this, main's settings of malloc would outlive the test.
+        # Replaced, because its settings of malloc would outlive the test.
         monkeypatch.setattr(main, "keep_freed_memory", lambda: None)
         monkeypatch.setattr(
             sys, "argv", ["main", *mini_runs.arguments(peer_timeout=45), *flags]

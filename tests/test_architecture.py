@@ -127,8 +127,8 @@ def test_only_top_level_modules_accept_a_whole_config():
                 for argument in (*node.args.args, *node.args.kwonlyargs):
                     annotation = argument.annotation
                     annotation = annotation and ast.unparse(annotation)
-                    is_config = annotation in (None, "Any", "ConfigDict")
-                    assert argument.arg != "config" or not is_config, (
+                    may_be_whole_config = annotation in (None, "Any", "ConfigDict")
+                    assert argument.arg != "config" or not may_be_whole_config, (
                         f"{name}:{node.lineno} {node.name}"
                     )
 

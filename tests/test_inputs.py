@@ -147,14 +147,14 @@ def test_randaugment_changes_training_images_only(folder):
     cfg = folder_config(folder, data__randaugment=True)
     num_draws = transforms.DRAWS + randaugment.DRAWS
     num_changed = 0
-    for step, (augmented, plain) in enumerate(
+    for batch_index, (augmented, plain) in enumerate(
         zip(
             inputs.train_batches(cfg, 0, 6),
             inputs.train_batches(plain_config, 0, 6),
             strict=True,
         )
     ):
-        indices, epochs = samples_at(step * 8 + np.arange(8), 40, 0)
+        indices, epochs = samples_at(batch_index * 8 + np.arange(8), 40, 0)
         for k, (index, epoch) in enumerate(zip(indices, epochs, strict=True)):
             draws = transforms.uniforms(0, epoch, index, num_draws)
             draws = draws[-randaugment.DRAWS :]

@@ -107,7 +107,7 @@ def test_canvas_changes_pixels_by_one_level_at_most(folder, cache_directory):
     assert (levels > 0.5).mean() < 2e-3
 
 
-def test_16_bit_and_gray_rgb_images_equal_8_bit_images():
+def test_16_bit_images_and_rgb_images_with_equal_channels_equal_gray_images():
     """16-bit values are divided by 257. An RGB image with equal channels is gray."""
     config = digits_config()
     preprocess = hivit_jax.preprocess(model_of(config))
@@ -126,7 +126,10 @@ def test_16_bit_and_gray_rgb_images_equal_8_bit_images():
 
 
 def test_images_that_do_not_fit_the_model_must_be_converted(tmp_path):
-    """The error names no config key, because the model is trained."""
+    """The error advises converting the image instead of changing a config key.
+
+    The config of a trained model is fixed.
+    """
     preprocess = hivit_jax.preprocess(model_of(digits_config(), dtype="uint16"))
     np.save(path := tmp_path / "five.npy", bands := np.zeros((16, 16, 5), np.uint16))
     for image, found in (

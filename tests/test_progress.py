@@ -54,7 +54,7 @@ def test_short_operations_are_silent(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_cut_list_ends_with_the_number_of_other_names():
+def test_shortened_list_ends_with_the_number_of_other_names():
     names = ["a", "b", "c", "d"]
     assert progress.listed(names, 2) == "a, b, ... and 2 more"
     assert progress.listed(names, 4) == "a, b, c, d"

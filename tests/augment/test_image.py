@@ -38,8 +38,8 @@ def test_half_of_the_images_are_flipped():
 def test_erased_rectangles_follow_their_distributions():
     """Frequency, area, aspect ratio and noise are as documented.
 
-    The corners have the same mean row and mean column. The key of an image alone
-    determines its rectangle and noise.
+    The mean row of the top-left corners equals their mean column. The key of an image
+    alone determines its rectangle and noise.
     """
     count, side = 1500, 40
     images = jnp.full((count, side, side, 3), 7.0)
@@ -50,19 +50,19 @@ def test_erased_rectangles_follow_their_distributions():
     erased_images = erased_pixels.any((1, 2))
     # The tolerance is four standard errors.
     assert erased_images.mean() == pytest.approx(0.25, abs=0.045)
-    areas, aspects, corners = [], [], []
+    areas, log_aspects, corners = [], [], []
     for mask in erased_pixels[erased_images]:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
         assert mask.sum() == height * width  # a filled rectangle
         areas.append(height * width / side**2)
-        aspects.append(np.log(height / width))
+        log_aspects.append(np.log(height / width))
         corners.append((rows[0], columns[0]))
     assert min(areas) > 0.015
     assert max(areas) < 0.36
     assert np.mean(areas) == pytest.approx((0.02 + 1 / 3) / 2, abs=0.025)
-    assert np.abs(aspects).max() < np.log(1 / 0.3) + 0.15
-    assert np.mean(aspects) == pytest.approx(0, abs=0.15)
+    assert np.abs(log_aspects).max() < np.log(1 / 0.3) + 0.15
+    assert np.mean(log_aspects) == pytest.approx(0, abs=0.15)
     assert np.mean(corners, 0) == pytest.approx(np.mean(corners), rel=0.12)
     values = out[erased_pixels]
     assert values.mean() == pytest.approx(0, abs=0.01)

@@ -63,7 +63,7 @@ def test_tfrecords_of_a_bucket_equal_local_files(bucket, prepared):
     assert_batches_equal(batches(cfg), expected)
     assert len(list(bucket.root.glob(f"tfrecord/{VERSION}/*.npz"))) == 2
     bucket.requests.clear()
-    bucket.failures, bucket.truncated = [503, 429, 500], 2
+    bucket.failures, bucket.truncations_left = [503, 429, 500], 2
     assert_batches_equal(batches(cfg), expected)
     # Four batches of 8 training images and 6 evaluation images are read, and 5 reads
     # are repeated.
@@ -201,10 +201,10 @@ def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
         bucket.statuses = {key: status}
         with pytest.raises(LocalDataError, match=f"gs://.*{key}: HTTP status {status}"):
             batches(cfg)
-    bucket.statuses, bucket.truncated = {}, 10**6
+    bucket.statuses, bucket.truncations_left = {}, 10**6
     with pytest.raises(LocalDataError, match="cannot access"):
         batches(cfg)
-    bucket.truncated = 0
+    bucket.truncations_left = 0
     (bucket.root / "tfrecord" / key).unlink()
     with pytest.raises(LocalDataError, match=rf"{key} does not exist \(HTTP .*404"):
         batches(cfg)

@@ -180,7 +180,8 @@ def tiff_12_bits(values):
     return tiff(values, packed=(12, content))
 
 
-# Kind of file -> (encoded image, uint16 values; None: `GRAY` with 10 or 12 bits)
+# Kind of file -> (encoded image, its uint16 values). The values are None for files that
+# contain `GRAY` reduced to 10 or 12 bits.
 UP_TO_16_BITS = {
     "png": (encode(GRAY, "PNG"), GRAY),
     "png, color": (png(RAMP), RAMP),
@@ -317,13 +318,14 @@ def test_transform_passes_value_range_to_the_decoder():
 def test_crops_may_be_decoded_from_complete_baseline_jpegs_only():
     """A crop of any other file requires decoding the whole image."""
     jpeg = encode(IMAGE, "JPEG", quality=90)
-    thumbnail = Image.Exif()
-    thumbnail[0x010E] = jpeg[:2000].decode("latin1")  # markers inside a segment
+    # JPEG markers inside a metadata segment, as of a thumbnail
+    exif_with_markers = Image.Exif()
+    exif_with_markers[0x010E] = jpeg[:2000].decode("latin1")
     for good in (
         jpeg,
         encode(IMAGE.convert("L"), "JPEG"),
         encode(IMAGE, "JPEG", restart_marker_blocks=2),
-        encode(IMAGE, "JPEG", exif=thumbnail),
+        encode(IMAGE, "JPEG", exif=exif_with_markers),
     ):
         assert may_decode_crops(good)
     for bad in (

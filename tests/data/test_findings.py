@@ -39,9 +39,9 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
     ],
 )
 def test_images_that_lose_levels_are_reported(values, value_range, detail):
-    """Levels are lost if fewer than 64, and fewer than a quarter of them, remain.
+    """An image loses levels if fewer than 64 and under a quarter of its levels remain.
 
-    Levels are also lost if only one of several remains.
+    An image also loses levels if only one of several remains.
     """
     reported = findings(values, value_range)
     assert reported[LOST].startswith(detail)

@@ -30,8 +30,8 @@ def test_training_batches_follow_the_permutations_of_the_epochs():
     batches = list(inputs.train_batches(cfg, 0, 16))
     assert len(batches) == 16
     order = np.concatenate([permutation(0, 0, 1437), permutation(0, 1, 1437)])
-    for step, batch in enumerate(batches):
-        indices = order[step * 96 : (step + 1) * 96]
+    for batch_index, batch in enumerate(batches):
+        indices = order[batch_index * 96 : (batch_index + 1) * 96]
         assert batch["image"].shape == (96, 16, 16, 1)
         assert batch["image"].dtype == np.uint8
         assert batch["label"].dtype == np.int32
@@ -84,8 +84,8 @@ def test_process_batches_concatenate_to_the_global_batch(
     monkeypatch, num_processes, name
 ):
     train_examples = 1000 if name == "synthetic" else 0
-    keys = dict(data__crop_scale=(0.3, 1.0), data__train_examples=train_examples)
-    cfg = digits_config(data__name=name, **keys)
+    overrides = dict(data__crop_scale=(0.3, 1.0), data__train_examples=train_examples)
+    cfg = digits_config(data__name=name, **overrides)
 
     def batches():
         return [*inputs.train_batches(cfg, 14, 16), *inputs.eval_batches(cfg)]
@@ -113,10 +113,14 @@ def test_batches_do_not_depend_on_threads(folder, workers):
     assert_batches_equal(batches[7:], inputs.train_batches(cfg, 7, 12))
 
 
-@pytest.mark.parametrize(("workers", "cores"), [(1, {0, 1, 2}), (0, {5})])
-def test_data_workers_sets_the_number_of_threads(folder, monkeypatch, workers, cores):
+@pytest.mark.parametrize(("workers", "core_ids"), [(1, {0, 1, 2}), (0, {5})])
+def test_data_workers_sets_the_number_of_threads(
+    folder, monkeypatch, workers, core_ids
+):
     """With data.workers=0, there is one thread per core."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores, raising=False)
+    monkeypatch.setattr(
+        os, "sched_getaffinity", lambda process: core_ids, raising=False
+    )
     cfg = folder_config(folder, data__workers=workers, batch_size=40)
     batches = inputs.train_batches(cfg, 0, 100)
     next(batches)

@@ -97,10 +97,10 @@ def test_busy_server_is_retried(bucket, scheme, status):
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_truncated_answers_are_retried_then_fail(bucket, scheme):
-    bucket.truncated = 2
+    bucket.truncations_left = 2
     assert storage.start_read(f"{scheme}://bucket/{KEY}", 5, 1500)() == DATA[5:1500]
     assert bucket.reads(KEY) == 3
-    bucket.truncated = 100
+    bucket.truncations_left = 100
     with pytest.raises(storage.StorageError, match="partial file"):
         storage.start_read(f"{scheme}://bucket/{KEY}", 5, 1500)()
 

@@ -81,11 +81,11 @@ def test_run_that_loses_access_resumes_bit_identically(
         resumed_at = mini_runs.saved_steps(workdir)[-1]
         assert 6 <= resumed_at < 12
         bucket.on_answer, bucket.statuses = lambda _: None, {}
-        bucket.failures, bucket.delay, bucket.truncated = [503, 429], 0.02, 3
+        bucket.failures, bucket.delay, bucket.truncations_left = [503, 429], 0.02, 3
         code, out, err = run_training(workdir, "gs://bucket", reader)
         assert code == 0, err
         assert f"resuming at step {resumed_at} " in out
-        assert bucket.truncated == 0
+        assert bucket.truncations_left == 0
         assert bucket.failures == []
     assert mini_runs.logged(workdir) == mini_runs.logged(local)
     for name in ("eval/loss", "eval/count"):

@@ -183,8 +183,8 @@ def test_training_flips_and_erases_resized_images(run, folder):
     """Half of the images are flipped, and a rectangle of each image is erased."""
     pixels, order = normalized(folder[1]["train"][0]), order_of(0, 4, TRAIN)
     mirrored = []  # 1 for each flipped image, else 0
-    for step, (images, _) in enumerate(run.train):
-        for image, index in zip(images, order[step * BATCH :], strict=False):
+    for batch_index, (images, _) in enumerate(run.train):
+        for image, index in zip(images, order[batch_index * BATCH :], strict=False):
             if index in DAMAGED["train"]:
                 continue
             both_flips = np.stack([pixels[index], pixels[index, :, ::-1]])

@@ -124,7 +124,7 @@ def test_documented_commands_succeed(directory, monkeypatch, capfd, minimal_outp
     monkeypatch.setattr(sys, "path", [str(mini_runs.ROOT), *sys.path])
     devices = jax.devices()[:1]  # because eight devices cannot share a batch of 25
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    # Without this, the timing takes 3 CPU seconds, or minutes on a busy machine.
+    # The default takes 3 CPU seconds, or minutes on a busy machine.
     monkeypatch.setattr(check_data, "TIMING_SECONDS", 0.1)
     counts, failed, done = {"run": 0}, [], []
     for page in PAGES:

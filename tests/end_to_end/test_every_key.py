@@ -425,7 +425,7 @@ ELSEWHERE = {
     "model.window_size": "test_windows_with_dropped_units_are_refused",
     "optimizer.ema_decay": "test_each_step_updates_the_average",
     "optimizer.first_moment_dtype": "test_ten_steps_equal_the_official_adamw",
-    "optimizer.first_epoch": "test_first_epoch_1_skips_an_epoch_when_resuming",
+    "optimizer.first_epoch": "test_resuming_with_first_epoch_1_skips_an_epoch",
     "optimizer.gamma": "test_multistep_schedule_equals_torch",
     "optimizer.lr_batch": "test_peak_is_proportional_to_batch_size_over_lr_batch",
     "optimizer.milestones": "test_multistep_schedule_equals_torch",
@@ -443,7 +443,7 @@ def test_every_key_is_in_a_table(name):
     known |= set(UNUSED.get(name, ()))
     keys = {key.replace("/", ".") for key in named_leaves(run_config(name).to_dict())}
     keys |= {f"model.{key}" for key in run_config(name).model}
-    # Without this, `keys` would contain elements of tuples, such as data.mean.0.
+    # Names such as data.mean.0 are elements of tuples, not keys.
     keys = {key for key in keys if not re.search(r"\.\d+$", key)}
     assert keys - known == set()
 

@@ -110,17 +110,17 @@ def test_batches_continue_after_a_kill(run, one_host):
         "from hivit_jax import inputs\n"
         "path, *flags = sys.argv[1:]\n"
         "config = config.load(path.removeprefix('--config='), flags)\n"
-        f"for step, _ in enumerate(inputs.train_batches(config, 0, {end})):\n"
-        f"    if step == {first}:\n"
+        f"for index, _ in enumerate(inputs.train_batches(config, 0, {end})):\n"
+        f"    if index == {first}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert mini_runs.run_process("-c", code, *arguments)[0] == -9
     config = mini_runs.configs.load(
         arguments[0].removeprefix("--config="), arguments[1:]
     )
-    for step, batch in enumerate(inputs.train_batches(config, first, end)):
+    for batch_index, batch in enumerate(inputs.train_batches(config, first, end)):
         for key, value in batch.items():
-            assert_array_equal(value, one_host[0][f"{step} {key}"])
+            assert_array_equal(value, one_host[0][f"{batch_index} {key}"])
 
 
 def test_eight_hosts_evaluate_every_image_once(monkeypatch):

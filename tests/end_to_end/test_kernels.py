@@ -14,7 +14,7 @@ pytestmark = [
 
 @pytest.mark.extras
 def test_kernels_and_plain_jax_print_the_same_evaluation(tmp_path, capsys):
-    """With both, a classifier of digits prints the same loss (4 decimals) and top-1.
+    """Loss (4 decimals) and top-1 of a classifier of digits are equal.
 
     The model is wide enough for kernels in the main stage. The kernels are interpreted.
     """

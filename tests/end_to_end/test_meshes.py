@@ -249,8 +249,9 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
     """The loss of step 5 is NaN; step 6 raises the error; step 4 is saved."""
 
     def poisoned(config, first, last):
-        for step, batch in enumerate(train_batches(config, first, last), first):
-            weight = batch["weight"] * (np.nan if step == 4 else 1)
+        for index, batch in enumerate(train_batches(config, first, last), first):
+            # Index 4 is the batch of step 5.
+            weight = batch["weight"] * (np.nan if index == 4 else 1)
             yield batch | {"weight": weight.astype(np.float32)}
 
     train_batches = inputs.train_batches
@@ -273,8 +274,8 @@ def test_computed_steps_are_saved_before_a_data_error(tmp_path, monkeypatch):
     """All computed steps are logged; the last one is also evaluated and saved."""
 
     def failing(config, first, last):
-        for step, batch in enumerate(original_batches(config, first, last)):
-            if step == 5:  # two batches are read ahead
+        for index, batch in enumerate(original_batches(config, first, last)):
+            if index == 5:  # steps 1 to 3 are computed; two more batches are prefetched
                 raise DataError("no answer")
             yield batch
 
@@ -398,7 +399,7 @@ def test_evaluation_counts_every_image_once(recipe):
 
 
 @pytest.mark.extras
-def test_first_epoch_1_skips_an_epoch_when_resuming(tmp_path):
+def test_resuming_with_first_epoch_1_skips_an_epoch(tmp_path):
     """A run resumed after 2 steps skips an epoch of 4 steps."""
     config = mini_runs.mae(optimizer__first_epoch=1)
     requests = iter([None, None, "stop"])

@@ -33,7 +33,8 @@ class Bucket(ThreadingHTTPServer):
       failures: HTTP statuses of the next answers, one status per answer.
       statuses: {piece: HTTP status}. A request gets the status if its key, or the
         prefix that it lists, contains the piece.
-      truncated: number of the next downloads whose bodies are cut in half.
+      truncations_left: number of the next downloads whose bodies are cut in half. Each
+        of these downloads subtracts 1.
       read_only: refuse uploads, copies and deletions with 403.
       generation: version number of objects that were not written through the server.
         Each write of an object adds 1 to its version number.
@@ -46,7 +47,7 @@ class Bucket(ThreadingHTTPServer):
 
     def __init__(self, root: Path):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.delay, self.truncated = Path(root), 0.0, 0
+        self.root, self.delay, self.truncations_left = Path(root), 0.0, 0
         self.failures: list[int] = []
         self.statuses: dict[str, int] = {}
         self.read_only, self.generation = False, 1
@@ -67,7 +68,7 @@ class Bucket(ThreadingHTTPServer):
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
             "STORAGE_EMULATOR_HOST": self.url,
-            # Without this, gcsfs asks another service for the type of the bucket.
+            # By default, gcsfs asks another service for the type of the bucket.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "FSSPEC_GCS_TOKEN": "anon",
             "AWS_ENDPOINT_URL": self.url,
@@ -260,8 +261,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         with self.server.lock:
-            is_cut = status in (200, 206) and headers and self.server.truncated > 0
-            self.server.truncated -= bool(is_cut)
+            is_download = status in (200, 206) and headers
+            is_cut = is_download and self.server.truncations_left > 0
+            self.server.truncations_left -= bool(is_cut)
         self.wfile.write(body[: len(body) // 2] if is_cut else body)
         self.close_connection = self.close_connection or bool(is_cut)
 

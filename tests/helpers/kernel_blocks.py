@@ -15,7 +15,7 @@ from kernel_cases import (
     output_and_gradients,
     plain_mlp,
 )
-from networks import abstract_model, fast_jit, random_weight
+from networks import abstract_model, random_weight, unoptimized_jit
 
 from hivit_jax.tree import split
 
@@ -80,7 +80,7 @@ def assert_fused_equals_unfused(block, x, cotangent, kernel_names, **inputs):
     assert kernels_in(jaxpr) == kernel_names
     assert_close(
         *(
-            fast_jit(partial(output_and_gradients, partial(run, choice)))(
+            unoptimized_jit(partial(output_and_gradients, partial(run, choice)))(
                 arrays, cotangent
             )
             for choice in ("fused", "plain")

@@ -46,14 +46,18 @@ def mini(name="hivit_base", **overrides):
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(random_weight, params))
 
 
-# With more optimization, most of the test time is compilation.
-fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# Minimal optimization: otherwise the tests would spend most of their time compiling.
+unoptimized_jit = partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 
 def jit_model(model, function):
     """Jit `function(model, *arrays)` as a function of the arrays."""
     graphdef, params = split(model)
-    run = fast_jit(lambda params, *args: function(nnx.merge(graphdef, params), *args))
+    run = unoptimized_jit(
+        lambda params, *args: function(nnx.merge(graphdef, params), *args)
+    )
     return partial(run, params)
 
 
@@ -82,7 +86,9 @@ def numpy_attention(attention, x, bias):
 def jit_initializer(name, **overrides):
     """Return a jitted function that initializes the parameters of a small model."""
     arguments = DEFAULTS[name] | overrides
-    return fast_jit(lambda key: split(create_model(name, seed=key, **arguments))[1])
+    return unoptimized_jit(
+        lambda key: split(create_model(name, seed=key, **arguments))[1]
+    )
 
 
 def initial_params(name, seed, **overrides):
@@ -114,7 +120,7 @@ def run_small_mae(dtype):
         out = nnx.merge(graphdef, params)(images, noise=noise)
         return out.loss, out
 
-    step = fast_jit(jax.value_and_grad(run, has_aux=True))
+    step = unoptimized_jit(jax.value_and_grad(run, has_aux=True))
     (loss, out), gradients = step(params)
     return loss, out, named_leaves(gradients), named_leaves(params)
 
@@ -124,7 +130,7 @@ def params_by_name(model):
     return jax.device_get(named_leaves(split(model)[1]))
 
 
-def torch_bicubic(maps, grid):
+def bicubic_like_torch(maps, grid):
     """Resize maps [h, w, D] to [*grid, D] like PyTorch's bicubic interpolation."""
 
     def cubic(x, a=-0.75):

@@ -72,7 +72,10 @@ def random_box(height, width, draws, scale):
 
 
 def center_box(height, width, size, crop_pct):
-    """Return (top, left, height, width), in pixels, of timm's center crop."""
+    """Return (top, left, height, width) of timm's center crop.
+
+    The values are fractional pixels of the original image.
+    """
     target = [math.floor(side / crop_pct) for side in size]
     ratio = max(target[0] / height, target[1] / width)
     resized = [int(height * ratio + 1e-9), int(width * ratio + 1e-9)]

@@ -17,7 +17,7 @@ from hivit_jax.weights.names.official import to_official
 
 TINY = dict(image_size=32, embed_dim=16, depths=(1, 1, 2), num_heads=1)
 TINY_DECODER = dict(decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)
-# Arguments that cannot be inferred from weights, because the heads are narrow.
+# Head counts, which the weights do not contain; passing them avoids guesses.
 NOT_IN_STATE_DICT = dict(num_heads=1, decoder_num_heads=1)
 
 
@@ -60,18 +60,18 @@ def contents_by_format():
     model, state = random_state_dict(
         "hivit_base", num_classes=5, fc_norm=False, layer_norm_eps=1e-5
     )
-    named = {}
+    mmpretrain_state = {}
     for name, array in state.items():
         if name.startswith("head."):
-            named[name.replace("head.", "head.fc.")] = array
+            mmpretrain_state[name.replace("head.", "head.fc.")] = array
         else:
             new_name = {"absolute_pos_embed": "pos_embed"}.get(name, name)
-            named[f"backbone.{new_name}"] = array
+            mmpretrain_state[f"backbone.{new_name}"] = array
     index = np.zeros((4, 4), np.int64)
-    named["backbone.relative_position_index"] = index
-    named["backbone.blocks.6.attn.relative_position_index"] = index
+    mmpretrain_state["backbone.relative_position_index"] = index
+    mmpretrain_state["backbone.blocks.6.attn.relative_position_index"] = index
     meta = {"epoch": 300, "experiment_name": "hivit"}
-    contents["mmpretrain"] = (model, {"state_dict": named, "meta": meta})
+    contents["mmpretrain"] = (model, {"state_dict": mmpretrain_state, "meta": meta})
     return contents
 
 

@@ -5,7 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import optax
-from networks import fast_jit, random_array
+from networks import random_array, unoptimized_jit
 
 from hivit_jax.checkpoints.manager import Checkpoints
 from hivit_jax.distributed.sharding import make_mesh, state_shardings, with_shardings
@@ -49,7 +49,7 @@ def make_state(seed=0):
 def state_on_mesh(name, seed=0):
     """Return (state on a mesh of `MESHES`, abstract state for `restore_newest`)."""
     shardings = state_shardings(make_mesh(MESHES[name], 8), jax.eval_shape(make_state))
-    state = fast_jit(lambda: make_state(seed), out_shardings=shardings)()
+    state = unoptimized_jit(lambda: make_state(seed), out_shardings=shardings)()
     return state, with_shardings(jax.eval_shape(make_state), shardings)
 
 

@@ -20,7 +20,7 @@ from kernel_cases import (
     relative_errors,
     tpu_info,
 )
-from networks import fast_jit
+from networks import unoptimized_jit
 
 from hivit_jax.kernels import dispatch, target
 from hivit_jax.kernels.attention_xla import dot_product_attention
@@ -70,7 +70,7 @@ def test_flash_kernel_equals_plain_jax(tokens, heads, head_width, rows):
     """
     inputs, cotangent = inputs_of(3, tokens, heads, head_width)
     actual, expected = (
-        fast_jit(partial(output_and_gradients, function))(inputs, cotangent)
+        unoptimized_jit(partial(output_and_gradients, function))(inputs, cotangent)
         for function in (partial(fused, rows=rows), plain)
     )
     assert_close(actual, expected)
@@ -82,7 +82,7 @@ def test_flash_kernel_in_bfloat16_is_about_as_exact_as_plain_jax():
     float32_inputs = [x.astype(jnp.float32) for x in inputs]
     truth = output_and_gradients(plain, float32_inputs, cotangent.astype(jnp.float32))
     errors, plain_errors = (
-        relative_errors(function, inputs, cotangent, truth, fast_jit)
+        relative_errors(function, inputs, cotangent, truth, unoptimized_jit)
         for function in (fused, plain)
     )
     for error, plain_error in zip(errors, plain_errors, strict=True):
@@ -95,7 +95,9 @@ def test_gradient_of_the_bias_is_summed_over_devices():
     with mesh_of(data=2):
         jaxpr = jax.make_jaxpr(attend)(*inputs).jaxpr
         assert kernels_in(jaxpr) == [KERNEL]
-        actual = fast_jit(partial(output_and_gradients, attend))(inputs, cotangent)
+        actual = unoptimized_jit(partial(output_and_gradients, attend))(
+            inputs, cotangent
+        )
     expected = output_and_gradients(plain, inputs, cotangent)
     assert_close(actual, expected)
 

@@ -27,7 +27,7 @@ from kernel_cases import (
     random_arrays,
     random_inputs,
 )
-from networks import fast_jit
+from networks import unoptimized_jit
 from numpy.testing import assert_allclose
 
 from hivit_jax.kernels import attention_xla, target
@@ -173,7 +173,7 @@ def test_fused_equals_plain(name, drop, num_saved):
     plain = partial(case.plain, branch_scale=scale)
     fused = partial(case.fused, branch_scale=scale, num_saved=num_saved, interpret=True)
     expected = jax.jit(partial(output_and_gradients, plain))(inputs, cotangent)
-    actual = fast_jit(partial(output_and_gradients, fused))(inputs, cotangent)
+    actual = unoptimized_jit(partial(output_and_gradients, fused))(inputs, cotangent)
     for a, b in zip(actual, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
@@ -189,7 +189,7 @@ def test_fused_equals_plain(name, drop, num_saved):
     ],
 )
 def test_kernels_in_bfloat16_are_about_as_exact_as_plain(name, num_saved):
-    assert_bfloat16_errors(CASES[name], fast_jit, num_saved, interpret=True)
+    assert_bfloat16_errors(CASES[name], unoptimized_jit, num_saved, interpret=True)
 
 
 @pytest.mark.extras

@@ -407,7 +407,7 @@ def test_fake_pod_starts_processes_and_prefixes_their_lines(stage):
 def test_fake_pod_ends_its_processes_after_a_signal(stage, signal_number):
     """The pod sends SIGTERM to its processes after SIGTERM and after SIGHUP."""
     play = {TRAIN: [["waiting", "signal"]]}
-    # Without this, the pod would ignore SIGHUP if the tests run under nohup.
+    # If the tests run under nohup, SIGHUP is ignored, and the pod would inherit that.
     before = signal.signal(signal_number, signal.SIG_DFL)
     process = stage.start(*fake_pod(4, *TRAINING), play=play)
     signal.signal(signal_number, before)

@@ -122,9 +122,9 @@ def test_cpu_fusions_do_not_grow_with_depth():
 
 @pytest.mark.slow
 def test_scan_blocks_requires_equal_windows():
-    """Global blocks are refused. With equal windows, scan_blocks changes no output.
+    """scan_blocks=True refuses global blocks, which change the output.
 
-    Without scan_blocks, a global block among windowed ones changes the output.
+    If all blocks have equal windows, scan_blocks changes no output.
     """
     windows = dict(window_size=2)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)

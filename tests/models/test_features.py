@@ -10,10 +10,10 @@ from networks import (
     MINI,
     abstract_model,
     abstract_outputs,
-    fast_jit,
     jit_model,
     mini,
     random_array,
+    unoptimized_jit,
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -211,7 +211,7 @@ def test_features_on_eight_devices_equal_one_device(windows):
     images = random_array((8, 48, 80, 3))
     ids_keep = jnp.stack([jnp.roll(jnp.arange(15), n)[:6] for n in range(8)])
 
-    @fast_jit
+    @unoptimized_jit
     def run(params, images, ids_keep):
         model = nnx.merge(graphdef, params)
         if windows:

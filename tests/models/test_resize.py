@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from networks import jit_model, mini, random_array, torch_bicubic
+from networks import bicubic_like_torch, jit_model, mini, random_array
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.models import resize
@@ -32,7 +32,7 @@ def test_grid_table_is_resized_bicubically(grid, new_grid):
     table = resize.resize_grid_table(maps.reshape(-1, 3), grid, new_grid)
     assert table.shape == (new_grid[0] * new_grid[1], 3)
     assert_allclose(
-        table.reshape(*new_grid, 3), torch_bicubic(maps, new_grid), atol=1e-13
+        table.reshape(*new_grid, 3), bicubic_like_torch(maps, new_grid), atol=1e-13
     )
     table32 = resize.resize_grid_table(np.float32(maps).reshape(-1, 3), grid, new_grid)
     assert table32.dtype == np.float32
@@ -111,7 +111,7 @@ def test_patch_kernel_is_resized_per_channel_and_output(new_side):
     pixels = kernel.reshape(4, 4, 3, 5)
     actual = resized.reshape(new_side, new_side, 3, 5)
     for channel in range(3):
-        expected = torch_bicubic(pixels[:, :, channel], (new_side, new_side))
+        expected = bicubic_like_torch(pixels[:, :, channel], (new_side, new_side))
         assert_allclose(actual[:, :, channel], expected, atol=1e-13)
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import mini_runs
 import numpy as np
 import pytest
-from networks import abstract_model, abstract_outputs, fast_jit
+from networks import abstract_model, abstract_outputs, unoptimized_jit
 from vit import FACTS, by_official_name
 
 from hivit_jax import inputs
@@ -100,7 +100,7 @@ def test_initial_weights_have_the_official_bounds():
     """
     decoder = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     sizes = MINI | decoder
-    build = fast_jit(lambda: split(create_model("mae_vit_base", **sizes))[1])
+    build = unoptimized_jit(lambda: split(create_model("mae_vit_base", **sizes))[1])
     params = named_leaves(build())
     block = "encoder/stages/0/0"
     for name, bound in {

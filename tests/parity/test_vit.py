@@ -31,20 +31,20 @@ def mae_inputs(fixture):
 
 
 def run_mae(fixture):
-    """Return model, losses, outputs and gradients by official name."""
+    """Return model, loss computed in two ways, outputs, gradients by official name."""
     model, params = vit.build(fixture)
     inputs = mae_inputs(fixture)
-    losses, out, gradients = pretraining_gradients(model, params, *inputs)
+    both_losses, out, gradients = pretraining_gradients(model, params, *inputs)
     assert not gradients.pop("pos_embed").any()
     assert not gradients.pop("decoder_pos_embed").any()
-    return model, losses, out, gradients
+    return model, both_losses, out, gradients
 
 
 @pytest.mark.slow
 def test_vit_mini_mae_reproduces_official_outputs_and_gradients():
-    model, losses, out, gradients = run_mae("mae_vit_mini")
+    model, both_losses, out, gradients = run_mae("mae_vit_mini")
     arrays = golden("mae_vit_mini")
-    assert_close(losses, [FIXTURES["mae_vit_mini"]["loss_f64"]] * 2, 1e-6)
+    assert_close(both_losses, [FIXTURES["mae_vit_mini"]["loss_f64"]] * 2, 1e-6)
     assert_close(out.pred, arrays["pred"], 2e-5)
     assert_close(out.latent, arrays["latent"], 2e-5)
     np.testing.assert_array_equal(out.mask, arrays["mask"])
@@ -63,8 +63,8 @@ def test_vit_mini_mae_reproduces_official_outputs_and_gradients():
 
 @pytest.mark.slow
 def test_mini_mae_of_raw_pixels_reproduces_official_outputs_and_gradients():
-    model, losses, out, gradients = run_mae("mae_vit_mini_pix")
-    assert_close(losses, [FIXTURES["mae_vit_mini_pix"]["loss_f64"]] * 2, 1e-6)
+    model, both_losses, out, gradients = run_mae("mae_vit_mini_pix")
+    assert_close(both_losses, [FIXTURES["mae_vit_mini_pix"]["loss_f64"]] * 2, 1e-6)
     assert_close(out.pred, golden("mae_vit_mini")["pred"], 2e-5)
     images, _ = mae_inputs("mae_vit_mini")
     raw = golden("mae_vit_mini")["target0_raw"]
@@ -158,9 +158,9 @@ def test_vit_base_classifier_reproduces_official_outputs(fixture):
 def test_vit_base_mae_reproduces_official_outputs_and_gradients(monkeypatch):
     shapes = shapes_of("mae_vit_base")
     monkeypatch.setitem(FIXTURES["mae_vit_base"], "state_dict", shapes)
-    _, losses, out, gradients = run_mae("mae_vit_base")
+    _, both_losses, out, gradients = run_mae("mae_vit_base")
     arrays = golden("mae_vit_base")
-    assert_close(losses, [FIXTURES["mae_vit_base"]["loss_f64"]] * 2, 1e-6)
+    assert_close(both_losses, [FIXTURES["mae_vit_base"]["loss_f64"]] * 2, 1e-6)
     np.testing.assert_array_equal(out.mask, arrays["mask"])
     assert_close(out.pred[:, [0, 1, 97, 195], ::16], arrays["pred_slice"], 2e-5)
     assert_close(out.pred.mean(-1), arrays["pred_mean_per_token"], 2e-5)

@@ -563,7 +563,7 @@ def test_class_without_an_image_is_reported(check, tmp_path):
     assert test[-3:] == ["2 classes without an image", *NAMES[5:]]
     problem = "train: 1 class without an image; test: 2 classes without an image"
     assert out.endswith(f"\n{problem}\n")
-    # The error lists all failures, and one remedy for both.
+    # The error lists the failures of both splits, and one remedy.
     remedy = "add images of every class, or remove the classes without an image"
     assert err.endswith(f"\n{problem}\n{remedy}\n")
 

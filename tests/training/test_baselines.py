@@ -12,7 +12,7 @@ import reference
 import swin
 import vit
 from flax import nnx
-from networks import fast_jit
+from networks import unoptimized_jit
 
 from hivit_jax import inputs
 from hivit_jax.training.optimizer import make_optimizer
@@ -100,7 +100,7 @@ def test_eight_steps_equal_the_official_ones(recipe):
     layers = model.layer_ids() if options.layer_decay != 1 else {}
     transform = make_optimizer(options, schedule, task.is_decayed, layers)
 
-    @fast_jit
+    @unoptimized_jit
     def step(params, opt_state):
         loss, gradient = jax.value_and_grad(loss_fn)(params)
         updates, opt_state = transform.update(gradient, opt_state, params)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from networks import jit_model, mini, params_by_name, random_array, torch_bicubic
+from networks import bicubic_like_torch, jit_model, mini, params_by_name, random_array
 from numpy.testing import assert_allclose, assert_array_equal
 
 import hivit_jax
@@ -13,7 +13,7 @@ import hivit_jax
 def resize_table(table, grid, new_grid):
     """Resize a table [rows * columns, D] from one grid to another."""
     maps = table.reshape(*grid, -1).astype(np.float64)
-    return torch_bicubic(maps, new_grid).reshape(new_grid[0] * new_grid[1], -1)
+    return bicubic_like_torch(maps, new_grid).reshape(new_grid[0] * new_grid[1], -1)
 
 
 @pytest.mark.slow
@@ -21,7 +21,7 @@ def resize_table(table, grid, new_grid):
 def test_tables_are_resized_to_another_image_size(size, tmp_path, capsys):
     """Tables of 4 x 6 units are resized to any other grid; nothing else changes.
 
-    This includes a grid of 6 x 4 units, although the number of units is equal.
+    A grid of 6 x 4 units counts as another grid, although its number of units is equal.
     """
     model = mini("hivit_base", image_size=(64, 96))
     hivit_jax.save_pretrained(model, tmp_path)

@@ -229,8 +229,8 @@ OTHER_KINDS = {
 def test_error_names_the_kind_of_another_file(kind, suffix, tmp_path):
     """The suffix matters only for a file of an unknown kind.
 
-    With the suffix safetensors, the error then states that the file is damaged. With
-    the others, it contains the first bytes.
+    For such a file, the error contains the first bytes, or, with the suffix
+    safetensors, states that the file is damaged.
     """
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(OTHER_KINDS[kind])

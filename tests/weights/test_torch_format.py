@@ -1,8 +1,8 @@
 """Tests of reading files of ``torch.save`` without PyTorch and without running code.
 
-Every class and function that a file names is inert. Dense tensors and NumPy arrays of
-numbers are read. Sparse, quantized, conjugated and big-endian tensors are refused, and
-so are inconsistent files.
+Every class and function that a file names is replaced by an inert stand-in. Dense
+tensors and NumPy arrays of numbers are read. Sparse, quantized, conjugated and
+big-endian tensors are refused, and so are inconsistent files.
 """
 
 import copyreg
@@ -107,7 +107,10 @@ def test_parameters_and_subclasses_are_read_as_arrays(tmp_path):
 
 
 def planted_programs(marker):
-    """Return {case: pickle}; `pickle.loads` of each would run a command."""
+    """Return {case: pickle that names a function or class and tries to use it}.
+
+    With `pickle.loads`, some of the pickles would run a command.
+    """
     command = f"touch {marker}".encode()
     text = b"X" + struct.pack("<I", len(command)) + command  # BINUNICODE
     system = b"cos\nsystem\n"
@@ -204,7 +207,7 @@ def test_tensors_that_are_not_dense_are_refused(name, tmp_path):
 
 @pytest.mark.parametrize("flag", ["conj", "neg"])
 def test_conjugated_and_negated_tensors_are_refused(flag, tmp_path):
-    """Their storage contains other numbers than the tensor."""
+    """The storage of such a tensor contains other numbers than the tensor."""
     function, args, *_ = tensor(NUMBERS).parts
     flagged = function(*args, {flag: True})
     path = torch_files.save({"a": flagged}, tmp_path / "x.pth")
@@ -229,7 +232,10 @@ def test_damaged_files_are_refused(legacy, tmp_path):
 
 
 def test_unsupported_zip_archives_are_refused(tmp_path):
-    """Archives of PyTorch are read even if all checksums are 0."""
+    """NumPy archives, TorchScript programs and big-endian files are refused.
+
+    Archives whose checksums are all 0 are supported.
+    """
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth")
     content = bytearray(path.read_bytes())
     for header, offset in ((b"PK\3\4", 14), (b"PK\1\2", 16)):
@@ -245,7 +251,7 @@ def test_unsupported_zip_archives_are_refused(tmp_path):
         archive.writestr("x/constants.pkl", b"")
     with pytest.raises(CheckpointError, match="is a TorchScript program"):
         TorchFile(path)
-    little_endian = torch_files.save({}, tmp_path / "big.pth").read_bytes()
+    little_endian = torch_files.save({}, tmp_path / "little.pth").read_bytes()
     path.write_bytes(little_endian.replace(b"little", b"bigbig"))
     with pytest.raises(CheckpointError):
         TorchFile(path)
