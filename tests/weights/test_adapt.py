@@ -8,6 +8,8 @@ from networks import bicubic_like_torch, jit_model, mini, params_by_name, random
 from numpy.testing import assert_allclose, assert_array_equal
 
 import hivit_jax
+from hivit_jax.weights.adapt import check_fit, match_arrays
+from hivit_jax.weights.load import read
 
 
 def resize_table(table, grid, new_grid):
@@ -120,3 +122,15 @@ def test_classifier_loads_a_pretrained_encoder(tmp_path, capsys):
     assert "encoder/stages 2 (relative position tables)\n" in out
     for outcome in ("matched", "unused", "zero_init", "newly_initialized"):
         assert f"  {outcome} " in out
+
+
+def test_fresh_parameters_are_newly_initialized(tmp_path):
+    """The prefixes of a task may name any parameters, not only those of the head."""
+    model, name = mini("hivit_base"), "encoder/absolute_pos_embed"
+    hivit_jax.save_pretrained(model, tmp_path)
+    pretrained = read(tmp_path)
+    arrays, report = match_arrays(pretrained, model, fresh=(name, "encoder/merges/"))
+    assert all(n == name or "/merges/" in n for n in report.newly_initialized)
+    assert len(report.newly_initialized) == 7
+    assert {*report.newly_initialized}.isdisjoint(arrays)
+    check_fit(pretrained, model, report)
