@@ -27,7 +27,7 @@ from hivit_jax.data.sources.layout import describe_content
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 
-VERSION = "3"  # of saved indexes; earlier versions have one label per image
+VERSION = "4"  # of saved indexes; earlier versions count other ignored members
 
 
 class Archives(FileSource):
@@ -229,27 +229,28 @@ def _tar_index(path: str) -> dict[str, Any]:
     """Return the index of a tar file; see `Archives._make_file_index`."""
     images: list[tar.Member] = []
     labels: list[bytes] = []
-    image_key, current_key, label, has_cls, ignored = "", "", UNLABELED, False, 0
+    image_key, current_key, label, has_cls = "", "", UNLABELED, False
+    ignored, unused = 0, 0  # members of samples without an image; of this sample so far
     for member, read in tar.members(path):
         directory, _, name = member.name.rpartition("/")
         key, _, extension = name.partition(".")
         key, extension = f"{directory}/{key}", f".{extension.lower()}"
         if key != current_key:
-            current_key, label, has_cls = key, UNLABELED, False
+            ignored += unused
+            current_key, label, has_cls, unused = key, UNLABELED, False, 0
         if extension in SUFFIXES:
             images.append(member)
             labels.append(label)
-            image_key = key
+            image_key, unused = key, 0
         elif extension == ".cls":
             label, has_cls = _read_label(path, member.name, read), True
         elif extension == ".json" and not has_cls:
             label = json_label(read()) or UNLABELED
-            ignored += label == UNLABELED
-        else:
-            ignored += 1
         if image_key == key:  # a label may follow its image
             labels[-1] = label
-    return _arrays(images, labels) | {"ignored": ignored}
+        else:
+            unused += 1
+    return _arrays(images, labels) | {"ignored": ignored + unused}
 
 
 def _read_label(path: str, name: str, read: Callable[[], bytes]) -> bytes:

@@ -166,18 +166,22 @@ def test_tar_files_without_labels_are_accepted(tmp_path):
 
 
 def test_json_member_may_contain_the_label(tmp_path):
-    """A .cls member takes precedence. JSON without an integer label is ignored."""
+    """A .cls member takes precedence. JSON without an integer label has no effect.
+
+    Only the members of samples without an image are counted as ignored.
+    """
     members = [
         *[("a.jpg", b"0"), ("a.json", b'{"label": 2}')],
         *[("b.json", b'{"label": 1}'), ("b.jpg", b"1")],
         *[("c.json", b'{"label": 7}'), ("c.jpg", b"2"), ("c.cls", b"0")],
         *[("d.cls", b"3"), ("d.jpg", b"3"), ("d.json", b'{"label": 7}')],
+        *[("d.txt", b""), ("e.cls", b"0"), ("e.json", b"{}")],
     ]
     write_tar(tmp_path / "train.tar", members)
     data = folder_config(tmp_path, data__name="webdataset").data
     source = registry.open_source(data, "train")
     assert source.labels.tolist() == [2, 1, 0, 3]
-    assert source.ignored == {"without an image": 1}
+    assert source.ignored == {"without an image": 2}
     contents = (b"[]", b"{", b'{"label": "cat"}', b'{"label": true}', b"{}")
     json_members = [(f"{i}.json", text) for i, text in enumerate(contents)]
     image_members = [(f"{i}.jpg", b"") for i in range(len(contents))]
