@@ -4,12 +4,13 @@
 
 The command runs these parts, most important first:
 
-- numbers, official: the tests in `TESTS`, which need pytest. They compare kernels and
-  bfloat16 with float32, and the networks with the golden data of the official code.
+- "numbers" and "official": the tests in `TESTS`, which need pytest. "numbers" measures
+  the errors of kernels and of bfloat16. "official" compares the networks in float32
+  with the golden data of the official code.
 - "peers JOB" and "peers JOB, others", not on a TPU: benchmarks.peers for each job.
   "peers JOB" compares with the official network, "peers JOB, others" with ViT-B and
   Swin-B. These parts need torch.
-- one part for each entry of `STEPS` and, on a GPU, of `FLAGS`: benchmarks.train_step
+- one part for each entry of `VARIANTS` and, on a GPU, of `FLAGS`: benchmarks.train_step
   for pretraining, finetuning ("classify ...") or inference.
 
 Every part is a separate process. A part that fails, or takes longer than `--limit`
@@ -37,7 +38,7 @@ TESTS = {
 TAIL = 30  # number of last lines of a failed part's output in the results
 
 
-class Step(NamedTuple):
+class Variant(NamedTuple):
     """Variant of a step: overrides KEY=VALUE, XLA flags, flags of `train_step`."""
 
     overrides: tuple[str, ...] = ()
@@ -49,17 +50,17 @@ CLASSIFY = ("--config=finetune:base",)
 INFERENCE = (*CLASSIFY, "--forward")
 PLAIN, FUSED = ("model.kernels=plain",), ("model.kernels=fused",)
 RESIZED = ("data.canvas=0",)  # images arrive in the model's size
-STEPS = {
-    "auto": Step(),
-    "classify auto": Step(RESIZED, options=CLASSIFY),
-    "classify plain": Step(RESIZED + PLAIN, options=CLASSIFY),
-    "inference auto": Step(RESIZED, options=INFERENCE),
-    "inference plain": Step(RESIZED + PLAIN, options=INFERENCE),
-    "fused": Step(FUSED),
-    "plain": Step(PLAIN),
-    "bfloat16 moments": Step(("optimizer.first_moment_dtype=bfloat16",)),
-    "remat": Step(("model.remat=True",)),
-    "scan": Step(("model.scan_blocks=True",)),
+VARIANTS = {
+    "auto": Variant(),
+    "classify auto": Variant(RESIZED, options=CLASSIFY),
+    "classify plain": Variant(RESIZED + PLAIN, options=CLASSIFY),
+    "inference auto": Variant(RESIZED, options=INFERENCE),
+    "inference plain": Variant(RESIZED + PLAIN, options=INFERENCE),
+    "fused": Variant(FUSED),
+    "plain": Variant(PLAIN),
+    "bfloat16 moments": Variant(("optimizer.first_moment_dtype=bfloat16",)),
+    "remat": Variant(("model.remat=True",)),
+    "scan": Variant(("model.scan_blocks=True",)),
 }
 # Suffix of a part's name -> rows of `benchmarks.peers`. There are two parts per job,
 # because one part with all rows would exceed the time limit.
@@ -78,9 +79,9 @@ FLAGS = {
 
 def parts_for(platform: str, batch: int, rounds: int, steps: int) -> dict[str, Any]:
     """Return {name: (command, environment variables)} of all parts."""
-    variants, run_module = dict(STEPS), (sys.executable, "-m")
+    variants, run_module = dict(VARIANTS), (sys.executable, "-m")
     if platform == "cuda":
-        variants |= {name: Step(xla_flags=flags) for name, flags in FLAGS.items()}
+        variants |= {name: Variant(xla_flags=flags) for name, flags in FLAGS.items()}
     # The CPU backend stays enabled because tests compute references on it.
     environment = {"JAX_PLATFORMS": "cpu" if platform == "cpu" else f"{platform},cpu"}
     pytest = (*run_module, "pytest", "-q", "-p", "no:xdist")
@@ -98,10 +99,10 @@ def parts_for(platform: str, batch: int, rounds: int, steps: int) -> dict[str, A
                 options = (*counts, "--task", job, "--device", device, "--rows", *rows)
                 command = (*run_module, "benchmarks.peers", *options)
                 parts[f"peers {job}{group}"] = command, {}
-    for name, step in variants.items():
-        overrides = ("--set", *step.overrides) if step.overrides else ()
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {step.xla_flags}".strip()
-        options = (*counts, *step.options, *overrides)
+    for name, variant in variants.items():
+        overrides = ("--set", *variant.overrides) if variant.overrides else ()
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {variant.xla_flags}".strip()
+        options = (*counts, *variant.options, *overrides)
         command = (*run_module, "benchmarks.train_step", *options)
         parts[name] = command, environment | {"XLA_FLAGS": flags}
     return parts

@@ -69,8 +69,8 @@ def compare(workdir: Path, stop: Callable) -> None:
     for subset in SUBSETS:
         source = digits.Digits("train", 100, subset)
         data = configs.load(str(ROOT / "configs" / "digits_finetune.py")).data
-        # Training uses these shuffled labels, because open_source returns the same
-        # cached source to it.
+        # `open_source` caches its sources, so `measure` trains on this source with the
+        # shuffled labels.
         cached = registry.open_source({**data, "subset": subset}, "train")
         cached.labels = np.random.RandomState(subset).permutation(source.labels)
         measure("finetuned", 100, subset, "100 shuffled")

@@ -137,7 +137,7 @@ def torch_loss(
         )
     position = jnp.uint32(step * config.batch_size)  # of the batch's first example
     keys = rng.step_keys(config.seed, "train", position, config.batch_size)
-    keys = rng.split_keys(keys.samples, "mask")
+    keys = rng.derive_keys(keys.samples, "mask")
     num_units = network.absolute_pos_embed.shape[1]
     noise = jax.vmap(lambda key: jax.random.uniform(key, (num_units,)))(keys)
     return network.masked_loss(

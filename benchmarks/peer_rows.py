@@ -114,7 +114,7 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> PreparedRow:
     keys = rng.step_keys(config.seed, "train", jnp.uint32(0), args.batch)
     images = task.preprocess(batch) if forward else task.training_images(batch, keys)
     if args.task == "pretrain":
-        mask_keys, num_units = rng.split_keys(keys.samples, "mask"), (224 // 16) ** 2
+        mask_keys, num_units = rng.derive_keys(keys.samples, "mask"), (224 // 16) ** 2
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (num_units,)))
         noise_or_labels = uniform(mask_keys)
     else:

@@ -14,8 +14,8 @@ def get_config(variant: str = "base") -> dict:
     """Return the keys that differ from the defaults."""
     size = variant.removesuffix("_100")
     short = size != variant
-    run = dict(total_epochs=100.0 if short else 800.0, eval_every=12511)  # 20 epochs
-    run |= dict(task="mae", batch_size=2048, mask_ratio=0.6)
+    run = dict(task="mae", total_epochs=100.0 if short else 800.0, mask_ratio=0.6)
+    run |= dict(batch_size=2048, eval_every=12511)  # every 20 epochs
     model = dict(name=f"simmim_swin_{size}", image_size=192, dtype="bfloat16")
     data = dict(crop_scale=(0.67, 1.0), interpolation="bilinear")
     rates = (2e-4, 4e-6) if short else (1e-4, 2e-6)

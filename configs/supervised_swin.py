@@ -12,7 +12,7 @@ as three forward passes) takes, in GFLOP per image: tiny 26.9, small 52.4, base 
 
 def get_config(size: str = "base") -> dict:
     """Return the keys that differ from the defaults."""
-    run = dict(task="classify", total_epochs=300.0, eval_every=12510)  # 10 epochs
+    run = dict(task="classify", total_epochs=300.0, eval_every=12510)  # every 10 epochs
     regularizers = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, random_erasing=0.25)
     drop_path_rate = {"tiny": 0.2, "small": 0.3, "base": 0.5}[size]
     model = dict(name=f"swin_{size}", num_classes=1000, drop_path_rate=drop_path_rate)

@@ -255,7 +255,7 @@ def _expand_quirks(keys: Mapping[str, Key], init_from: str | None) -> dict[str, 
 
 def _check(values: Mapping[str, Any], task: type[tasks.Task]) -> None:
     """Raise ConfigError for values that contradict the task or other values."""
-    # Key without effect -> (only accepted value, key that makes it ineffective).
+    # Key without effect -> (only accepted value, name of the key that is the cause).
     unused = {name: (value, "task") for name, value in task.unused.items()}
     for name, schedules in SCHEDULES_OF_KEY.items():
         if values["optimizer.schedule"] not in schedules:

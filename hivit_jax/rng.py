@@ -27,10 +27,10 @@ def step_keys(seed: int, purpose: str, first: jax.Array, count: int) -> Keys:
     base = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
     positions = jnp.asarray(first, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
     samples = jax.vmap(jax.random.fold_in, (None, 0))(base, positions)
-    return Keys(samples, split_keys(samples[:1], "step")[0])
+    return Keys(samples, derive_keys(samples[:1], "step")[0])
 
 
-def split_keys(keys: jax.Array, purpose: str) -> jax.Array:
+def derive_keys(keys: jax.Array, purpose: str) -> jax.Array:
     """Derive independent sample keys [B] for one purpose, such as "mask" or "flip"."""
     purpose_id = zlib.crc32(purpose.encode())
     return jax.vmap(lambda key: jax.random.fold_in(key, purpose_id))(keys)

@@ -22,7 +22,8 @@ def load(*overrides, recipe=CLASSIFY):
 def test_every_numeric_key_has_a_range():
     """Each numeric key of each task rejects NaN, infinity and +-1e40.
 
-    Only `data.mean` and `data.value_range` have no limits of their own.
+    Only `data.mean` and `data.value_range` have no narrower limits, because the task
+    checks them.
     """
     unlimited = set()
     for task in tasks.TASKS.values():
@@ -80,7 +81,7 @@ def test_every_numeric_key_has_a_range():
     ],
 )
 def test_invalid_value_is_an_error(override, expected):
-    """The message is one short line with the key and its range."""
+    """The message is one short line with the key and its allowed values."""
     name = override.partition("=")[0].rpartition(".")[2]
     with pytest.raises(ConfigError, match=f"{name}.*{expected}") as error:
         load(override)
@@ -162,8 +163,11 @@ def test_values_are_converted_to_the_type_of_the_key():
             key.convert(value)
 
 
-def test_keys_without_limits_accept_text():
-    """If the default of a key is a tuple of numbers, all numbers must be finite."""
+def test_default_of_a_tuple_key_without_limits_determines_its_elements():
+    """If the default contains only numbers, all elements must be finite numbers.
+
+    Otherwise, any elements are accepted.
+    """
     Key(("a",), "names").check("names", ("b", "c"))
     Key((), "anything").check("anything", ("b", 3))
     with pytest.raises(ConfigError, match="prior=.*finite"):

@@ -49,7 +49,7 @@ def test_tilde_is_expanded_in_recipe_paths_but_not_in_addresses(home, monkeypatc
     assert str(absolute("gs://b/~")) == "gs://b/~"
 
 
-def test_bucket_workdir_requires_gcsfs_and_gs(monkeypatch):
+def test_bucket_workdir_requires_gcsfs_and_the_scheme_gs(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(MissingPackage, match=r"run pip install 'hivit-jax\[gcs\]'"):
         absolute("gs://bucket/run")

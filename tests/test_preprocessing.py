@@ -125,7 +125,7 @@ def test_16_bit_images_and_rgb_images_with_equal_channels_equal_gray_images():
     assert_array_equal(preprocess(pixels.repeat(3).reshape(16, 16, 3)), expected)
 
 
-def test_images_that_do_not_fit_the_model_must_be_converted(tmp_path):
+def test_images_that_do_not_fit_the_model_are_refused(tmp_path):
     """The error advises converting the image instead of changing a config key.
 
     The config of a trained model is fixed.

@@ -32,10 +32,10 @@ def test_sample_positions_wrap_after_32_bits():
     assert_array_equal(keys[2:], key_data(0, "train", jnp.uint32(0), 2))
 
 
-def test_split_keys_differ_by_purpose_and_sample():
+def test_derived_keys_differ_by_purpose_and_sample():
     keys = rng.step_keys(0, "train", jnp.uint32(0), 6).samples
-    mask, flip = (rng.split_keys(keys, purpose) for purpose in ("mask", "flip"))
+    mask, flip = (rng.derive_keys(keys, purpose) for purpose in ("mask", "flip"))
     data = [np.asarray(jax.random.key_data(k)) for k in (keys, mask, flip)]
     assert len(np.unique(np.concatenate(data), axis=0)) == 18
-    mask_keys_of_two = jax.random.key_data(rng.split_keys(keys[2:4], "mask"))
+    mask_keys_of_two = jax.random.key_data(rng.derive_keys(keys[2:4], "mask"))
     assert_array_equal(mask_keys_of_two, data[1][2:4])

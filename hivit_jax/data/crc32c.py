@@ -33,8 +33,8 @@ def numpy_crc32c(data: bytes) -> int:
     Merging is cheap, because appending n zero bytes is a linear function of a register.
     """
     num_lanes = 1 << max(len(data) // 64, 1).bit_length() - 1
-    # Rounded up to a multiple of 8, because each length adds entries to the cache of
-    # `_zeros_matrix`.
+    # The length of a lane is rounded up to a multiple of 8, because fewer different
+    # lengths cause fewer entries in the cache of `_appending_matrix`.
     length = -(-len(data) // (num_lanes * 8)) * 8
     padded = np.zeros(num_lanes * length, np.uint8)
     # Leading zeros do not change a register that starts at 0. The register of CRC-32C
@@ -64,7 +64,7 @@ def _bytewise(data: bytes) -> int:
 def _table() -> np.ndarray:
     """Return the values to XOR into a shifted register, uint32 [256].
 
-    The index is the byte that was shifted out.
+    The index is the byte that was shifted out, XORed with the next byte of the data.
     """
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
@@ -75,16 +75,16 @@ def _table() -> np.ndarray:
 def _append_zeros(registers: np.ndarray, count: int) -> np.ndarray:
     """Return the registers, uint32 [n], after `count` more zero bytes."""
     result = np.zeros_like(registers)
-    for bit, column in enumerate(_zeros_matrix(count)):
+    for bit, column in enumerate(_appending_matrix(count)):
         result ^= np.where(registers >> np.uint32(bit) & 1, column, np.uint32(0))
     return result
 
 
 @cache
-def _zeros_matrix(count: int) -> np.ndarray:
-    """Return 32 registers, uint32 [32], after `count` more zero bytes.
+def _appending_matrix(count: int) -> np.ndarray:
+    """Return the matrix that appends `count` zero bytes to a register, uint32 [32].
 
-    Before these bytes, only bit i of register i is set.
+    Column i is the result for a register in which only bit i is set.
     """
     columns = np.uint32(1) << np.arange(32, dtype=np.uint32)
     if count % 2 == 0:

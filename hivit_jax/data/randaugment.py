@@ -1,8 +1,9 @@
 """RandAugment with timm's policy `rand-m9-mstd0.5-inc1`.
 
-Draws two of fifteen operations for each image. Each drawn operation is applied with
-probability 0.5, at a magnitude around 9 on a scale of 0 to 10. The result depends only
-on the image and the given random numbers. All functions are thread-safe.
+Draws two of fifteen operations for each image, with replacement. Each drawn operation
+is applied with probability 0.5, at a magnitude around 9 on a scale of 0 to 10. The
+result depends only on the image and the given random numbers. All functions are
+thread-safe.
 """
 
 from collections.abc import Callable, Sequence
@@ -113,8 +114,8 @@ def choose(
 ) -> list[tuple[str, float, int]]:
     """Return (name, magnitude, sign) of each operation to apply to an image.
 
-    Operations are drawn with replacement and applied independently of each other, as in
-    timm's auto_augment.py. For the arguments see `randaugment`.
+    Operations are drawn with replacement. Each is selected independently of the others,
+    as in timm's auto_augment.py. For the arguments see `randaugment`.
     """
     names, chosen = list(OPERATIONS), []
     for k in range(0, 4 * num_ops, 4):

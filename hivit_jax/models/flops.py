@@ -57,8 +57,8 @@ def encoder_cost(
     """Return the cost of encoding `num_visible` units of one image; None: all units.
 
     As in the published tables, the patch convolution counts for all units, although it
-    runs only on the visible units. The attention products of padding count too, because
-    they are computed.
+    runs only on the visible units. Attention products of the padding of windows count
+    too, because they are computed.
     """
     config, units = encoder.config, grid[0] * grid[1]
     num_visible = units if num_visible is None else num_visible

@@ -20,8 +20,9 @@ class Windows:
     size: (Sh, Sw), tokens of a window along height and width.
     shift: tokens by which the windows are shifted to the bottom right. The windows at
       the border continue at the opposite side, see `shift_mask`.
-    attend_padding: pad with zeros before the projections of attention, and attend to
-      the padding, as in Swin. False: mask the padding.
+    attend_padding: `Attention` pads its input with zeros before the projections and
+      attends to the padding, as in Swin. False: `Attention` pads queries, keys and
+      values, and masks the padding.
     """
 
     grid: Grid

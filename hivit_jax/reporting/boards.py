@@ -91,8 +91,9 @@ class TensorBoard:
 
 
 class Wandb:
-    """Run at Weights & Biases, which a resumed run of this package continues.
+    """A run at Weights & Biases.
 
+    Training that resumes in the same workdir continues the same Weights & Biases run.
     The environment variables of wandb apply, such as WANDB_MODE=offline.
     """
 

@@ -114,7 +114,7 @@ class Classification(Task):
         per image, returns only the binary cross entropy.
         """
         images, targets = self.augment_with_targets(batch, keys)
-        drop_path_keys = rng.split_keys(keys.samples, "drop_path")
+        drop_path_keys = rng.derive_keys(keys.samples, "drop_path")
         logits = model(images, drop_path_keys=drop_path_keys)
         if self.config.data.multi_label:
             return multi_label_metrics(logits, targets, self.class_weights)
@@ -142,7 +142,7 @@ class Classification(Task):
                     batch["label"], config.model.num_classes, config.label_smoothing
                 )
             if config.random_erasing:
-                erase_keys = rng.split_keys(keys.samples, "erase")
+                erase_keys = rng.derive_keys(keys.samples, "erase")
                 images = image_ops.random_erasing(
                     images, erase_keys, config.random_erasing
                 )

@@ -145,4 +145,4 @@ def random_flip(config: Any, images: jax.Array, keys: Keys) -> jax.Array:
     """
     if not config.data.flip:
         return images
-    return image_ops.random_flip(images, rng.split_keys(keys.samples, "flip"))
+    return image_ops.random_flip(images, rng.derive_keys(keys.samples, "flip"))

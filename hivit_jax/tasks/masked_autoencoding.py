@@ -71,7 +71,7 @@ class MaskedAutoencoding(Task):
     ) -> PerSample:
         """Return {"loss": [B]}."""
         images = self.augment_batch(batch, keys)
-        drop_path_keys = rng.split_keys(keys.samples, "drop_path")
+        drop_path_keys = rng.derive_keys(keys.samples, "drop_path")
         masking = self._masking(model, keys)
         loss = model.image_loss(images, drop_path_keys=drop_path_keys, **masking)
         return {"loss": loss}
@@ -119,7 +119,7 @@ class MaskedAutoencoding(Task):
         """Return the model arguments noise, [B, N], and mask_ratio."""
         num_units = math.prod(model.unit_grid)
         with jax.named_scope("input"):
-            mask_keys = rng.split_keys(keys.samples, "mask")
+            mask_keys = rng.derive_keys(keys.samples, "mask")
             noise = jax.vmap(lambda key: jax.random.uniform(key, (num_units,)))(
                 mask_keys
             )

@@ -25,7 +25,7 @@ from hivit_jax.weights.torch_format import TorchFile
 
 # Files that `save_pretrained` writes.
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-TORCH_WEIGHTS = "pytorch_model.bin"  # older models of the library transformers
+TORCH_WEIGHTS = "pytorch_model.bin"  # older models of Hugging Face Transformers
 # Weight files that a config.json in the same directory or repository describes.
 DIRECTORY_WEIGHTS = (WEIGHTS, TORCH_WEIGHTS)
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # .tar: for .pth.tar

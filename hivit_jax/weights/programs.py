@@ -1,4 +1,4 @@
-"""Config files of timm and the library transformers beside the weights of a model."""
+"""Config files of timm and Hugging Face Transformers beside a model's weights."""
 
 import json
 import reprlib

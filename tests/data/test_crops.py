@@ -20,7 +20,11 @@ SIZE = (224, 224)
 
 
 def crops(height, width, count, scale=(0.2, 1.0), seed=0):
-    """Return random crops of the first `count` images, all of one size, in epoch 0."""
+    """Return one random crop for each image index below `count`, in epoch 0.
+
+    Args:
+      height, width: size of every image.
+    """
     return [
         data_crops.random_resized_crop(
             height, width, transforms.uniforms(seed, 0, index), scale
@@ -30,23 +34,29 @@ def crops(height, width, count, scale=(0.2, 1.0), seed=0):
 
 
 def resize_on_device(samples, size=SIZE, canvas=512, **options):
-    """Resize crops on the device; return float [n, *size, C], canvases and boxes.
+    """Resize crops on the device; return (images, canvases, spans).
 
     Args:
       samples: [(pixels, crop)].
+
+    Returns:
+      images: float [n, *size, C].
+      canvases: uint8 [n, canvas, canvas, 3].
+      spans: float32 [n, 2, 3], spans of the boxes in the canvases.
     """
-    images = np.zeros((len(samples), canvas, canvas, 3), np.uint8)
-    boxes = [
+    canvases = np.zeros((len(samples), canvas, canvas, 3), np.uint8)
+    spans = [
         data_crops.paste_crop(pixels, crop, out, size, **options)
-        for (pixels, crop), out in zip(samples, images, strict=True)
+        for (pixels, crop), out in zip(samples, canvases, strict=True)
     ]
-    boxes = np.array(boxes, np.float32)
-    return np.asarray(jit_resample(images, boxes, size, **options)), images, boxes
+    spans = np.array(spans, np.float32)
+    images = np.asarray(jit_resample(canvases, spans, size, **options))
+    return images, canvases, spans
 
 
-def jit_resample(images, boxes, size=SIZE, **options):
+def jit_resample(canvases, spans, size=SIZE, **options):
     """Run `resample` as one program, because single operations compile slowly."""
-    return jax.jit(partial(resample.resample, size=size, **options))(images, boxes)
+    return jax.jit(partial(resample.resample, size=size, **options))(canvases, spans)
 
 
 def pil_resize(image, size, box=None, filter=Image.Resampling.BICUBIC):
@@ -58,7 +68,7 @@ def pil_resize(image, size, box=None, filter=Image.Resampling.BICUBIC):
 
 
 def test_uniforms_are_frozen_uniform_and_independent():
-    """Random numbers of crops never change, so that saved runs resume exactly."""
+    """The random numbers of a crop never change, so that saved runs resume exactly."""
     draws = transforms.uniforms(7, 3, 1_281_166)
     assert draws[:3] == FIRST_UNIFORMS
     assert len(draws) == transforms.DRAWS
@@ -147,9 +157,9 @@ def test_random_crops_equal_pil():
         installed_pil = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC))
         assert np.abs(actual - installed_pil).mean() < 0.35
         out = np.zeros((*SIZE, 3), np.uint8)
-        box = data_crops.paste_crop(pixels, crop, out, SIZE)
+        spans = data_crops.paste_crop(pixels, crop, out, SIZE)
         assert np.abs(out - installed_pil.astype(float)).mean() < 0.002
-        assert box == ((0, 224, 224), (0, 224, 224))
+        assert spans == ((0, 224, 224), (0, 224, 224))
 
 
 @pytest.mark.slow
@@ -220,9 +230,9 @@ def resize_axis(pixels, axis, interpolation):
     """Resize an axis to 224 pixels, each from the nearest two (bilinear) or four."""
     n = pixels.shape[axis]
     position = (np.arange(224) + 0.5) * n / 224 - 0.5
-    first, total, weights = np.floor(position).astype(int), 0, 0
+    below, total, weights = np.floor(position).astype(int), 0, 0
     for tap in (0, 1) if interpolation == "bilinear" else (-1, 0, 1, 2):
-        x = np.abs(position - first - tap)
+        x = np.abs(position - below - tap)
         if interpolation == "bilinear":
             weight = 1 - x
         else:
@@ -231,9 +241,9 @@ def resize_axis(pixels, axis, interpolation):
                 -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2,
             )
             weight = np.where(x <= 1, near, far)
-        weight = weight * ((first + tap >= 0) & (first + tap < n))
+        weight = weight * ((below + tap >= 0) & (below + tap < n))
         shape = [-1 if k == axis else 1 for k in range(3)]
-        neighbors = np.take(pixels, np.clip(first + tap, 0, n - 1), axis)
+        neighbors = np.take(pixels, np.clip(below + tap, 0, n - 1), axis)
         total, weights = total + neighbors * weight.reshape(shape), weights + weight
     return total / weights.reshape(shape)
 
@@ -243,15 +253,15 @@ def test_host_copies_only_the_crop_to_the_canvas():
     """The unresized crop is at the top left of a canvas of zeros."""
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
-    _, images, boxes = resize_on_device([(pixels, crop)])
-    assert_array_equal(images[0, :200, :250], pixels[20:220, 30:280])
-    assert (images[0, 200:] == 0).all()
-    assert (images[0, :, 250:] == 0).all()
-    assert boxes[0].tolist() == [[0, 200, 200], [0, 250, 250]]
+    _, canvases, spans = resize_on_device([(pixels, crop)])
+    assert_array_equal(canvases[0, :200, :250], pixels[20:220, 30:280])
+    assert (canvases[0, 200:] == 0).all()
+    assert (canvases[0, :, 250:] == 0).all()
+    assert spans[0].tolist() == [[0, 200, 200], [0, 250, 250]]
 
 
 @pytest.mark.slow
-def test_pixels_outside_a_random_crop_have_no_effect():
+def test_pixels_outside_the_bounds_of_a_crop_have_no_effect():
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
     changed = np.full_like(pixels, 255)
@@ -265,31 +275,31 @@ def test_canvas_of_a_center_crop_includes_the_margin_of_the_filter():
     """The result equals the resampling of the whole image."""
     pixels = noise_image(375, 500, 3)
     crop = data_crops.center_crop(375, 500, SIZE, 0.875)
-    actual, images, boxes = resize_on_device([(pixels, crop)])
-    extents = boxes[0, :, 2].astype(int)
+    actual, canvases, spans = resize_on_device([(pixels, crop)])
+    extents = spans[0, :, 2].astype(int)
     # The box has 328 rows and columns, and the filter reads a few pixels around it.
     assert (extents < 345).all()
-    assert (images[0, extents[0] :] == 0).all()
+    assert (canvases[0, extents[0] :] == 0).all()
     canvas = np.zeros((1, 512, 512, 3), np.uint8)
     canvas[0, :375, :500] = pixels
-    box = np.array(
+    spans = np.array(
         [
             [crop.box[axis], crop.box[2 + axis], side]
             for axis, side in enumerate((375, 500))
         ],
         np.float32,
     )
-    assert np.abs(actual - jit_resample(canvas, box[None])).mean() < 1e-3
+    assert np.abs(actual - jit_resample(canvas, spans[None])).mean() < 1e-3
 
 
 @pytest.mark.slow
 def test_crop_larger_than_the_canvas_is_resized_on_the_host():
     pixels = noise_image(700, 600, 3)
     crop = Crop(*[Box(0, 0, 700, 600)] * 2)
-    actual, images, boxes = resize_on_device([(pixels, crop)])
-    assert boxes[0].tolist() == [[0, 224, 224]] * 2
+    actual, canvases, spans = resize_on_device([(pixels, crop)])
+    assert spans[0].tolist() == [[0, 224, 224]] * 2
     expected = Image.fromarray(pixels).resize(SIZE, Image.Resampling.BICUBIC)
-    assert_array_equal(images[0, :224, :224], expected)
+    assert_array_equal(canvases[0, :224, :224], expected)
     # The device does not change images that have the final size.
     assert_array_equal(actual[0], expected)
 
@@ -318,9 +328,9 @@ def test_samples_are_resampled_independently():
         (photographs()[name], crops(*photographs()[name].shape[:2], 1, (0.2, 0.3))[0])
         for name in sorted(photographs())
     ]
-    _, images, boxes = resize_on_device(samples)
+    _, canvases, spans = resize_on_device(samples)
     run = jax.jit(resample.resample, static_argnums=2)
-    together = np.asarray(run(images, boxes, SIZE))
+    together = np.asarray(run(canvases, spans, SIZE))
     for i in (0, 3, 6):
-        alone = np.asarray(run(images[i : i + 1], boxes[i : i + 1], SIZE))[0]
+        alone = np.asarray(run(canvases[i : i + 1], spans[i : i + 1], SIZE))[0]
         assert_array_equal(alone, together[i])

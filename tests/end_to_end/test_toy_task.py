@@ -36,7 +36,8 @@ def get_config():
 """
 
 
-# An epoch has three steps with batches of the first bucket, and one of the second.
+# 1.5 epochs. An epoch has four steps: three with batches of the first bucket, and one
+# with a batch of the second bucket.
 STEPS = 6
 
 
@@ -90,7 +91,7 @@ def test_loss_falls_and_each_example_is_evaluated_once(run):
     assert losses[-1] < 0.8 * losses[0]
     for line in logged:
         if "eval/count" in line:
-            assert (line["eval/count"], line["eval/records"]) == (17, 17)
+            assert (line["eval/count"], line["eval/distinct_images"]) == (17, 17)
             # 9 test images have 4x4 cells, 8 have 4x6.
             assert line["eval/cells"] == 9 * 16 + 8 * 24
             assert line["eval/worst"] <= line["eval/accuracy"] <= 1
@@ -172,9 +173,10 @@ def test_eval_mode_prints_the_results(recipe, run, capsys):
     assert "(17 images)" in out
 
 
-def test_describe_mode_counts_images_and_steps(recipe, capsys):
+def test_describe_mode_counts_steps_of_both_buckets(recipe, capsys):
     assert main([f"--config={recipe}", "--mode=describe"]) == 0
     out = capsys.readouterr().out
+    # 51 images. The incomplete last batch of each bucket counts as full.
     assert "64 images, 4.0 steps" in out
 
 

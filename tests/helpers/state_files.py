@@ -1,4 +1,4 @@
-"""Small state dicts in three formats of PyTorch files, and functions that write files.
+"""Small state dicts in three formats of PyTorch files, and a writer of safetensors.
 
 ``python tests/helpers/state_files.py`` writes the .pth files of tests/parity/golden
 with PyTorch.
@@ -30,7 +30,7 @@ def random_state_dict(name, **overrides):
 
 
 def zero_state_dict(model):
-    """Return the official state dict of an abstract model: zeros that use no memory."""
+    """Return the official state dict of an abstract model, filled with zeros."""
     params = jax.tree.map(
         lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
     )

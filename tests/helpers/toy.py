@@ -22,7 +22,7 @@ from hivit_jax.models.norms import BatchNorm
 from hivit_jax.tasks.base import Task
 
 CELL, CLASSES = 8, 3  # side of a cell in pixels, number of classes
-SIZES = ((32, 32), (32, 48))  # (height, width) of the images of each bucket
+SIZES = ((32, 32), (32, 48))  # (height, width) of images; each size is a bucket
 BROKEN = "train/07"  # image whose label map cannot be read
 
 
@@ -54,20 +54,22 @@ class Maps(Source):
     classes = ("dark", "middle", "bright")
 
     def __init__(self, split, directory):
-        self._paths = sorted(Path(directory, split).glob("*.map.png"))
+        self._map_paths = sorted(Path(directory, split).glob("*.map.png"))
 
     def __len__(self):
-        return len(self._paths)
+        return len(self._map_paths)
 
     def sample(self, index):
-        map_path = self._paths[index]
         return {
-            "image": Path(self.name(index)).read_bytes(),
-            "map": map_path.read_bytes(),
+            "image": Path(self._image_path(index)).read_bytes(),
+            "map": self._map_paths[index].read_bytes(),
         }
 
     def name(self, index):
-        return str(self._paths[index]).replace(".map.png", ".png")
+        return self._image_path(index)
+
+    def _image_path(self, index):
+        return str(self._map_paths[index]).replace(".map.png", ".png")
 
 
 class MapTransform(Transform):
@@ -121,6 +123,7 @@ class Network(nnx.Module):
 class Segmentation(Task):
     """Task that predicts the label of every cell."""
 
+    # Config keys. The argument `keys` of the methods below contains PRNG keys.
     keys = {"prior": Key((0.0,) * CLASSES, "added to the logits", length=CLASSES)}
     best = ("eval/accuracy", "max")
 
@@ -184,7 +187,7 @@ class Segmentation(Task):
             "eval/accuracy": float(np.trace(confusion) / confusion.sum()),
             "eval/cells": int(confusion.sum()),
             "eval/worst": min(record["accuracy"] for record in records),
-            "eval/records": len({record["index"] for record in records}),
+            "eval/distinct_images": len({record["index"] for record in records}),
         }
 
     def figures(self, panels):

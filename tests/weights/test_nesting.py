@@ -123,8 +123,7 @@ def test_prefixes_of_names_are_removed(state, removed, unused):
     assert result.state.keys() == STATE.keys()
 
 
-def test_prefixes_of_several_models_are_refused():
-    # A model and its average are not ambiguous.
+def test_prefixes_of_several_models_are_refused_unless_one_is_an_average():
     state = add_prefix("model.") | add_prefix("ema.", AVERAGE)
     for averaged, expected in ((True, AVERAGE), (False, STATE)):
         result = remove_prefixes(state, averaged)
@@ -154,7 +153,9 @@ def test_removed_keys_and_prefixes_are_reported(tmp_path, capsys):
 def test_encoder_loads_without_its_decoder(leftovers, tmp_path, capsys):
     """An encoder loads as a model without a head; the log lists the decoder's entries.
 
-    A norm of the encoder's width is an error, because it may belong to a classifier.
+    The norm of the decoder's input, which is wider than the encoder, is such an entry.
+    Without entries of a decoder, a norm of the encoder's width is an error, because it
+    may belong to a classifier.
     """
     autoencoder = state_files.random_state_dict("mae_hivit_base")[1]
     prefixes = ("absolute_pos_embed", "patch_embed.", "blocks.", *leftovers)

@@ -1,4 +1,4 @@
-"""Tests of ViT files with the names of the official MAE code.
+"""Tests of ViT weight files with the parameter names of the official MAE code.
 
 The files come from pretraining or finetuning, or contain only the encoder. timm uses
 the same names for the encoder. test_swin.py tests conversions to the layouts of timm
@@ -36,14 +36,14 @@ def test_pretraining_file_loads_bit_identically(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fixture", ["vit_cls_mini", "vit_cls_mini_token"])
-def test_finetuned_file_gives_the_official_logits(fixture, tmp_path):
-    path = write_official(tmp_path / "finetuned.pth", vit.state_dict(fixture))
+@pytest.mark.parametrize("golden_name", ["vit_cls_mini", "vit_cls_mini_token"])
+def test_finetuned_file_gives_the_official_logits(golden_name, tmp_path):
+    path = write_official(tmp_path / "finetuned.pth", vit.state_dict(golden_name))
     model = hivit_jax.load_pretrained(path, **HEADS)
     assert isinstance(model, ViTClassifier)
-    assert model.config.pooling == vit.arguments(fixture)[1]["pooling"]
+    assert model.config.pooling == vit.arguments(golden_name)[1]["pooling"]
     logits = model(np.asarray(vit.images("vitcls64", 3, 64)))
-    np.testing.assert_allclose(logits, golden(fixture)["logits"], atol=2e-5)
+    np.testing.assert_allclose(logits, golden(golden_name)["logits"], atol=2e-5)
     hivit_jax.save_pretrained(model, tmp_path / "saved")
     reloaded = hivit_jax.load_pretrained(tmp_path / "saved")
     assert reloaded.config == model.config

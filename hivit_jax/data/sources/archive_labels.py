@@ -1,7 +1,8 @@
 """Labels of images in archives: read, check, and convert to numbers or vectors.
 
 An index of an archive contains each image's class indices as text, separated by ``;``.
-The text ``;`` stands for an image of no class.
+The text ``;`` stands for an image that is labeled with no class, and the empty text for
+an image without a label.
 """
 
 import json
@@ -68,7 +69,8 @@ def check_labels(index: Index, files: Sequence[str], multi_label: bool) -> None:
         raise DataError(
             f"data.multi_label=True: expected class indices as labels in {files[0]}, "
             "found none\n"
-            "For class names, unpack the images and list them with data.name=csv"
+            "If the labels are class names, unpack the images and list them with their "
+            "class names in a CSV file for data.name=csv"
         )
     has_separator = np.char.find(labels, SEPARATOR.encode()) >= 0
     if has_separator.any() and not multi_label:

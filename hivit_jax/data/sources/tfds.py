@@ -83,12 +83,11 @@ class Tfds(Source):
         if file_format == "tfrecord":
             self.example_keys = self._image_key, self._label_key
         # For each example: the index of its file, and its index in that file.
-        num_selected = [file.take for file in files]
-        self._file_indices = np.repeat(np.arange(len(files)), num_selected)
+        self._file_indices = np.repeat(np.arange(len(files)), [f.take for f in files])
         self._record_indices = np.concatenate(
             [np.arange(file.skip, file.skip + file.take) for file in files]
         )
-        self._records, self._cache = None, None
+        self._remote_records, self._cache = None, None
         self._paths = [str(file.filename) for file in files]
         if storage.is_remote(path):
             self._paths = [f"{path}/{os.path.basename(p)}" for p in self._paths]
@@ -99,7 +98,7 @@ class Tfds(Source):
                 self._cache.start_progress(self._paths, info.splits[split].num_bytes)
         if file_format == "tfrecord" and storage.is_remote(path):
             counts = [file.examples_in_shard for file in files]
-            self._records = self._index_records(path, counts)
+            self._remote_records = self._index_records(path, counts)
             return
         _increase_open_file_limit(len(files))
         if file_format == "array_record":  # checked here, not later in a thread
@@ -111,12 +110,13 @@ class Tfds(Source):
 
         Args:
           path: address of the directory.
-          counts: number of records of each file; a file has one more offset.
+          counts: number of records of each file. A file of n records has n + 1 offsets:
+            the start of each record, and the end of the last.
         """
         cache, counts_by_path = self._cache, dict(zip(self._paths, counts, strict=True))
 
-        def offsets_of(path):
-            return tfrecord.offsets(path, counts_by_path[path], cache)
+        def offsets_of(file):
+            return tfrecord.offsets(file, counts_by_path[file], cache)
 
         offsets = load_index(path, self._paths, offsets_of, tfrecord.merge)["offsets"]
         first = np.cumsum([0, *counts])[:-1] + np.arange(len(counts))
@@ -134,7 +134,7 @@ class Tfds(Source):
         return {"image": example[self._image_key], "label": label}
 
     def record(self, index: int) -> Record | None:
-        if self._format != "tfrecord" or self._records or self._multi_label:
+        if self._format != "tfrecord" or self._remote_records or self._multi_label:
             return None
         path = self._paths[self._file_indices[index]]
         return Record(path, *self._open_file(path).span(self._record_indices[index]))
@@ -147,12 +147,12 @@ class Tfds(Source):
         return f"{self._split}[{index}] {origin}".rstrip()
 
     def ask(self, index: int) -> None:
-        if self._records:
-            self._records.ask(index)
+        if self._remote_records:
+            self._remote_records.ask(index)
 
     def forget(self) -> None:
-        if self._records:
-            self._records.forget()
+        if self._remote_records:
+            self._remote_records.forget()
 
     def checksum_error(self, index: int) -> str:
         if self._format != "tfrecord":  # other formats are checked when they are read
@@ -175,8 +175,8 @@ class Tfds(Source):
 
     def _framed_record(self, index: int) -> bytes:
         """Return a record of a tfrecord file with its length and checksums."""
-        if self._records:
-            return self._records.read(index)
+        if self._remote_records:
+            return self._remote_records.read(index)
         file = self._open_file(self._paths[self._file_indices[index]])
         return file.framed(int(self._record_indices[index]))
 
@@ -203,8 +203,8 @@ class Tfds(Source):
 def _local_metadata(path: str) -> Iterator[str]:
     """Context manager that provides a local directory with a dataset's metadata.
 
-    If `path` is local, it is this directory. The metadata in a bucket are copied,
-    because TFDS needs tensorflow or gcsfs to read them there.
+    Provides `path` itself if it is local. Metadata in a bucket are copied, because TFDS
+    needs tensorflow or gcsfs to read them there.
     """
     if not storage.is_remote(path):
         yield path
@@ -220,10 +220,9 @@ def _local_metadata(path: str) -> Iterator[str]:
 
 @cache
 def _open_array_record(path: str) -> Callable[[int], bytes]:
-    """Return a function that reads the record at an index of a file.
+    """Return a function that reads the record with a given index from a file.
 
-    Each file is opened once. Records are read one by one, because that is four times as
-    fast as reading batches.
+    Each file is opened once. Reading single records is four times as fast as batches.
     """
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -277,7 +276,7 @@ def _prepared_path(name: str, directory: str) -> str:
     base, _, version = name.partition(":")
     directory = directory or str(tfds.core.constants.DATA_DIR)
     root = f"{expand(directory)}/{base}"
-    if storage.is_remote(root):  # only `root` is listed, not `directory`
+    if storage.is_remote(root):
         files = set(storage.list_files(root))
         names = sorted({file.partition("/")[0] for file in files})
         prepared = [n for n in names if f"{n}/dataset_info.json" in files]
@@ -291,6 +290,7 @@ def _prepared_path(name: str, directory: str) -> str:
     near = get_close_matches(base, KNOWN_DATASETS, cutoff=0.8)
     if near and base not in near:
         raise unknown("data.name", base, KNOWN_DATASETS)
+    # In a bucket, `directory` is not listed, because it may contain very many files.
     found = describe_content(directory, [base] * bool(names))
     raise DataError(
         f"{name} is not prepared in {root}: expected VERSION/dataset_info.json, found "

@@ -143,7 +143,7 @@ def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]
       official code does not apply this norm.
     - MMPretrain's decoder. It treats the first visible unit of a HiViT as a class
       token, so it computes another function than our decoder.
-    - The pooler of encoders of the library transformers; our classifiers have none.
+    - The pooler of encoders of Hugging Face Transformers; our classifiers have none.
     - If the model has no decoder: the decoder and the norm of the decoder's input.
     """
     if isinstance(model.config, SwinConfig):

@@ -1,6 +1,6 @@
-"""Conversion between names of the official code and of the library transformers.
+"""Conversion between names of the official code and of Hugging Face Transformers.
 
-Covers the library's ViT, ViTMAE, Swin and SimMIM (Hugging Face).
+Covers the library's ViT, ViTMAE, Swin and SimMIM.
 """
 
 import re
@@ -38,7 +38,7 @@ TO_OFFICIAL = [
 
 
 def is_transformers(state: Mapping[str, np.ndarray]) -> bool:
-    """Return True if a state dict has the names of the library transformers."""
+    """Return True if a state dict has the names of Hugging Face Transformers."""
     return any(name.endswith(PATCH_WEIGHT) for name in state)
 
 
