@@ -259,17 +259,16 @@ def test_resizing_differs_from_float64_by_less_than_one_level(
     radius = resample.FILTER_RADIUS[interpolation]
     for crop, size in CROPS:
         canvas = np.zeros((512, 512, 2), dtype)
-        box = crops.paste_crop(pixels, crop, canvas, size, *options)
+        spans = crops.paste_crop(pixels, crop, canvas, size, *options)
         expected = canvas
         for axis in (1, 0):
-            span = box[axis]
             expected = resize_exactly(
-                expected, span, size[axis], axis, radius, antialias
+                expected, spans[axis], size[axis], axis, radius, antialias
             )
         if dtype == "uint16":
             expected = expected.clip(0, 65535)
-        spans = np.float32([[*map(resample.precise_span, box, size)]])
-        device = np.asarray(resample.resample(canvas[None], spans, size, *options))[0]
+        precise = np.float32([[*map(resample.precise_span, spans, size)]])
+        device = np.asarray(resample.resample(canvas[None], precise, size, *options))[0]
         assert device.dtype == np.float32
         # Rounding errors of float32 stay below 0.25. The documented limit is 1.
         assert np.abs(device - expected).max() < 0.25
@@ -281,13 +280,13 @@ def test_resizing_differs_from_float64_by_less_than_one_level(
 def test_channels_are_resized_independently():
     """Of four 8-bit channels, the fourth is not used as an alpha channel."""
     pixels = noise_image(60, 50, 4)
-    box = (2.5, 40, 60), (0, 50, 50)
+    spans = (2.5, 40, 60), (0, 50, 50)
     for antialias in (True, False):
         options = (24, 20), "bicubic", antialias
-        resized = crops.resize(pixels, box, *options)
+        resized = crops.resize(pixels, spans, *options)
         assert resized.dtype == np.uint8
         for k in range(4):
-            resized_channel = crops.resize(pixels[..., k : k + 1], box, *options)
+            resized_channel = crops.resize(pixels[..., k : k + 1], spans, *options)
             assert_array_equal(resized[..., k : k + 1], resized_channel)
 
 
