@@ -52,8 +52,9 @@ def panels(model, pixels: np.ndarray) -> dict[str, np.ndarray]:
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     images = (np.float32(pixels[None]) / 255 - mean) / std
     pictures = {"image": pixels}
-    for level, features in enumerate(jax.jit(lambda x: model.features(x))(images)):
-        title = f"stride {4 << level}: {features.shape[-1]} channels"
+    for features in jax.jit(lambda x: model.features(x))(images):
+        stride = pixels.shape[0] // features.shape[1]
+        title = f"stride {stride}: {features.shape[-1]} channels"
         pictures[title] = principal_components(np.asarray(features[0], np.float32))
     if isinstance(model, MaskedAutoencoder):
         predicted, removed = reconstruct(model, images)

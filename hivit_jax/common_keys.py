@@ -22,7 +22,7 @@ KEYS = {
     "log_every": Key(50, "steps between log lines", 1),
     "eval_every": Key(1251, "steps between evaluations; 1251: an ImageNet epoch", 1),
     "checkpoint_every": Key(
-        1251, "steps between checkpoints; a new best is also saved when evaluated", 1
+        1251, "steps between checkpoints; a new best evaluation also saves one", 1
     ),
     "keep_checkpoints": Key(3, "newest checkpoints to keep in addition to the best", 1),
     "early_stopping": Key(
@@ -119,7 +119,7 @@ KEYS = {
         ),
         "subset": Key(
             0,
-            "`digits`: seed that selects the `train_examples` images at random",
+            "random seed, not a size; selects the `train_examples` images of `digits`",
             0,
         ),
         "crop_scale": Key(
@@ -164,7 +164,7 @@ KEYS = {
         "value_range": Key(
             (),
             "values of black and white in images of more than 8 bits; (): 0 and the "
-            "type's largest value; only unsigned integers of up to 16 bits may use ()",
+            "largest possible value, only for unsigned integers of up to 16 bits",
             item=float,
         ),
         "interpolation": Key("bicubic", "resize filter", choices=tuple(FILTER_RADIUS)),
@@ -197,14 +197,14 @@ KEYS = {
         "schedule": Key(
             "cosine",
             "learning rate curve after the warmup; `cosine_from_start`: the cosine "
-            "starts at step 0 instead of the end of the warmup, and the whole schedule "
-            "is delayed by one step",
+            "starts at step 0 instead of the end of the warmup, and each step uses the "
+            "learning rate of the step before it",
             choices=SCHEDULES,
         ),
         "first_epoch": Key(
             0,
-            "number of the first epoch; 1: the schedule runs one epoch ahead, and each "
-            "resume skips one epoch, as in the official self-supervised code",
+            "number of the first epoch; 1: the learning rate is one epoch ahead, and "
+            "a resume omits one epoch of training (official self-supervised code)",
             choices=(0, 1),
         ),
         "warmup_epochs": Key(
@@ -260,7 +260,7 @@ KEYS = {
     "mesh": {
         "replica": Key(
             1,
-            "size of an axis that shards only the batch, for several slices or nodes",
+            "size of a second axis like `data`, for the links between slices or nodes",
             1,
             also=(-1,),
         ),

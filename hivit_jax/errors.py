@@ -66,7 +66,7 @@ class DataError(HivitError):
     exit_code = 4
 
 
-class LocalDataError(DataError):
+class ProcessDataError(DataError):
     """A data error that may occur on only some of a run's processes."""
 
 

@@ -32,7 +32,7 @@ from hivit_jax.progress import Progress, counted
 from hivit_jax.reporting import console, metrics
 from hivit_jax.tree import leaf_name, split_params
 from hivit_jax.weights import adapt, load
-from hivit_jax.xla.compile import announce
+from hivit_jax.xla.compile import with_compilation_log
 
 NUM_FIGURE_IMAGES = 6
 
@@ -63,7 +63,7 @@ def make_eval_step(
 
     shardings = replicated, replicated, replicated, sharded
     jitted = on_mesh(mesh, jax.jit(eval_step, out_shardings=shardings))
-    return announce(jitted, "the evaluation step")
+    return with_compilation_log(jitted, "the evaluation step")
 
 
 def evaluate(
@@ -249,5 +249,5 @@ def make_panels(
         keys = rng.step_keys(config.seed, "eval", jnp.uint32(0), count)
         return task.panels(model, variables["frozen"], batch, keys)
 
-    panels = announce(panels, "the figures")
+    panels = with_compilation_log(panels, "the figures")
     return lambda variables: jax.device_get(panels(variables, batch))

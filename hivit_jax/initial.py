@@ -25,7 +25,7 @@ from hivit_jax.weights.adapt import (
     match_arrays,
 )
 from hivit_jax.weights.load import locate, read_for
-from hivit_jax.xla.compile import announce
+from hivit_jax.xla.compile import with_compilation_log
 
 DEFAULT_CHANNELS = 3
 # Values of keys for images of 8 bits.
@@ -58,7 +58,7 @@ def initial_state(
     if config.init_from:
         pretrained = pretrained or read_initial(config)
     init = jax.jit(training.init, out_shardings=shardings_of(training.state))
-    state = announce(init, "the initialization of the parameters")()
+    state = with_compilation_log(init, "the initialization of the parameters")()
     if pretrained:
         state |= initialize_from(
             pretrained,

@@ -24,7 +24,7 @@ from hivit_jax.errors import (
     DataError,
     DivergedError,
     Interrupted,
-    LocalDataError,
+    ProcessDataError,
     ResourceError,
 )
 from hivit_jax.initial import initial_state, read_pretrained
@@ -104,7 +104,7 @@ def train(
     stopping_flags = partial(
         early_stopping_flags, workdir, config.early_stopping, task.best
     )
-    if finished := step >= total_steps or stopping_flags(step).stalled:
+    if finished := step >= total_steps or stopping_flags(step).end_early:
         log(f"the run in {workdir} is finished; another --workdir starts a new run")
     missing = evaluate.is_evaluation_missing(config, task, workdir, step, total_steps)
     if not finished or missing:
@@ -144,7 +144,7 @@ def train(
         stop = stop_requested(step)
         if missing and not stop:
             results = run_evaluation()
-            finished |= stopping_flags(step).stalled
+            finished |= stopping_flags(step).end_early
         if not finished and not stop:
             batches = inputs.train_batches(config, step, total_steps)
             batches = defer_error(prefetch_to_device(unreadable.watch(batches), mesh))
@@ -182,9 +182,9 @@ def train(
                 with throughput.pause():
                     # Evaluate before saving, or a resumed run may skip the evaluation.
                     if due["eval"] and (results := run_evaluation()):
-                        stalled, improved = stopping_flags(step)
-                        finished |= stalled
-                        due["checkpoint"] |= stalled or improved or bool(stop)
+                        end_early, improved = stopping_flags(step)
+                        finished |= end_early
+                        due["checkpoint"] |= end_early or improved or bool(stop)
                     if due["checkpoint"]:
                         evaluated = results or None if due["eval"] else None
                         checkpoints.save(state, record_text(config), evaluated)
@@ -196,9 +196,9 @@ def train(
         log(console.final_line(workdir, checkpoints.steps(), best))
         return results
     except (DataError, DivergedError, ResourceError) as error:
-        # All processes must save together, but not all of them raise a local error.
-        local = isinstance(error, (LocalDataError, ResourceError))
-        if step > first_step and (jax.process_count() == 1 or not local):
+        # All processes must save together, but only some may raise these errors.
+        on_some = isinstance(error, (ProcessDataError, ResourceError))
+        if step > first_step and (jax.process_count() == 1 or not on_some):
             checkpoints.save(state, record_text(config))
         raise
     finally:

@@ -122,11 +122,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+def without_tensorboard(tmp_path_factory):
     """Return environment variables that make imports of tensorboardX fail."""
     import mini_runs
 
-    directory = tmp_path_factory.mktemp("environment")
+    directory = tmp_path_factory.mktemp("blocked")
     return {"PYTHONPATH": mini_runs.block_imports(directory, "tensorboardX")}
 
 
@@ -135,8 +135,9 @@ def run_main(monkeypatch, tmp_path):
     """Return a function that runs `main` and records `jax.distributed.initialize`.
 
     The function returns the exit code of `main` and the (arguments, keyword arguments)
-    of each recorded call. Each call raises ValueError with the message `problem`. The
-    default is JAX's message on a machine outside any cluster.
+    of each recorded call. `jax.distributed.initialize` is replaced by a function that
+    raises ValueError with the message `problem`. The default is JAX's message on a
+    machine outside any cluster.
     """
     import mini_runs
 

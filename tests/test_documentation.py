@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from mini_runs import ROOT
 
-from hivit_jax import config as configs
-from hivit_jax import main
+from hivit_jax import config, main
 from hivit_jax.errors import HivitError
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/*.md")]
@@ -43,7 +42,7 @@ def check_run(words):
     flags, overrides = main.parse(words)
     name = Path(flags.config).name
     if not Path(flags.config).suffix or (ROOT / "configs" / name).exists():
-        configs.load(flags.config, overrides)
+        config.load(flags.config, overrides)
 
 
 def check_module(name, words):

@@ -101,7 +101,7 @@ def test_workdir_among_the_images_is_refused(
     assert [*tmp_path.iterdir()] == []
 
 
-def test_workdir_beside_or_above_the_images_is_accepted(tmp_path):
+def test_workdir_outside_the_splits_is_accepted(tmp_path):
     for directory, workdir in (("data", "run"), ("data", "data/run"), ("run/a", "run")):
         keys = dict(name="folder", dir=f"{tmp_path}/{directory}", train_split="")
         check_workdir(
@@ -175,9 +175,7 @@ def test_eval_mode_prints_the_results_of_the_run(finished_run, capsys):
 
 
 @pytest.mark.slow
-def test_config_defaults_to_the_newest_config_of_the_workdir(
-    finished_run, tmp_path, capsys
-):
+def test_config_defaults_to_the_config_of_the_workdir(finished_run, tmp_path, capsys):
     """Evaluating or restarting a finished run writes nothing, even with an override.
 
     config.json is a valid recipe. Directories without config.json and invalid files

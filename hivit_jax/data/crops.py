@@ -8,7 +8,8 @@ import numpy as np
 
 from hivit_jax.augment.resample import FILTER_RADIUS, MAXIMUM, crop_resize_matrix
 
-# Along one axis of a padded image: start and length of a box, number of real pixels.
+# Along one axis: start and length of a box in an image, and length of the image. The
+# array that holds the image may be longer.
 Span = tuple[float, float, int]
 
 

@@ -77,8 +77,8 @@ def _value_findings(
 
     Values count as lost in three cases:
 
-    - fewer than 64 levels (distinct values) remain, and fewer than a quarter of the
-      stored levels;
+    - the number of levels (distinct values) that remain is below 64 and below a quarter
+      of the number of stored levels;
     - only one of several levels remains;
     - only the dropped alpha channel varies.
 
@@ -93,17 +93,18 @@ def _value_findings(
                     reason = "because the alpha channel is dropped"
                     return {LOST: f"one level remains, {reason}"}
             read_as_raster = not uses_pil(encoded, channels, "uint8")
-            stored = None if read_as_raster else stored_values(image, encoded)
+            # None: the file stores at most 8 bits.
+            deep_values = None if read_as_raster else stored_values(image, encoded)
     except UnidentifiedImageError:  # NumPy arrays and TIFF with many bands
         read_as_raster = True
     if read_as_raster:
-        stored = read_values(encoded, channels)
-        stored = None if stored.array.dtype == np.uint8 else stored
-    if stored is None:
+        deep_values = read_values(encoded, channels)
+        deep_values = None if deep_values.array.dtype == np.uint8 else deep_values
+    if deep_values is None:
         return {}
-    drops_alpha = channels in PIL_MODES and stored.mode == "RGBA"
-    values = stored.array[..., :3] if drops_alpha else stored.array
-    low, high = sorted(stored.black_and_white(value_range))
+    drops_alpha = channels in PIL_MODES and deep_values.mode == "RGBA"
+    values = deep_values.array[..., :3] if drops_alpha else deep_values.array
+    low, high = sorted(deep_values.black_and_white(value_range))
     found = {f"{values.dtype}, reduced to 8 bits": ""}
     num_levels, num_remaining = len(np.unique(values)), len(np.unique(pixels))
     outside_fraction = np.mean((values < low) | (values > high))

@@ -17,7 +17,7 @@ from hivit_jax.data.order import PlannedBatch
 from hivit_jax.data.shapes import batch_shapes
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.storage import StorageError
-from hivit_jax.errors import DataError, LocalDataError
+from hivit_jax.errors import DataError, ProcessDataError
 
 Batch = dict[str, np.ndarray]
 IMAGES_PER_JOB = 8  # examples that a thread reads in one job
@@ -151,7 +151,7 @@ class Loader:
         except StorageError:
             raise
         except DataError as error:
-            raise LocalDataError(f"{self._source.name(index)}: {error}") from error
+            raise ProcessDataError(f"{self._source.name(index)}: {error}") from error
         except Exception as error:  # damaged files cause exceptions of many types
             for array in out.values():
                 array[...] = 0

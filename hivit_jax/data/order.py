@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hivit_jax.errors import LocalDataError
+from hivit_jax.errors import ProcessDataError
 
 
 class PlannedBatch(NamedTuple):
@@ -166,13 +166,13 @@ def assign_buckets(
       get_bucket: function from (height, width) to bucket.
 
     Raises:
-      LocalDataError: from `get_size`, for example because the storage is unreachable.
+      ProcessDataError: from `get_size`, for example because the storage is unreachable.
     """
 
     def bucket_of(index):
         try:
             size = get_size(index)
-        except LocalDataError:
+        except ProcessDataError:
             raise
         except Exception:  # from a damaged file; the loader reports it later
             return 0

@@ -137,14 +137,15 @@ class ShardCache:
         except OSError as error:  # such as a full disk
             self._stopped.set()  # from now on, nothing is copied
             self._log(
-                f"{error.strerror or error}; other files are read from the bucket"
+                f"{error.strerror or error}; files without a copy are read from the "
+                "bucket"
             )
 
     def _copy_locked(self, address: str, target: Path, file) -> None:
         """Copy a file into the locked ``.part`` file, check and rename the copy."""
         if target.exists():
-            # Another process or thread has finished the copy. If this happened before
-            # `_copy` opened the ``.part`` file, that created a new, empty file.
+            # Another process or thread has finished the copy. If it finished before
+            # `_copy` opened the ``.part`` file, the opening created a new, empty file.
             _remove_if_empty(f"{target}.part")
             return
         file.truncate(0)

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from hivit_jax.errors import ConfigError, LocalDataError, require
+from hivit_jax.errors import ConfigError, ProcessDataError, require
 from hivit_jax.progress import EVERY, to_stderr
 
 DRIVERS = {"gs": "gcs", "s3": "s3"}  # scheme of an address -> driver of tensorstore
@@ -29,7 +29,7 @@ LOGIN = {  # scheme of an address -> instructions
 Waiter = Callable[[], bytes]  # waits for a read and returns the bytes
 
 
-class StorageError(LocalDataError):
+class StorageError(ProcessDataError):
     """An object cannot be accessed, after all retries.
 
     This error ends the run, because the data are unreachable rather than damaged.

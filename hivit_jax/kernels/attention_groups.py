@@ -34,6 +34,7 @@ class Groups:
 
     def __init__(self, rows: int, tokens: int):
         self.rows, self.tokens = rows, tokens
+        # A group has at most 128 rows, the lanes of a tile, unless one image has more.
         self.images_per_group = max(1, LANES // tokens)
         while rows // tokens % self.images_per_group:
             self.images_per_group -= 1
@@ -50,10 +51,11 @@ class Groups:
         - window: slice of the rows of the window.
         - inside: bool [W, 1], True for rows of the group.
         - score_mask(axis, heads=1): returns the float32 mask to add to the scores, with
-          the W keys along `axis` and heads * W queries, head after head, along the
-          other axis. It is 0 where key and query belong to the same image or are both
-          outside the group, else MASKED. If groups consist of one image, the mask is 0
-          for the keys of the image, else MASKED, and its query axis has length 1.
+          the W keys along `axis`. If groups consist of one image, the other axis has
+          length 1, and the mask is 0 for the keys of the image, else MASKED. Otherwise,
+          the other axis has heads * W queries, head after head, and the mask is 0 where
+          key and query belong to the same image or are both outside the group, else
+          MASKED.
         - offset_index(): returns the index of the group's offset in `offsets`.
         """
         tokens, window_rows = self.tokens, self.window_rows
@@ -142,12 +144,13 @@ def bias_bytes(tokens: int, heads: int, head_width: int) -> int:
     group_rows = max(1, LANES // tokens) * tokens
     window_rows = _window_rows(group_rows)
     num_offsets = TILE_ROWS // math.gcd(group_rows, TILE_ROWS)
-    # One more, because the last window of a block may start earlier.
+    # One more offset: a window that would extend past the end of its block starts
+    # earlier instead, which may give its group another offset.
     num_offsets += num_offsets > 1
     heads_per_tile = LANES // head_width
     columns = -(-heads_per_tile * window_rows // LANES) * LANES
-    num_tiles, num_arrays, itemsize = heads // heads_per_tile, 5, 4
-    return num_arrays * itemsize * num_offsets * num_tiles * window_rows * columns
+    num_head_tiles, num_arrays, itemsize = heads // heads_per_tile, 5, 4
+    return num_arrays * itemsize * num_offsets * num_head_tiles * window_rows * columns
 
 
 def head_lanes(head_width: int) -> list[jax.Array]:

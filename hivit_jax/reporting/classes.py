@@ -17,8 +17,9 @@ class ClassCounts:
       names: names of all classes.
 
     Attributes:
-      images, predicted, correct: number of images of each true class, of each predicted
-        class, and of each class that are classified correctly; int64 [classes].
+      images: number of images of each true class, int64 [classes].
+      predicted: number of images predicted as each class, int64 [classes].
+      correct: number of correctly predicted images of each class, int64 [classes].
       matrix: int64 [classes, classes], true x predicted; None for more than
         `MAX_MATRIX_CLASSES` classes.
       in_top5: number of images whose true class is among the five most probable.

@@ -18,7 +18,8 @@ from hivit_jax.data.transforms import Transform
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import Model, create_model
 from hivit_jax.rng import Keys
-from hivit_jax.tasks import defaults, warnings
+from hivit_jax.tasks import defaults
+from hivit_jax.tasks.warnings import adam_warnings, common_warnings
 from hivit_jax.training.freezing import frozen_parameters
 from hivit_jax.training.optimizer import make_optimizer
 from hivit_jax.tree import named_leaves, split_params
@@ -38,8 +39,8 @@ class Task:
         replaces this value with the result of `best_metric`.
       fresh: name prefixes of parameters that are always newly initialized, even if the
         pretrained model contains them.
-      head_scale: with `init_from`, factor on the kernel of a new head. The kernel has
-        the standard deviation 0.02.
+      head_scale: with `init_from`, factor on the newly initialized kernel of a head,
+        whose standard deviation is 0.02 before the multiplication.
       passes: cost of a training step in forward passes; 3, because the backward pass
         costs two.
       decayed, undecayed: last components of the names of the parameters with and
@@ -112,11 +113,9 @@ class Task:
           total_steps: length of the run in steps.
         """
         config, optimizer = self.config, self.config.optimizer
-        found = warnings.common_warnings(
-            config, self.data, steps_per_epoch, total_steps
-        )
+        found = common_warnings(config, self.data, steps_per_epoch, total_steps)
         if type(self).optimizer is Task.optimizer:
-            found += warnings.adam_warnings(optimizer, config.batch_size)
+            found += adam_warnings(optimizer, config.batch_size)
         return found
 
     # --- Model and optimizer ----------------------------------------------------------
@@ -149,14 +148,15 @@ class Task:
         return make_optimizer(options, schedule, self.is_decayed, layer_ids)
 
     def frozen_parameters(self, model: Model) -> frozenset[str]:
-        """Return the names of the parameters that `model.freeze` selects."""
+        """Return the names of the parameters that the key `model.freeze` selects."""
         names = named_leaves(split_params(model)[1])
         return frozen_parameters(self.config.model.freeze, names)
 
     def frozen(self) -> Any:
-        """Return a pytree of constant arrays that every step receives as `frozen`.
+        """Return constants of the task, such as a teacher model, as a pytree of arrays.
 
-        They are neither trained nor saved, and have nothing to do with `model.freeze`.
+        Every step receives this pytree as `frozen`. Its arrays are neither trained nor
+        saved. They are not the parameters that the key `model.freeze` selects.
         """
         return {}
 
@@ -211,7 +211,10 @@ class Task:
     def eval_step(
         self, model: Model, frozen: Any, batch: dict, keys: Keys
     ) -> tuple[Sums, Rows]:
-        """Return (sums over the examples of weight 1, rows for `records`)."""
+        """Return (sums over the examples of a batch, rows for `records`).
+
+        The sums omit padding and unreadable images, whose `batch["weight"]` is 0.
+        """
         raise NotImplementedError
 
     def predict_step(self, model: Model, batch: dict) -> Rows:
@@ -240,7 +243,7 @@ class Task:
     def summarize(
         self, sums: Mapping[str, np.ndarray], count: int, records: list[Any]
     ) -> dict[str, float]:
-        """Return the test split's metrics, {"eval/NAME": value}. Runs on process 0.
+        """Return the evaluation's metrics, {"eval/NAME": value}. Runs on process 0.
 
         Args:
           sums: totals over all batches, float64 or int64.
@@ -286,5 +289,5 @@ class Task:
 
 
 def weighted_sums(values: PerSample, weight: jax.Array) -> Sums:
-    """Return the sum of each value, [B], times `weight`, [B]."""
+    """Return {name: sum of value * weight over the batch}; both factors are [B]."""
     return {name: (value * weight).sum() for name, value in values.items()}

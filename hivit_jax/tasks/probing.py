@@ -26,7 +26,7 @@ from hivit_jax.tasks.base import Task
 from hivit_jax.tasks.metrics import topk_correct
 from hivit_jax.tree import split_params
 from hivit_jax.weights import adapt, load
-from hivit_jax.xla.compile import announce
+from hivit_jax.xla.compile import with_compilation_log
 
 CHUNK_SIZE = 256  # maximum number of test images that are classified at a time
 
@@ -179,4 +179,6 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, normalize: bool) -> Callab
             features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
         return features, batch["label"], batch["weight"], batch["unreadable"]
 
-    return partial(announce(on_mesh(mesh, encode), "the encoder"), variables)
+    return partial(
+        with_compilation_log(on_mesh(mesh, encode), "the encoder"), variables
+    )

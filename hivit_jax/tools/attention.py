@@ -22,7 +22,7 @@ from hivit_jax.tools.loading import read_model
 from hivit_jax.tools.outputs import figure_path
 from hivit_jax.tree import split
 from hivit_jax.weights.load import build
-from hivit_jax.xla.compile import announce
+from hivit_jax.xla.compile import with_compilation_log
 
 USAGE = """\
 python -m hivit_jax.tools.attention --checkpoint PATH IMAGE|DIRECTORY ...
@@ -57,7 +57,8 @@ def attention_maps(
     The h * w weights to all units add up to 1, or to less with a class token.
 
     Args:
-      images: float32 [B, H, W, C], normalized, such as the result of `preprocess`.
+      images: float32 [B, H, W, C], normalized, such as the result of
+        `preprocess(model)(paths)`.
       block: index of a block among the blocks with attention.
       unit: row and column of the unit; None: the class token, or, without one, the
         result of `center_unit`.
@@ -94,7 +95,7 @@ def attention_maps(
         weights = weights[:, :, token_index, num_class_tokens:]
         return weights.reshape(*weights.shape[:2], num_rows, num_columns)
 
-    return np.asarray(announce(compute, "the model")(params, images))
+    return np.asarray(with_compilation_log(compute, "the model")(params, images))
 
 
 def center_unit(model: Model) -> tuple[int, int]:
@@ -156,7 +157,7 @@ def run(argv: Sequence[str] | None) -> None:
     out = figure_path("--out", args.out, [args.checkpoint, *args.images])
     model = build(read_model(args.checkpoint))
     load_images = preprocess(model)
-    images = files.read_drawn(args.images, lambda path: load_images(path)[0])
+    images = files.read_images_to_draw(args.images, lambda path: load_images(path)[0])
     maps = attention_maps(model, images, block=args.block, unit=unit)
     if not model.config.class_tokens:
         unit = unit or center_unit(model)

@@ -139,7 +139,7 @@ def speed_report(task: tasks.Task, model: Model, speed: float) -> str:
         return lines[0]
     lines += ["", _row("estimate at part of peak", "images/s", "cores")]
     for name, chip in CHIPS.items():
-        fraction, basis = chip.utilization.peak, chip.utilization.basis
+        fraction, basis = chip.utilization.of_peak, chip.utilization.basis
         images_per_second = fraction * chip.flops / flops
         cells = f"{images_per_second:,.0f}", f"{images_per_second / speed:,.1f}"
         lines.append(_row(f"one {name} at {fraction:.1%}, {basis}", *cells))

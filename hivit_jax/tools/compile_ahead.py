@@ -102,10 +102,10 @@ def run_cost(config: Any, report: dict[str, Any]) -> dict[str, Any]:
             "images": num_images,
             "chips": num_chips,
             "hours_at_bound": hours,
-            "utilization": utilization.bound,
+            "utilization": utilization.of_bound,
             "utilization_basis": utilization.basis,
             "utilization_measurement": utilization.measurement,
-            "hours_at_utilization": hours and hours / utilization.bound,
+            "hours_at_utilization": hours and hours / utilization.of_bound,
         }
     }
 

@@ -16,7 +16,7 @@ from hivit_jax.data.rasters import ChannelError, decode
 from hivit_jax.data.sources.base import LabelError, label_vector, single_label
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.summary import Summary
-from hivit_jax.errors import DataError, LocalDataError
+from hivit_jax.errors import DataError, ProcessDataError
 from hivit_jax.models import image_shape
 
 IMAGES_PER_JOB = 32
@@ -45,14 +45,14 @@ class Split:
       max_images: number of images to select; 0: all.
 
     Attributes:
-      is_fraction: True for an evaluation split that is cut from another split, by
+      is_cut_evaluation: True for an evaluation split that is cut from another split, by
         data.eval_fraction or a slice such as train[80%:].
       indices: indices of the k images in the dataset's split, int64 [k].
       labels: int64 [k], or [k, classes] of 0 and 1 with several labels per image. -1
-        marks an image that cannot be decoded, or an invalid label. Without labels, all
+        marks an image that was not decoded, or an invalid label. Without labels, all
         decoded images have 0.
-      sizes: height and width, int64 [k, 2]; 0 for an image that cannot be decoded.
-      summary: facts about all readable images.
+      sizes: height and width, int64 [k, 2]; 0 for an image that was not decoded.
+      summary: facts about all decoded images.
       findings: finding, such as "unreadable" -> index of an image in the dataset's
         split -> detail as text.
     """
@@ -62,7 +62,9 @@ class Split:
         configured_split = data.train_split if split == "train" else data.eval_split
         self.title = f"{split} ({configured_split})" if configured_split else split
         is_slice = data.eval_split.endswith("]")  # such as train[80%:]
-        self.is_fraction = split == "test" and (data.eval_fraction > 0 or is_slice)
+        self.is_cut_evaluation = split == "test" and (
+            data.eval_fraction > 0 or is_slice
+        )
         self.config, self.channels = config, image_shape(config.model)[2]
         self.source = open_source(data, split)
         n = len(self.source)
@@ -99,7 +101,7 @@ class Split:
                 encoded, label = sample["image"], sample["label"]
                 options = self.channels, data.value_range, data.dtype
                 pixels = decode(encoded, *options)
-            except LocalDataError:
+            except ProcessDataError:
                 raise
             except ChannelError as error:
                 self.findings[WRONG_CHANNELS][index] = str(error)
@@ -152,16 +154,20 @@ class Split:
           reasons: receives each name, a tab and the reason.
         """
         for index, reason in sorted(self.findings[UNREADABLE].items()):
-            name = self.source.name(index).replace("\n", "\\n")
-            listing.write(os.fsencode(f"{name}\n"))
+            listing.write(os.fsencode(f"{self._one_line_name(index)}\n"))
             reasons.write(f"{self.name(index)}\t{reason}\n".encode())
 
     def name(self, index: int) -> str:
-        """Return an image's name, with bytes that are not valid UTF-8 escaped."""
-        return self.source.name(index).encode(errors="backslashreplace").decode()
+        """Return an image's name, with newlines and invalid UTF-8 bytes escaped."""
+        name = self._one_line_name(index)
+        return name.encode(errors="backslashreplace").decode()
+
+    def _one_line_name(self, index: int) -> str:
+        """Return an image's name with newlines escaped."""
+        return self.source.name(index).replace("\n", "\\n")
 
     def usable(self) -> np.ndarray:
-        """Return True for readable images with valid labels, bool [k]."""
+        """Return True for decoded images with valid labels, bool [k]."""
         return (self.labels >= 0).reshape(len(self.labels), -1).all(1)
 
     def of_class(self, label: int) -> np.ndarray:

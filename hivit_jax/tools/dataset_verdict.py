@@ -97,7 +97,7 @@ class Verdict:
         for fault, fault_lines in faults.items():
             text = f"{split.title}: {len(fault_lines):,} {fault}"
             kind = NO_IMAGE if fault.endswith(NO_IMAGE) else fault
-            if kind == NO_IMAGE and split.is_fraction:
+            if kind == NO_IMAGE and split.is_cut_evaluation:
                 if split.source.classes:
                     counts = [each.per_class() for each in self._splits]
                     self.notes += uncovered_classes(split.source.classes, *counts)

@@ -153,7 +153,7 @@ def schedule_table(config: Any) -> str:
 def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
     """Return a table of a run's hours and chip-hours for each type of chip.
 
-    The table contains the hours at the peak of a chip and at its utilization. They are
+    The table contains the hours at the peak of a chip and at its utilization, both
     computed from the multiply-adds of `Task.passes` forward passes, without memory
     traffic, recomputation, evaluation and reading of images.
     """
@@ -163,7 +163,7 @@ def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
     if not flops:
         return "operations per training image: unknown, because the model has no `macs`"
     title = f"about {flops / 1e9:,.3g} GFLOP per training image; {images:,} images"
-    lowest_rate = min(chip.flops * chip.utilization.peak for chip in CHIPS.values())
+    lowest_rate = min(chip.flops * chip.utilization.of_peak for chip in CHIPS.values())
     if images * flops / lowest_rate < 36:  # chip-seconds
         return f"{title}; less than 0.01 chip-hours on every chip"
     lines = [
@@ -179,9 +179,9 @@ def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
         chip_hours = images / speed / 3600
         at_peak, at_part = (
             (f"{each / CHIP_COUNT:,.2f}", f"{each:,.2f}")
-            for each in (chip_hours, chip_hours / utilization.peak)
+            for each in (chip_hours, chip_hours / utilization.of_peak)
         )
-        part = f"{utilization.peak:.1%} {utilization.basis}"
+        part = f"{utilization.of_peak:.1%} {utilization.basis}"
         cells = str(CHIP_COUNT), f"{speed:,.0f}", *at_peak, part, *at_part
         lines.append(_row(name, *cells))
     lines += [

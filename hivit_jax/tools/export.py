@@ -79,7 +79,7 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
     if dtype != "float32":
         raise ConfigError(f"ONNX export: dtype={dtype}; expected float32")
     jax2onnx = errors.require("jax2onnx", "hivit-jax[onnx]")
-    # Without this, onnx_ir logs every shape.
+    # Without this setting, onnx_ir logs every shape.
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     cell_size, num_stages = model.config.cell_size, len(model.config.depths)
     strides = [f"stride{cell_size << stage}" for stage in range(num_stages)]
@@ -124,7 +124,7 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
         if not is_onnx:
             return jax.jit(jax_export.deserialize(bytearray(content)).call)
         options = package.SessionOptions()
-        # Without this, onnxruntime logs every constant that it optimizes away.
+        # Without this setting, onnxruntime logs each constant that it optimizes away.
         options.log_severity_level = 3
         session = package.InferenceSession(content, options)
     except Exception as error:  # invalid files cause exceptions of many types

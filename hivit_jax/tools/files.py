@@ -30,7 +30,7 @@ from hivit_jax.progress import Progress, listed
 from hivit_jax.reporting.console import log
 from hivit_jax.weights.adapt import Pretrained
 from hivit_jax.weights.load import DATA_KEYS
-from hivit_jax.xla.compile import announce
+from hivit_jax.xla.compile import with_compilation_log
 
 MAX_BATCH = 64  # largest default batch size
 MAX_DRAWN = 16  # images of one directory in a figure
@@ -133,7 +133,7 @@ def open_images(
     return tasks.create(config, info), source
 
 
-def drawn_images(paths: Sequence[str | Path]) -> list[Path]:
+def images_to_draw(paths: Sequence[str | Path]) -> list[Path]:
     """Return the image files that a figure shows, in the order of the paths.
 
     Of a directory with more than `MAX_DRAWN` images, evenly spaced images are drawn,
@@ -162,10 +162,10 @@ def drawn_images(paths: Sequence[str | Path]) -> list[Path]:
     return drawn
 
 
-def read_drawn(
+def read_images_to_draw(
     paths: Sequence[str | Path], read: Callable[[Path], np.ndarray]
 ) -> np.ndarray:
-    """Return the images that a figure shows, [B, H, W, C]; see `drawn_images`.
+    """Return the images that a figure shows, [B, H, W, C]; see `images_to_draw`.
 
     The figure omits images that cannot be read. A line on stderr names each of them.
 
@@ -178,7 +178,7 @@ def read_drawn(
       DataError: no image can be read.
     """
     images = []
-    for path in drawn_images(paths):
+    for path in images_to_draw(paths):
         try:
             images.append(read(path))
         except DataError as error:
@@ -245,7 +245,7 @@ def compute(
     transform = _TolerantTransform(task.transform(train=False))
     batches = inputs.source_batches(config, task, source, transform)
     mesh = one_device_mesh()
-    step = announce(on_mesh(mesh, step), "the model")
+    step = with_compilation_log(on_mesh(mesh, step), "the model")
     progress = Progress(title, len(source), write=_log_without_terminal)
     with tqdm(total=len(source), desc=title, unit=" images", disable=None) as bar:
         for batch in prefetch_to_device(batches, mesh):

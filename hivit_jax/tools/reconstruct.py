@@ -25,7 +25,7 @@ from hivit_jax.tools.loading import read_model
 from hivit_jax.tools.outputs import figure_path
 from hivit_jax.tree import split
 from hivit_jax.weights.load import build
-from hivit_jax.xla.compile import announce
+from hivit_jax.xla.compile import with_compilation_log
 
 USAGE = """\
 python -m hivit_jax.tools.reconstruct --checkpoint PATH IMAGE|DIRECTORY ...
@@ -82,7 +82,9 @@ def reconstruct(
 
     num_units = math.prod(model.unit_grid)
     noise = jax.random.uniform(jax.random.key(seed), (len(images), num_units))
-    return jax.device_get(announce(compute, "the model")(params, images, noise))
+    return jax.device_get(
+        with_compilation_log(compute, "the model")(params, images, noise)
+    )
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -112,7 +114,7 @@ def run(argv: Sequence[str] | None) -> None:
     data = pretrained.recipe.get("data", {})
     value_range, dtype = data.get("value_range", ()), data.get("dtype", "uint8")
     white = data.get("scale") or MAXIMUM[dtype]
-    pixels = files.read_drawn(
+    pixels = files.read_images_to_draw(
         args.images, lambda path: read(path, shape, value_range, dtype)
     )
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)

@@ -14,11 +14,11 @@ class StoppingFlags(NamedTuple):
     """Decisions after the evaluation of a step.
 
     Attributes:
-      stalled: the run must end early, at this step.
+      end_early: the run must end early, at this step.
       improved: the newest evaluation up to this step is the best, or there is none yet.
     """
 
-    stalled: bool
+    end_early: bool
     improved: bool
 
 
@@ -36,7 +36,7 @@ def early_stopping_flags(
     if jax.process_index() == 0:
         found = evaluation_progress(workdir, step, criterion)
     count, improved = gather_objects(found)[0]
-    stalled = 0 < patience <= count
-    if stalled:
+    end_early = 0 < patience <= count
+    if end_early:
         log(f"early stopping: no better {criterion[0]} in the last {count} evaluations")
-    return StoppingFlags(stalled, improved)
+    return StoppingFlags(end_early, improved)

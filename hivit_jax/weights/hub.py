@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hivit_jax.errors import CheckpointError, first_line
 from hivit_jax.weights.files import CONFIG, DIRECTORY_WEIGHTS, TORCH_WEIGHTS, WEIGHTS
-from hivit_jax.weights.programs import PREPROCESSOR
+from hivit_jax.weights.library_configs import PREPROCESSOR
 
 
 def download(address: str) -> Path:

@@ -27,7 +27,7 @@ from hivit_jax.progress import listed
 from hivit_jax.reporting import metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split
-from hivit_jax.weights import files, nesting, programs
+from hivit_jax.weights import files, library_configs, nesting
 from hivit_jax.weights.adapt import Pretrained, adapt
 from hivit_jax.weights.files import CONFIG, DIRECTORY_WEIGHTS, WEIGHTS
 from hivit_jax.weights.hub import download
@@ -110,10 +110,10 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
     file = files.read(path, averaged)
     metadata, config = file.metadata, {}
     if path.name in DIRECTORY_WEIGHTS and (path.parent / CONFIG).is_file():
-        config = programs.read_json(path.parent / CONFIG)
+        config = library_configs.read_json(path.parent / CONFIG)
         if path.name == WEIGHTS:
             metadata = config
-    known, info = programs.read_config(config, path.parent)
+    known, info = library_configs.read_config(config, path.parent)
     notes = [f"{path.suffix} file" + (f", entry {file.key!r}" if file.key else "")]
     if file.other_keys:
         notes.append(f"other entries: {', '.join(file.other_keys)}")
@@ -179,7 +179,7 @@ def _infer_arguments(
 
 
 def _naming_scheme(state: Mapping[str, Any]) -> str:
-    """Return the programs, except transformers, whose names a state dict has."""
+    """Return the origin of a state dict's names, which are not from transformers."""
     if is_swin(state):
         return "official code or timm"
     if any(name.startswith("backbone.") for name in state):

@@ -16,14 +16,15 @@ class Utilization(NamedTuple):
     """Fractions of a chip's limits that a training run reaches.
 
     Attributes:
-      peak: fraction of the bfloat16 peak, with operations as in `Task.training_flops`.
-      bound: fraction of the bound that `--mode compile` computes.
+      of_peak: fraction of the bfloat16 peak, with operations as in
+        `Task.training_flops`.
+      of_bound: fraction of the bound that `--mode compile` computes.
       measurement: the measured run, and the document that describes it; "": the
         fractions are assumed.
     """
 
-    peak: float
-    bound: float
+    of_peak: float
+    of_bound: float
     measurement: str = ""
 
     @property
@@ -41,16 +42,16 @@ MEASURED_H100 = Utilization(
 # Memory traffic limits the step on an H100. The H200 has the same peak FLOP/s and 1.43
 # times the bandwidth, so it is assumed to reach 1.43 times the fraction of the peak.
 # The bound of `--mode compile` already includes the bandwidth.
-DERIVED_H200 = Utilization(MEASURED_H100.peak * 4800 / 3350, MEASURED_H100.bound)
+DERIVED_H200 = Utilization(MEASURED_H100.of_peak * 4800 / 3350, MEASURED_H100.of_bound)
 
 
 class Chip(NamedTuple):
     """Memory and peak rates of a chip.
 
     Attributes:
-      memory: bytes of HBM that a program may use.
+      memory: bytes of device memory; of a TPU, only those that a program may use.
       flops: bfloat16 operations per second, dense, with float32 accumulation.
-      bandwidth: bytes per second between chip and HBM.
+      bandwidth: bytes per second between the chip and its memory.
       network: bytes per second that the chip sends to its slice or node on all links.
       source: publication of these numbers.
       devices: number of JAX devices per chip.
@@ -127,7 +128,8 @@ DEVICE_KINDS = {
 # compilers need the hardware or were not tested without it.
 PLUGINS = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), "libtpu")
 PLUGINS |= dict.fromkeys(("h100", "h200"), "jax-cuda13-plugin")
-# Chip -> number of dimensions of the shape of a slice.
+# Chip -> number of dimensions of the shape of a slice, for the chips whose names in
+# Google Cloud `suggested_topology` converts.
 SLICE_NDIMS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, h100:8, h200:8"
 # Without these values, the TPU compiler queries the machine that it runs on, which need
@@ -193,16 +195,17 @@ def peak_flops(device_kind: str) -> float | None:
 def suggested_topology(text: str) -> str:
     """Return the topology that `text` probably means, or "" if this is unknown.
 
-    For example, "v5e:8x8 (64 chips)" for "v5e-64" and "v5litepod-64". The number in a
-    name of Google Cloud counts chips; for v4 and v5p, it counts cores, two per chip.
+    For example, "v5e:8x8 (64 chips)" for "v5e-64" and "v5litepod-64". In such names
+    of Google Cloud, the number counts the chips of v5e and v6e, but the cores of v4 and
+    v5p, which have two cores per chip.
     """
     match = re.fullmatch(r"(\w+)([-:])(\d+)(x[\dx]+)?", text.lower())
     if not match:
         return ""
-    name, separator, count, shape = match.groups()
-    name, chips = name.replace("v5litepod", "v5e"), int(count)
-    if shape or PLUGINS.get(name, "libtpu") != "libtpu":
-        return f"{name}:{count}{shape or ''}" if name in PLUGINS else ""
+    name, separator, number, more_dims = match.groups()
+    name, chips = name.replace("v5litepod", "v5e"), int(number)
+    if more_dims or PLUGINS.get(name, "libtpu") != "libtpu":
+        return f"{name}:{number}{more_dims or ''}" if name in PLUGINS else ""
     if name not in SLICE_NDIMS:
         return ""
     if SLICE_NDIMS[name] == 3 and separator == "-":

@@ -36,10 +36,10 @@ def enable_compilation_cache(directory: str) -> None:
 def keep_freed_memory() -> None:
     """Make malloc keep the memory that this process frees.
 
-    Without this, XLA:CPU allocates the temporaries of each train step from the
-    operating system and returns the memory at the end of the step. The system then
-    clears every page again for the next step. tf.data allocates batches in this way
-    too. Does nothing without glibc.
+    By default, XLA:CPU allocates the temporaries of each train step from the operating
+    system and returns the memory at the end of the step. The system then clears every
+    page again for the next step. tf.data allocates batches in this way too. Does
+    nothing without glibc.
     """
     # Option numbers of malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX.
     max_mapped, trim_threshold, max_arenas = -4, -1, -8
@@ -121,7 +121,7 @@ def log_compilation(program: str) -> Iterator[None]:
     log(f"{action} in {time.perf_counter() - start:.1f} s")
 
 
-def announce(jitted: Callable, program: str) -> Callable:
+def with_compilation_log(jitted: Callable, program: str) -> Callable:
     """Return a wrapper of a jitted function that logs the compilations.
 
     JAX compiles in the first call with each combination of shapes, so only these calls

@@ -1,4 +1,4 @@
-"""Tests that datasets in a bucket and local datasets have equal batches."""
+"""Tests of datasets in a bucket: equality with local datasets, errors, copies."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from hivit_jax.data.shard_cache import ShardCache
 from hivit_jax.data.sources import registry
 from hivit_jax.data.sources.tfds import OPENERS, Tfds
 from hivit_jax.data.storage import StorageError
-from hivit_jax.errors import ConfigError, LocalDataError
+from hivit_jax.errors import ConfigError, ProcessDataError
 
 pytestmark = [pytest.mark.usefixtures("cache_directory"), pytest.mark.slow]
 VERSION = "noise_images/1.0.0"
@@ -65,8 +65,8 @@ def test_tfrecords_of_a_bucket_equal_local_files(bucket, prepared):
     bucket.requests.clear()
     bucket.failures, bucket.truncations_left = [503, 429, 500], 2
     assert_batches_equal(batches(cfg), expected)
-    # Four batches of 8 training images and 6 evaluation images are read, and 5 reads
-    # are repeated.
+    # At most 4 x 8 training images and 6 evaluation images are read, and 5 reads are
+    # repeated.
     assert bucket.reads("-of-") <= 4 * 8 + 6 + 5
     assert_batches_equal(batches(config("s3://bucket/tfrecord")), expected)
 
@@ -86,8 +86,8 @@ def test_one_thread_has_several_reads_in_flight(bucket):
     assert max(counts) >= 3
 
 
-def test_record_that_is_asked_for_twice_is_read_twice_ahead(tmp_path):
-    """At the end of an epoch, a record of the next epoch may already be in flight."""
+def test_each_request_for_a_record_starts_a_read(tmp_path):
+    """At the end of an epoch, the next epoch may request a record that is in flight."""
     (tmp_path / "objects").mkdir()
     (tmp_path / "objects" / "one").write_bytes(b"first")
     with serve(tmp_path / "objects") as bucket:
@@ -199,14 +199,16 @@ def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
     key = f"{VERSION}/noise_images-train.tfrecord-00001-of-00004"
     for status in (403, 503):
         bucket.statuses = {key: status}
-        with pytest.raises(LocalDataError, match=f"gs://.*{key}: HTTP status {status}"):
+        with pytest.raises(
+            ProcessDataError, match=f"gs://.*{key}: HTTP status {status}"
+        ):
             batches(cfg)
     bucket.statuses, bucket.truncations_left = {}, 10**6
-    with pytest.raises(LocalDataError, match="cannot access"):
+    with pytest.raises(ProcessDataError, match="cannot access"):
         batches(cfg)
     bucket.truncations_left = 0
     (bucket.root / "tfrecord" / key).unlink()
-    with pytest.raises(LocalDataError, match=rf"{key} does not exist \(HTTP .*404"):
+    with pytest.raises(ProcessDataError, match=rf"{key} does not exist \(HTTP .*404"):
         batches(cfg)
 
 
@@ -217,8 +219,8 @@ def test_damaged_record_is_an_unreadable_image(bucket):
     data = bytearray(path.read_bytes())
     data[:8] = struct.pack("<Q", 7)  # wrong length of the first record
     path.write_bytes(data)
-    training = batches(cfg)[:3]
-    assert sum(batch["unreadable"].sum() for batch in training) == 1
+    first_epoch = batches(cfg)[:3]
+    assert sum(batch["unreadable"].sum() for batch in first_epoch) == 1
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
@@ -282,8 +284,8 @@ def test_caches_that_share_a_directory_download_a_file_once(bucket, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    # One download makes two requests: a range that is longer than the file, and the
-    # whole file.
+    # A copy makes two requests: one for a range, which fails because the file is
+    # shorter, and one for the whole file.
     assert bucket.reads(path.name) == 2
     assert os.listdir(tmp_path / "cache/gs/bucket/tfrecord" / VERSION) == [path.name]
     [copy] = {cache.locate_or_request(address) for cache in caches}
@@ -301,4 +303,4 @@ def test_files_are_read_from_the_bucket_if_the_disk_is_full(
     monkeypatch.setattr(os, "fsync", fsync)
     cfg = config("gs://bucket/tfrecord", data__cache=tmp_path / "cache")
     assert_batches_equal(batches(cfg), expected)
-    assert "No space left on device; other files" in capfd.readouterr().err
+    assert "No space left on device; files without a copy" in capfd.readouterr().err

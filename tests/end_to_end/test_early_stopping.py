@@ -194,8 +194,8 @@ def test_processes_stop_at_the_same_step(tmp_path):
         [early_stopping_flags(tmp_path / name, 2, CRITERION, step) for step in LOSSES]
         for name in "01"
     )
-    assert [stalled for stalled, _ in decisions_0] == [False] * 4 + [True, False]
-    assert not any(stalled for stalled, _ in decisions_1)
+    assert [end_early for end_early, _ in decisions_0] == [False] * 4 + [True, False]
+    assert not any(end_early for end_early, _ in decisions_1)
 
     address = mini_runs.free_address()
     processes = [

@@ -38,6 +38,7 @@ class Pod:
     """Run with `count` processes on loopback.
 
     Args:
+      environment: additional environment variables.
       flags: one list for all processes, or one list for each process.
     """
 
@@ -79,21 +80,21 @@ class Pod:
 
 
 @pytest.fixture(scope="module")
-def single_process_run(tmp_path_factory, environment):
+def single_process_run(tmp_path_factory, without_tensorboard):
     """Return the workdir of an uninterrupted run in one process."""
     workdir = tmp_path_factory.mktemp("single") / "run"
-    pod = Pod(workdir, 1, environment, mini_runs.arguments(**RUN))
+    pod = Pod(workdir, 1, without_tensorboard, mini_runs.arguments(**RUN))
     errors = pod.wait_for_stderr()
     assert pod.exit_codes() == [0], errors
     return workdir
 
 
 def test_a_signal_stops_all_processes_and_one_resumes(
-    single_process_run, environment, tmp_path
+    single_process_run, without_tensorboard, tmp_path
 ):
     """SIGINT to one of two processes stops both; a single process resumes the run."""
     run, flags = tmp_path / "run", mini_runs.arguments(**RUN)
-    pod = Pod(run, 2, environment, flags)
+    pod = Pod(run, 2, without_tensorboard, flags)
     pod.wait_for_step(2)
     pod.processes[1].send_signal(signal.SIGINT)
     errors = pod.wait_for_stderr()
@@ -104,7 +105,7 @@ def test_a_signal_stops_all_processes_and_one_resumes(
     for error in errors:
         assert f"SIGTERM to one of the processes: step {saved} of {STEPS}" in error
 
-    pod = Pod(run, 1, environment, flags)
+    pod = Pod(run, 1, without_tensorboard, flags)
     errors = pod.wait_for_stderr()
     assert pod.exit_codes() == [0], errors
     assert f"resuming at step {saved} from" in pod.first_stdout()
@@ -128,10 +129,12 @@ def test_a_signal_stops_all_processes_and_one_resumes(
 
 @pytest.mark.extras
 @pytest.mark.parametrize(("lost", "signal_name"), [(1, "SIGSTOP"), (0, "SIGKILL")])
-def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path):
+def test_a_lost_process_ends_the_others(
+    lost, signal_name, without_tensorboard, tmp_path
+):
     """JAX aborts the other process; the last checkpoint is complete."""
     flags = mini_runs.arguments(**RUN | dict(total_steps=100_000, checkpoint_every=5))
-    pod = Pod(tmp_path / "run", 2, environment, flags)
+    pod = Pod(tmp_path / "run", 2, without_tensorboard, flags)
     pod.wait_for_step(8)
     while (
         not mini_runs.saved_steps(tmp_path / "run") and pod.processes[0].poll() is None
@@ -149,10 +152,10 @@ def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path
 
 
 @pytest.mark.extras
-def test_divergence_ends_all_processes_with_code_3(environment, tmp_path):
+def test_divergence_ends_all_processes_with_code_3(without_tensorboard, tmp_path):
     """Both processes exit with 3; JAX does not abort the process that exits last."""
     flags = mini_runs.arguments(**RUN, optimizer__base_learning_rate=1e30)
-    pod = Pod(tmp_path / "run", 2, environment, flags)
+    pod = Pod(tmp_path / "run", 2, without_tensorboard, flags)
     errors = pod.wait_for_stderr()
     assert pod.exit_codes() == [3] * 2, errors
     assert all("expected finite numbers" in error for error in errors)
@@ -217,7 +220,7 @@ sys.exit(main.main())
     ],
 )
 def test_two_processes_exit_with_the_documented_codes(
-    actions, codes, messages, environment, tmp_path
+    actions, codes, messages, without_tensorboard, tmp_path
 ):
     """The processes end because of errors, stalls and crashes."""
     address = mini_runs.free_address()
@@ -228,7 +231,7 @@ def test_two_processes_exit_with_the_documented_codes(
             *mini_runs.arguments(**ONE_FAILS),
             *(f"--workdir={tmp_path}", f"--coordinator_address={address}"),
             *("--num_processes=2", f"--process_id={index}"),
-            **environment,
+            **without_tensorboard,
         )
         for index, action in enumerate(actions)
     ]
@@ -241,12 +244,12 @@ def test_two_processes_exit_with_the_documented_codes(
 BAD_LABEL_SCRIPT = """
 import sys
 from hivit_jax import main, train
-from hivit_jax.errors import LocalDataError
+from hivit_jax.errors import ProcessDataError
 
 def batches_of(source, mesh, prefetch_to_device=train.prefetch_to_device):
     for batch_index, batch in enumerate(prefetch_to_device(source, mesh)):
         if batch_index == 7:
-            raise LocalDataError("label 10")
+            raise ProcessDataError("label 10")
         yield batch
 
 train.prefetch_to_device = batches_of
@@ -255,7 +258,7 @@ sys.exit(main.main())
 
 
 @pytest.mark.extras
-def test_data_error_of_one_process_ends_both(environment, tmp_path):
+def test_data_error_of_one_process_ends_both(without_tensorboard, tmp_path):
     """The failing process prints its error immediately; nothing is saved."""
     address = mini_runs.free_address()
     options = ONE_FAILS | dict(stall_timeout=600)
@@ -263,7 +266,7 @@ def test_data_error_of_one_process_ends_both(environment, tmp_path):
     pod_flags = [f"--coordinator_address={address}", "--num_processes=2"]
     processes = [
         mini_runs.start_process(
-            *script, *flags, *pod_flags, f"--process_id={i}", **environment
+            *script, *flags, *pod_flags, f"--process_id={i}", **without_tensorboard
         )
         for i, script in enumerate([("-m", "hivit_jax.main"), ("-c", BAD_LABEL_SCRIPT)])
     ]
@@ -274,9 +277,9 @@ def test_data_error_of_one_process_ends_both(environment, tmp_path):
     assert mini_runs.saved_steps(tmp_path / "run") == []
 
 
-def test_processes_with_different_configs_are_refused(environment, tmp_path):
+def test_processes_with_different_configs_are_refused(without_tensorboard, tmp_path):
     flags = [mini_runs.arguments(**RUN, seed=seed) for seed in (0, 1)]
-    pod = Pod(tmp_path / "run", 2, environment, *flags)
+    pod = Pod(tmp_path / "run", 2, without_tensorboard, *flags)
     errors = pod.wait_for_stderr()
     assert pod.exit_codes() == [2, 2], errors
     for index, error in enumerate(errors):
@@ -304,7 +307,7 @@ sys.exit(main.main([config_flag, *flags, "--config.data.dir=same", "--workdir=ru
 """
 
 
-def test_processes_with_different_files_are_refused(environment, tmp_path):
+def test_processes_with_different_files_are_refused(without_tensorboard, tmp_path):
     """Two runs fail: first because datasets differ, then because checkpoints differ."""
     address = mini_runs.free_address()
     for index in range(2):
@@ -320,7 +323,7 @@ def test_processes_with_different_files_are_refused(environment, tmp_path):
         mini_runs.start_process(
             *("-c", DIFFERING_SCRIPT, address, index, tmp_path / str(index)),
             *mini_runs.arguments(**RUN),
-            **environment,
+            **without_tensorboard,
             XDG_CACHE_HOME=tmp_path / "cache",
         )
         for index in range(2)

@@ -13,9 +13,9 @@ STEPS, CHECKPOINT_EVERY = 44, 15
 
 
 @pytest.fixture(scope="module")
-def environment(environment):
-    """Return environment variables that disable the tests' shared compilation cache."""
-    return environment | {"JAX_COMPILATION_CACHE_DIR": ""}
+def environment(without_tensorboard):
+    """Return environment variables that disable TensorBoard and the shared cache."""
+    return without_tensorboard | {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,8 @@ class Handler(BaseHTTPRequestHandler):
         if failure:
             self._send(failure, b"refused")
         elif query.get("uploadType") == "resumable":
-            query["uploadType"] = "data"  # of the PUT that follows
+            # The client sends the data in a PUT to the address below.
+            query["uploadType"] = "data"
             address = f"{bucket.url}{url.path}?{urlencode(query)}"
             self._send(200, b"", {"Location": address})
         elif method in ("POST", "PUT", "DELETE"):
@@ -261,7 +262,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         with self.server.lock:
-            is_download = status in (200, 206) and headers
+            # Of the answers to GET, only those of `_send_object` have these properties.
+            is_download = self.command == "GET" and status in (200, 206) and headers
             is_cut = is_download and self.server.truncations_left > 0
             self.server.truncations_left -= bool(is_cut)
         self.wfile.write(body[: len(body) // 2] if is_cut else body)

@@ -444,7 +444,7 @@ def drop_path_scales(keys, drop_path_rates):
 def learning_rate(step, config, num_images):
     """Return the learning rate: linear warmup, then half a cosine to the minimum.
 
-    first_epoch=1: the schedule runs one epoch ahead, as in official ``lr_sched.py``.
+    first_epoch=1: the learning rate is one epoch ahead, as in official ``lr_sched.py``.
     """
     o = config.optimizer
     steps_per_epoch = num_images / config.batch_size

@@ -135,7 +135,7 @@ def test_images_of_a_directory_are_drawn(tmp_path, capsys, monkeypatch):
     (tmp_path / "photos" / "notes.txt").write_text("")
     monkeypatch.setattr(files, "MAX_DRAWN", 3)
     single = write_image(tmp_path / "a.png")
-    names = [path.name for path in files.drawn_images([single, tmp_path / "photos"])]
+    names = [path.name for path in files.images_to_draw([single, tmp_path / "photos"])]
     assert names == ["a.png", "0.png", "2.png", "4.png"]
     line = f"{tmp_path}/photos: drawing 3 of 5 images, evenly spaced\n"
     assert capsys.readouterr().out == line

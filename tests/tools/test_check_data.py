@@ -688,7 +688,9 @@ def test_unusual_file_names_are_escaped(check, tmp_path):
     assert sorted(listed) == sorted(
         [not_utf_8, os.fsencode(two_lines).replace(b"\n", b"\\n")]
     )
-    assert "/astronaut/\\udcff.JPEG\tOSError: unknown" in files[1].read_text()
+    reasons = files[1].read_text()
+    assert "/astronaut/\\udcff.JPEG\tOSError: unknown" in reasons
+    assert "/a\\nb.png\tOSError: unknown" in reasons
 
 
 def test_missing_split_is_an_error(check, healthy):

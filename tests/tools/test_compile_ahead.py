@@ -90,8 +90,8 @@ def test_hours_use_the_measured_utilization_of_a_chip():
     summary = compile_ahead.summary(report)
     assert "at 53% of it, measured" in summary
     assert "measured: HiViT-B, pretraining on one H100" in summary
-    # In reports of earlier versions, which lack the basis, utilization is assumed. The
-    # slowest part has the key "bound".
+    # Reports of earlier versions lack "utilization_basis", so their utilization counts
+    # as assumed. They have the key "bound" in place of "limited_by".
     report["roofline"] = {"images_per_second_per_chip": 123.4, "bound": "network"}
     report["run"] = {
         name: value for name, value in run.items() if "utilization_" not in name

@@ -20,7 +20,8 @@ from hivit_jax.training.schedule import make_schedule
 from hivit_jax.tree import split, split_params
 from hivit_jax.weights.names.official import to_official
 
-# Recipe -> (golden file, prefix of its arrays, helper, keys of the official schedule).
+# Recipe -> (golden file, prefix of its arrays, helper, keys of `config.optimizer` that
+# select the official schedule).
 TRAJECTORIES = {
     "mae_vit": ("vit_trajectories", "mae", vit, dict(schedule="cosine")),
     "finetune_vit": ("vit_trajectories", "ft", vit, dict(schedule="cosine")),
@@ -138,7 +139,7 @@ def test_eight_steps_equal_the_official_ones(recipe):
 def test_schedules_equal_the_official_ones(recipe, title, steps_late):
     """The learning rates at the first step of each epoch are equal.
 
-    The official multistep schedule changes one step after its milestones.
+    The whole official multistep schedule is one step late, including its warmup.
     """
     facts, config = swin.FACTS["lr_schedules"][title], mini_runs.recipe(recipe)
     per_epoch = facts["iterations_per_epoch"]

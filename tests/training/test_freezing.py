@@ -30,7 +30,7 @@ def first_three_components(frozen):
     return {"/".join(name.split("/")[:3]) for name in frozen}
 
 
-def test_prefixes_end_at_a_slash(names):
+def test_prefix_selects_whole_components_of_names(names):
     assert frozen_parameters("", names) == frozenset()
     assert frozen_parameters("head", names) == {"head/kernel", "head/bias"}
     block = frozen_parameters("encoder/stages/2/1", names)  # not encoder/stages/2/10
@@ -41,12 +41,12 @@ def test_prefixes_end_at_a_slash(names):
 
 
 def test_stages_selects_the_encoder_up_to_a_stage(names):
-    stem = {"encoder/absolute_pos_embed"}
-    stem |= {f"encoder/patch_embed/{part}" for part in ("proj", "norm")}
-    stem |= {"encoder/stages/0", "encoder/merges/0"}
-    assert first_three_components(frozen_parameters("stages:1", names)) == stem
-    stem |= {"encoder/stages/1", "encoder/merges/1"}
-    assert first_three_components(frozen_parameters("stages:2", names)) == stem
+    expected = {"encoder/absolute_pos_embed"}
+    expected |= {f"encoder/patch_embed/{part}" for part in ("proj", "norm")}
+    expected |= {"encoder/stages/0", "encoder/merges/0"}
+    assert first_three_components(frozen_parameters("stages:1", names)) == expected
+    expected |= {"encoder/stages/1", "encoder/merges/1"}
+    assert first_three_components(frozen_parameters("stages:2", names)) == expected
     everything = frozen_parameters("stages:3", names)
     assert everything == {name for name in names if name.startswith("encoder/")}
 
@@ -116,7 +116,8 @@ def test_frozen_parameters_keep_every_bit():
         bias = float(state["params"]["bias"][0])
         state, values = step(state, {}, batch, np.int32(number))
         norms.append(values["gradient_norm"])
-        # Only the bias has a gradient: 2 * output.
+        # The loss is output ** 2, and output = 0.1 + bias. The norm does not include
+        # the gradient of the frozen kernel.
         expected_norms.append(2 * abs(0.1 + bias))
     for item in ("params", "ema"):
         found = np.asarray(state[item]["kernel"])

@@ -135,11 +135,13 @@ def test_utilization_of_an_h100_is_the_one_in_the_benchmark():
     flops = accelerator["auto"]["result"]["model_flops_per_image"]
     chip = chips.CHIPS["h100"]
     assert chip.utilization.basis == "measured"
-    assert chip.utilization.peak == pytest.approx(speed * flops / chip.flops, rel=1e-3)
+    assert chip.utilization.of_peak == pytest.approx(
+        speed * flops / chip.flops, rel=1e-3
+    )
     table = (ROOT / "docs" / "cost.md").read_text()
     bound = re.search(r"`compile`, h100:8, .* \| ([\d,]+) \|", table)[1]
     fraction_of_bound = speed / float(bound.replace(",", ""))
-    assert chip.utilization.bound == pytest.approx(fraction_of_bound, abs=0.005)
+    assert chip.utilization.of_bound == pytest.approx(fraction_of_bound, abs=0.005)
     others = [c.utilization for name, c in chips.CHIPS.items() if name != "h100"]
     assert {utilization.basis for utilization in others} == {"assumed"}
 
@@ -147,9 +149,13 @@ def test_utilization_of_an_h100_is_the_one_in_the_benchmark():
 def test_h200_is_faster_than_an_h100_in_proportion_to_bandwidth():
     """docs/cost.md contains the derived utilization of an H200."""
     h100, h200 = (chips.CHIPS[name] for name in ("h100", "h200"))
-    speedup = h200.utilization.peak * h200.flops / (h100.utilization.peak * h100.flops)
+    speedup = (
+        h200.utilization.of_peak * h200.flops / (h100.utilization.of_peak * h100.flops)
+    )
     assert speedup == pytest.approx(h200.bandwidth / h100.bandwidth)
-    row = f"| `h200` | {h200.utilization.peak:.1%} | {h200.utilization.bound:.0%} |"
+    row = (
+        f"| `h200` | {h200.utilization.of_peak:.1%} | {h200.utilization.of_bound:.0%} |"
+    )
     assert row.replace("%", " %") in (ROOT / "docs" / "cost.md").read_text()
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from hivit_jax.xla.compile import announce
+from hivit_jax.xla.compile import with_compilation_log
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
@@ -39,7 +39,9 @@ def test_programs_are_cached_in_the_workdir(
 
 def test_first_call_with_each_combination_of_shapes_is_logged(capsys):
     """The two lines contain the start and the duration of the compilation."""
-    double = announce(jax.jit(lambda values: 2 * values["x"]), "the doubling")
+    double = with_compilation_log(
+        jax.jit(lambda values: 2 * values["x"]), "the doubling"
+    )
     lines_of_calls = []
     for size in (3, 3, 4, 3):
         assert double({"x": np.ones(size)}).tolist() == [2.0] * size

@@ -38,7 +38,8 @@ def ignored_reason(name: str, suffixes: Sequence[str] = SUFFIXES) -> str:
     ending = os.path.splitext(name)[1].lower()
     if is_hidden(name):
         return HIDDEN
-    ending = ending.encode(errors="backslashreplace").decode()  # can be printed
+    # Escapes bytes that are not valid UTF-8, so that the ending can be printed.
+    ending = ending.encode(errors="backslashreplace").decode()
     return "" if ending in suffixes else ending or "without an ending"
 
 
@@ -148,7 +149,7 @@ def is_directory(path: str) -> bool:
 def _bucket_index(
     root: str, class_level: str, suffixes: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Return the index of a split in a bucket; arguments as in `_scan`."""
+    """Return the index of a split in a bucket; see `index_of` and `_scan`."""
     ignored: Counter[str] = Counter()
     found: dict[str, list[tuple[str, str]]] = {}  # class -> (directory, file name)
     loose = []
@@ -166,7 +167,8 @@ def _bucket_index(
         elif reason:
             ignored[reason] += 1
             if class_level == "top":
-                found.setdefault(class_name, [])  # because an empty class is an error
+                # Empty classes are listed, so that the caller can report them.
+                found.setdefault(class_name, [])
         else:
             found.setdefault(class_name, []).append((directory, name))
     classes = sorted(found)

@@ -4,13 +4,13 @@ import pytest
 
 from hivit_jax.data.sources.paths import Paths
 
-FILES = "photos/cat/a.png", "photos/dog/cat/b.png", "photos/c.png", "more/owl/d.png"
+FILES = "more/owl/d.png", "photos/c.png", "photos/cat/a.png", "photos/dog/cat/b.png"
 
 
 @pytest.mark.parametrize(
     ("classes", "directory_classes", "expected_classes", "labels"),
     [
-        # The images of more/ come first. The nearest directory counts.
+        # The label of photos/dog/cat/b.png is cat, its nearest directory.
         (["cat", "dog"], False, ["cat", "dog"], [-1, -1, 0, 0]),
         (["cat", "dog"], True, ["cat", "dog"], [-1, -1, 0, 0]),
         (["ant"], False, ["ant"], [-1] * 4),

@@ -49,7 +49,8 @@ def read_config(
         info = _preprocessing_info(preprocessing, "image_mean", "image_std")
         if preprocessing.get("resample") in RESAMPLE:
             info["interpolation"] = RESAMPLE[preprocessing["resample"]]
-        # These processors resize the whole image and do not crop it.
+        # Without crop_pct, the image processors of transformers for ViT and Swin resize
+        # the whole image and do not crop it.
         info.setdefault("crop", 1.0)
     labels = config.get("id2label") or {}
     try:
