@@ -40,7 +40,8 @@ test: lint
 # Long tests, and tests that need PyTorch, libtpu, ONNX or Chromium. They run in a separate
 # environment, because the tests of `make test` check that these packages are optional.
 test-extras: .venv-extras/installed
-	.venv-extras/bin/python -m pytest -n auto --dist worksteal -m "torch or extras or browser"
+	.venv-extras/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+	  -m "torch or extras or browser"
 
 # Installs only the extras. A .pth file makes the packages of .venv available too.
 .venv-extras/installed: requirements-extras.lock .venv/installed

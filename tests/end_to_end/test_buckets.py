@@ -5,7 +5,7 @@ import pytest
 from buckets import serve
 from prepared import prepare
 
-pytestmark = [pytest.mark.slow, pytest.mark.processes]
+pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.extras]
 
 OPTIONS = dict(batch_size=8, total_steps=12, checkpoint_every=6, eval_every=6)
 OPTIONS |= dict(model__image_size=64, data__canvas=96, data__name="noise_images")
@@ -51,9 +51,7 @@ def local(tmp_path_factory, dataset, run_training):
     return workdir
 
 
-@pytest.mark.parametrize(
-    "reader", ["threads", pytest.param("tf.data", marks=pytest.mark.extras)]
-)
+@pytest.mark.parametrize("reader", ["threads", "tf.data"])
 def test_run_that_loses_access_resumes_bit_identically(
     dataset, run_training, local, tmp_path, reader
 ):

@@ -25,6 +25,7 @@ RUN = dict(
     optimizer__ema_decay=0.9,
     mesh__data=-1,
     data__eval_split="none",
+    model__depths="(1,1,1)",  # compiles faster
 )
 
 
