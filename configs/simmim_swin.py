@@ -12,8 +12,7 @@ forward passes) takes, in GFLOP per image: tiny 20.1, small 38.8, base 68.3, lar
 
 def get_config(variant: str = "base") -> dict:
     """Return the keys that differ from the defaults."""
-    size = variant.removesuffix("_100")
-    short = size != variant
+    size, short = variant.removesuffix("_100"), variant.endswith("_100")
     run = dict(task="mae", total_epochs=100.0 if short else 800.0, mask_ratio=0.6)
     run |= dict(batch_size=2048, eval_every=12511)  # every 20 epochs
     model = dict(name=f"simmim_swin_{size}", image_size=192, dtype="bfloat16")

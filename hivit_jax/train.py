@@ -32,7 +32,7 @@ from hivit_jax.paths import open_path, with_absolute_paths
 from hivit_jax.progress import counted
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
-from hivit_jax.training.early_stopping import early_stopping_flags
+from hivit_jax.training.early_stopping import stopping_flags
 from hivit_jax.training.schedule import make_schedule, skip_steps
 from hivit_jax.training.step import prepare
 from hivit_jax.xla.compile import compile_steps
@@ -101,10 +101,8 @@ def train(
     else:
         step, state = 0, initial_state(config, task, training, pretrained)
     frozen, writer = evaluate.put_frozen(task, mesh), None
-    stopping_flags = partial(
-        early_stopping_flags, workdir, config.early_stopping, task.best
-    )
-    if finished := step >= total_steps or stopping_flags(step).end_early:
+    flags_at = partial(stopping_flags, workdir, config.early_stopping, task.best)
+    if finished := step >= total_steps or flags_at(step).end_early:
         log(f"the run in {workdir} is finished; another --workdir starts a new run")
     missing = evaluate.is_evaluation_missing(config, task, workdir, step, total_steps)
     if not finished or missing:
@@ -144,7 +142,7 @@ def train(
         stop = stop_requested(step)
         if missing and not stop:
             results = run_evaluation()
-            finished |= stopping_flags(step).end_early
+            finished |= flags_at(step).end_early
         if not finished and not stop:
             batches = inputs.train_batches(config, step, total_steps)
             batches = defer_error(prefetch_to_device(unreadable.watch(batches), mesh))
@@ -153,8 +151,7 @@ def train(
         throughput.read()  # starts the measurement
         while not finished and not stop:
             steps_done = replicate(mesh, np.int32(step))
-            batch = batch_or_raise(batch)
-            state, values = train_step(state, frozen, batch, steps_done)
+            state, values = train_step(state, frozen, batch_or_raise(batch), steps_done)
             if pending:  # so that at most two steps and their batches are in flight
                 jax.block_until_ready(pending[-1])
             batch = next(batches, None)  # while the devices compute
@@ -173,16 +170,14 @@ def train(
                 scalars["seconds_left"] = images_left / speed
                 if writer:
                     writer.scalars(step, scalars)
-                # metrics.jsonl counts failed reads. The log and the check below count
-                # different images, each once.
-                if scalars["unreadable"]:
+                if scalars["unreadable"]:  # log different images, not failed reads
                     scalars["unreadable"] = unreadable.gather()
                 log(console.step_line(step, total_steps, scalars))
                 check_unreadable(scalars["unreadable"], num_images, config.data)
                 with throughput.pause():
                     # Evaluate before saving, or a resumed run may skip the evaluation.
                     if due["eval"] and (results := run_evaluation()):
-                        end_early, improved = stopping_flags(step)
+                        end_early, improved = flags_at(step)
                         finished |= end_early
                         due["checkpoint"] |= end_early or improved or bool(stop)
                     if due["checkpoint"]:

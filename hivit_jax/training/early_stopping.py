@@ -22,7 +22,7 @@ class StoppingFlags(NamedTuple):
     improved: bool
 
 
-def early_stopping_flags(
+def stopping_flags(
     workdir: Path, patience: int, criterion: Criterion, step: int
 ) -> StoppingFlags:
     """Return the flags of a step, which process 0 decides for all processes.

@@ -15,10 +15,9 @@ def swin_arguments(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the arguments of a Swin or SimMIM, and the reasons for guessed arguments.
 
-    The shapes hardly reveal the image size: it changes the position tables only of
-    stages that are smaller than a window. Official files also contain shift masks. The
-    image size is computed from their number of tokens, assuming a square image. Without
-    these masks, the image size is guessed so that the last stage is one window.
+    The image size changes only the position tables of stages that are smaller than a
+    window. Official files also contain shift masks, whose number of tokens gives the
+    size of a square image. Without them, the last stage is assumed to be one window.
 
     Args:
       image_size: size to use if its windows match the position tables; None: guess.

@@ -13,7 +13,7 @@ from hivit_jax.reporting import metrics
 from hivit_jax.tools import run_facts
 from hivit_jax.tools.loading import read_model
 from hivit_jax.train import train
-from hivit_jax.training.early_stopping import early_stopping_flags
+from hivit_jax.training.early_stopping import stopping_flags
 
 pytestmark = pytest.mark.usefixtures("minimal_output", "single_device")
 
@@ -160,17 +160,17 @@ def test_evaluations_since_best_are_counted_up_to_a_step(tmp_path):
     assert count(7, ("eval/top1", "max")) == 7
 
 
-# Program of one process that prints the `early_stopping_flags` of some steps
+# Program of one process that prints the `stopping_flags` of some steps
 PROGRAM = """
 import json, sys
 from pathlib import Path
 from hivit_jax.distributed import processes
-from hivit_jax.training.early_stopping import early_stopping_flags
+from hivit_jax.training.early_stopping import stopping_flags
 
 address, index, workdir, best, *steps = sys.argv[1:]
 processes.connect(address, 2, int(index), 60.0)
 criterion = best, "min"
-found = [early_stopping_flags(Path(workdir), 2, criterion, int(s)) for s in steps]
+found = [stopping_flags(Path(workdir), 2, criterion, int(s)) for s in steps]
 print(json.dumps(found))
 processes.exit_together(0)
 """
@@ -191,7 +191,7 @@ def test_processes_stop_at_the_same_step(tmp_path):
             writer.scalars(step, values)
         writer.close()
     decisions_0, decisions_1 = (
-        [early_stopping_flags(tmp_path / name, 2, CRITERION, step) for step in LOSSES]
+        [stopping_flags(tmp_path / name, 2, CRITERION, step) for step in LOSSES]
         for name in "01"
     )
     assert [end_early for end_early, _ in decisions_0] == [False] * 4 + [True, False]

@@ -22,7 +22,10 @@ from hivit_jax.models import create_arguments
 from hivit_jax.train import train
 from hivit_jax.tree import named_leaves, split
 
-pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.usefixtures("minimal_output", "single_device"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")
@@ -291,8 +294,6 @@ def traced_step(key, value):
     fixed = {
         "data.name": "synthetic",
         "batch_size": 96,
-        "mesh.data": 8,
-        "mesh.fsdp": 1,
         "model.embed_dim": 512,
         "optimizer.accumulate_steps": 1,
     }
@@ -316,8 +317,7 @@ def test_intervals_limits_and_caches_change_no_bit(recorded_run, tmp_path):
         data__max_unreadable=0.9,
     )
     config = run_config("classify, plain", data__dir=run.root, **other_values)
-    with mini_runs.visible_devices(1):
-        assert train(config, tmp_path / "run") == run.results
+    assert train(config, tmp_path / "run") == run.results
     saved = mini_runs.saved_arrays(tmp_path / "run", STEPS)
     mini_runs.assert_identical(saved, run.states[STEPS])
 
