@@ -86,7 +86,8 @@ def test_one_host_evaluates_every_readable_image(one_host):
     assert len(weights) == hosts.STEPS[1] - hosts.STEPS[0] + 2
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.extras)])
+@pytest.mark.extras
+@pytest.mark.parametrize("count", [2, 4])
 def test_hosts_share_batches_and_results(count, run, one_host):
     """The concatenated batches and the results equal those of one host."""
     outputs_of_hosts = run_on_hosts(run, count)
@@ -100,6 +101,7 @@ def test_hosts_share_batches_and_results(count, run, one_host):
         assert results == pytest.approx(one_host[1], rel=1e-5)
 
 
+@pytest.mark.extras
 def test_batches_continue_after_a_kill(run, one_host):
     """After a process is killed, another process yields the batches that follow."""
     arguments, root = run
