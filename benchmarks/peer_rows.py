@@ -36,8 +36,8 @@ HIVIT = {
 RECIPES = {"pretrain": "mae_base", "classify": "finetune:base"}
 RECIPES["inference"] = RECIPES["classify"]
 CLASSES, SMOOTHING = 1000, 0.1
-# Overrides in finetuning: the twin's smoothing, and no random draws, because the twin
-# cannot repeat them.
+# Overrides in finetuning and inference: the label smoothing of the PyTorch twin, and no
+# random draws, because the twin cannot repeat them.
 NO_RANDOM_DRAWS = {
     "model.drop_path_rate": 0,
     "mixup": 0,
@@ -49,7 +49,11 @@ WEIGHT_DECAY, BETAS, LEARNING_RATE = 0.05, (0.9, 0.95), 1e-6
 
 
 def load_recipe(recipe: str, values: dict[str, Any], args: argparse.Namespace) -> Any:
-    """Return a recipe's config with overrides, and with the flags' batch and dtype."""
+    """Return a recipe's config with overrides.
+
+    Without overrides, the batch size is `args.batch`, and the dtype is float32 on CPUs
+    and bfloat16 on GPUs.
+    """
     from benchmarks import plain_config  # noqa: F401  before hivit_jax
     from hivit_jax import config as configs
 
@@ -62,7 +66,7 @@ def start_recipe(
     recipe: str, values: dict[str, Any], args: argparse.Namespace
 ) -> PreparedRow:
     """Compile the step of a recipe with overrides, and run one step."""
-    return run_first_step(
+    return row_after_first_step(
         compile_program(load_recipe(recipe, values, args), args), args
     )
 
@@ -74,7 +78,7 @@ def compile_program(config: Any, args: argparse.Namespace) -> Any:
     return (Evaluation if args.task == "inference" else Training)(config)
 
 
-def run_first_step(program: Any, args: argparse.Namespace) -> PreparedRow:
+def row_after_first_step(program: Any, args: argparse.Namespace) -> PreparedRow:
     """Run the first step of a compiled program of hivit_jax; return the row."""
     import jax
 
@@ -109,10 +113,12 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> PreparedRow:
     values = {"data.name": "synthetic"}
     values |= {} if args.task == "pretrain" else NO_RANDOM_DRAWS
     config = load_recipe(RECIPES[args.task], values, args)
-    program, forward = compile_program(config, args), args.task == "inference"
+    program, is_inference = compile_program(config, args), args.task == "inference"
     task, batch, state = program.task, program.batch, jax.device_get(program.state)
     keys = rng.step_keys(config.seed, "train", jnp.uint32(0), args.batch)
-    images = task.preprocess(batch) if forward else task.training_images(batch, keys)
+    images = (
+        task.preprocess(batch) if is_inference else task.training_images(batch, keys)
+    )
     if args.task == "pretrain":
         mask_keys, num_units = rng.derive_keys(keys.samples, "mask"), (224 // 16) ** 2
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (num_units,)))
@@ -122,7 +128,7 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> PreparedRow:
     model = nnx.eval_shape(task.build_model)
     weights = to_official(state["params"] | state["model_state"], model)
     np.savez(first_step, **weights, images=images, noise_or_labels=noise_or_labels)
-    return run_first_step(program, args)
+    return row_after_first_step(program, args)
 
 
 def build_network(name: str, task: str) -> Any:

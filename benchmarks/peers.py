@@ -143,6 +143,8 @@ def time_rows(
 ) -> dict[str, dict[str, Any]]:
     """Time interleaved rounds of steps, end the processes, and return the results.
 
+    In the results, `seconds_of_rounds` contains the seconds per step of each round.
+
     Args:
       pipes: row -> pipe of `start_row`, after the facts about the row were received.
     """

@@ -141,6 +141,7 @@ def synthetic_batch(shapes: dict[str, jax.ShapeDtypeStruct], config: Any) -> dic
         "weight": 1,
         "unreadable": 0,
         "index": 0,
+        # The same start, length and number of real pixels for rows and columns
         "box": np.array([0, config.data.canvas, config.data.canvas]),
     }
     return {
@@ -174,8 +175,9 @@ def measure(
     """Measure the train step of a recipe, or its evaluation step. Return JSON values.
 
     The model FLOP utilization is the throughput times `flops_per_image`, divided by the
-    bfloat16 peak, or None if the peak is unknown. CPU-seconds are None unless the
-    devices are CPUs.
+    bfloat16 peak, or None if the peak is unknown. `seconds_of_rounds` contains the
+    seconds per step of each round. `cpu_seconds_per_step` is None unless the devices
+    are CPUs.
 
     Raises:
       HivitError: a loss is not finite.

@@ -232,10 +232,10 @@ def put_frozen(task: tasks.Task, mesh: Mesh) -> Any:
 def make_panels(
     config: Any, task: tasks.Task, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> Callable:
-    """Return a function from variables to panels of test images, as NumPy arrays.
+    """Return a function from variables to the NumPy arrays of `task.panels`.
 
-    The panels show the images of `inputs.some_test_examples`. Every call uses the same
-    PRNG keys. Images are read only if the task has panels.
+    The arrays are computed from `inputs.some_test_examples`. Every call uses the same
+    PRNG keys. Images are read only if the task overrides `panels`.
     """
     if type(task).panels is tasks.Task.panels:
         return lambda variables: {}

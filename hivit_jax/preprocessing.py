@@ -33,8 +33,8 @@ def preprocess(model: Model) -> Callable[[Any], np.ndarray]:
     divided by 257 or mapped by `model.info.value_range`, as in training.
 
     With `data.canvas=0`, the result is bit-identical to the input of the model in an
-    evaluation. With a canvas, the evaluation resizes on the device. A pixel may then
-    differ by one of 255 levels where a value lies halfway between two levels.
+    evaluation. With a canvas, the evaluation resizes on the device. A value from 0
+    to 255 may then differ by 1 where the exact result is halfway between two integers.
 
     The returned function raises:
       ConfigError: the shape or dtype of an array is not supported.

@@ -51,7 +51,7 @@ class Watchdog:
             f"process {jax.process_index()} on {socket.gethostname()} has made no "
             f"progress for {stalled:.0f} s (stall_timeout={self._stall_timeout:g}); "
             "the stacks of its threads are above.\n"
-            "Checkpoints are complete: run the same command to resume",
+            "The saved checkpoints are complete: run the same command to resume",
             file=sys.stderr,
             flush=True,
         )

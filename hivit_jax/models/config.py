@@ -23,10 +23,10 @@ class RunOptions:
     scan_blocks: compile one block per stage and run it in a loop. This shortens
       compilation. The blocks of a stage must be alike: `global_blocks` must be (), and
       Swin does not support this option.
-    kernels: run fused kernels on TPUs and GPUs in bfloat16 ("auto"), also on CPUs in
-      any dtype, slowly ("fused"), or nowhere ("plain"). See `kernels.dispatch`.
-      Forward-mode derivatives (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) require
-      "plain" where a fused kernel would run.
+    kernels: devices that run fused kernels, "auto" (TPUs and GPUs, in bfloat16 only),
+      "fused" (also CPUs, slowly but in any dtype) or "plain" (none). See
+      `kernels.dispatch`. Forward-mode derivatives (`jax.jvp`, `jax.jacfwd`,
+      `jax.linearize`) require "plain" where a fused kernel would run.
     """
 
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
@@ -46,7 +46,7 @@ class EncoderConfig:
 
     image_size: side or (height, width), multiples of `patch_size`; stored as a pair.
     in_channels: channels of an image.
-    embed_dim: width E of the blocks with attention.
+    embed_dim: width E of the blocks with attention. In Swin, of the first stage.
     num_heads: attention heads of a block.
     mlp_ratio: hidden width divided by width in the MLPs after attention.
     drop_path_rate: drop path rate of the last block. The rates of the blocks rise

@@ -253,7 +253,7 @@ class Task:
         return {f"eval/{name}": float(total) / count for name, total in sums.items()}
 
     def figures(self, panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Draw the panels as {name: uint8 [H, W, 3]}. Runs on process 0."""
+        """Draw the arrays of `panels` as {name: uint8 [H, W, 3]}. Runs on process 0."""
         return {}
 
     def write_predictions(self, records: list[Any], out: Path) -> None:

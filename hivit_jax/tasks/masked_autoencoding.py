@@ -88,7 +88,7 @@ class MaskedAutoencoding(Task):
         return weighted_sums({"loss": loss}, batch["weight"]), {}
 
     def panels(self, model: MaskedModel, frozen: Any, batch: dict, keys: Keys) -> Rows:
-        """Return the inputs of `figures`.
+        """Return the arrays that `figures` draws.
 
         With `norm_pix_loss`, each prediction is converted back to pixels with the mean
         and standard deviation of the true unit, which the model does not receive.
@@ -104,16 +104,16 @@ class MaskedAutoencoding(Task):
         return {"images": images, "predicted": predicted, "masked": masked}
 
     def figures(self, panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return {"reconstruction": uint8 [H, W, 3]} with four panels per image."""
+        """Draw the arrays of `panels`: {"reconstruction": uint8 [H, W, 3]}."""
         from hivit_jax.reporting import figures as drawing
 
         data = self.config.data
-        pixels = drawing.reconstruction_panels(**panels, mean=data.mean, std=data.std)
+        drawn = drawing.reconstruction_panels(**panels, mean=data.mean, std=data.std)
         held_out = data.eval_split not in (NO_EVALUATION, data.train_split or "train")
         title = "held-out images" if held_out else "training images"
         model_config = configure(**model_arguments(self.config))[1]
         title += f"; {drawing.statistics_text(model_config.norm_pix_loss)}"
-        return {"reconstruction": drawing.reconstructions(pixels, title)}
+        return {"reconstruction": drawing.reconstructions(drawn, title)}
 
     def _masking(self, model: MaskedModel, keys: Keys) -> dict[str, Any]:
         """Return the model arguments noise, [B, N], and mask_ratio."""

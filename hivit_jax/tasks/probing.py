@@ -50,7 +50,7 @@ def nearest_neighbors(
 
     Returns:
       Fractions knn/top1 and, with at least `MIN_TOP5_CLASSES` classes, knn/top5; and
-      knn/count, the number of test images.
+      knn/count, the number of readable test images.
 
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
@@ -97,9 +97,9 @@ def fit_to_devices(config: Any) -> tuple[Any, Mesh]:
 
     The batch size is rounded up, because it has no effect on the result of a probe.
     """
-    # Without the factor, `make_mesh` could reject the batch size, which is rounded up
-    # only when the mesh is known. Every valid mesh can split a multiple of the number
-    # of devices.
+    # `make_mesh` rejects a batch size that its mesh cannot split, but rounding up the
+    # batch size requires the mesh. `make_mesh` therefore receives a multiple of the
+    # number of devices, which every valid mesh can split.
     mesh = make_mesh(config.mesh, config.batch_size * jax.device_count())
     num_shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
     config = config.copy_and_resolve_references()

@@ -33,7 +33,7 @@ from hivit_jax.weights.load import DATA_KEYS
 from hivit_jax.xla.compile import with_compilation_log
 
 MAX_BATCH = 64  # largest default batch size
-MAX_DRAWN = 16  # images of one directory in a figure
+MAX_DRAWN_PER_DIRECTORY = 16  # images in a figure
 
 
 def make_parser(usage: str) -> Parser:
@@ -136,8 +136,8 @@ def open_images(
 def images_to_draw(paths: Sequence[str | Path]) -> list[Path]:
     """Return the image files that a figure shows, in the order of the paths.
 
-    Of a directory with more than `MAX_DRAWN` images, evenly spaced images are drawn,
-    and their number is logged.
+    Of a directory with more than `MAX_DRAWN_PER_DIRECTORY` images, evenly spaced
+    images are drawn, and their number is logged.
 
     Args:
       paths: image files, and directories that are searched recursively.
@@ -154,7 +154,7 @@ def images_to_draw(paths: Sequence[str | Path]) -> list[Path]:
             drawn.append(path)
             continue
         images = Images(path)
-        count = min(len(images), MAX_DRAWN)
+        count = min(len(images), MAX_DRAWN_PER_DIRECTORY)
         if count < len(images):
             log(f"{path}: drawing {count} of {len(images):,} images, evenly spaced")
         spaced = np.linspace(0, len(images) - 1, count).astype(int)

@@ -40,8 +40,9 @@ IMAGE|DIRECTORY
 --mask_ratio  fraction of units to mask; default: mask_ratio of the training config,
               or 0.75 if there is no training config
 --statistics  source of the mean and standard deviation that convert predictions of
-              normalized pixels back to pixels. unit: each true unit, which the model
-              does not see; visible: the average over the visible units
+              normalized pixels back to pixels. unit: the true pixels of the unit,
+              which the model does not see if the unit is masked; visible: the
+              average over the visible units
 """
 
 
@@ -57,8 +58,8 @@ def reconstruct(
 
     Args:
       statistics: source of the mean and standard deviation that convert predictions of
-        normalized pixels back to pixels: "unit", each true unit, or "visible", the
-        average over the visible units.
+        normalized pixels back to pixels: "unit", the true pixels of the unit, or
+        "visible", the average over the visible units.
 
     Returns:
       The prediction [B, H, W, C] and the mask [B, H, W, 1], 1 for a masked pixel.
@@ -71,7 +72,8 @@ def reconstruct(
         out = model(images, noise=noise, mask_ratio=mask_ratio)
         _, mean, scale = model.targets(images)
         if statistics == "visible":
-            visible = (1 - out.mask)[..., None]  # equally many in all images
+            # All images have the same number of visible units.
+            visible = (1 - out.mask)[..., None]
             mean, scale = (
                 jnp.broadcast_to(
                     (x * visible).sum(1, keepdims=True) / visible.sum(1)[:1], x.shape

@@ -163,7 +163,7 @@ def tiled_bytes(shapes: str, excluded: str = "S(") -> int:
 
 
 def _arrays(shapes: str) -> Iterator[tuple[int, list[int], str, str]]:
-    """Yield bits per element, dimensions, order, tiling and memory of each array."""
+    """Yield (bits per element, dimensions, order, tiling and memory) of each array."""
     for dtype, bits, dims, order, tiling_and_memory in ARRAY.findall(shapes):
         bits = int(bits) if bits else 8 * (dtype == "pred")
         sizes = [int(dim) for dim in dims.split(",") if dim]

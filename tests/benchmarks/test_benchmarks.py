@@ -231,8 +231,8 @@ def test_small_data_runs_selected_experiments(tmp_path, monkeypatch, capsys):
     }.items():
         monkeypatch.setattr(small_data, name, value)
     small_data.measure(tmp_path, None, ["scratch: finetune", "linear"])
-    linear_probes = ["folder_mae", "linear:tiny", "folder_mae", "folder_linear"]
-    assert recipes_run == ["finetune:tiny", *linear_probes]
+    pretrained_and_probed = ["folder_mae", "linear:tiny", "folder_mae", "folder_linear"]
+    assert recipes_run == ["finetune:tiny", *pretrained_and_probed]
     assert capsys.readouterr().out.count("50.0") == 3
 
 
@@ -282,7 +282,10 @@ LH: loop header
 
 
 def test_bundles_of_loops_count_once_per_iteration():
-    """The loop over tiles has two extra iterations. The inner loop is over images."""
+    """Two of the six iterations over tiles compute nothing and are not counted.
+
+    The inner loop is over images.
+    """
     # 3 bundles outside the loops, 7 per tile, 3 per image of a tile, and 2 in a nested
     # region, which runs only once
     assert tpu_cycles.count_bundles(LISTING) == 3 + 4 * 7 + 4 * 3 * 3 + 2

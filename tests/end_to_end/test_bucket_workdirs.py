@@ -24,7 +24,7 @@ def test_run_in_a_bucket_equals_a_local_run(tmp_path):
     assert mini_runs.run_process(*command, f"--workdir={local}")[0] == 0
     with serve(root) as bucket:
 
-        def kill(change):
+        def kill(_):
             """Kill the process while it completes its second checkpoint."""
             if ("POST", COMMIT, "") in bucket.requests[-1:]:
                 process.kill()
@@ -32,7 +32,7 @@ def test_run_in_a_bucket_equals_a_local_run(tmp_path):
         bucket.on_answer = kill
         process = mini_runs.start_process(*command, WORKDIR)
         process.communicate()
-        bucket.on_answer = lambda change: None
+        bucket.on_answer = lambda _: None
         (root / COMMIT).unlink(missing_ok=True)  # the server may have written the file
         code, out, err = mini_runs.run_process(*command, WORKDIR)
         assert code == 0, err
@@ -65,7 +65,10 @@ def test_run_in_a_bucket_equals_a_local_run(tmp_path):
 
 
 def check_same(local, remote):
-    """Check that the losses and the last checkpoints of two runs are identical."""
+    """Check that the losses and the last checkpoints of two runs are identical.
+
+    The remote workdir must also contain the figure of the curves and the config.
+    """
     assert mini_runs.logged(local) == mini_runs.logged(remote)
     assert mini_runs.logged(local, "eval/loss") == mini_runs.logged(remote, "eval/loss")
     mini_runs.assert_identical(

@@ -135,9 +135,9 @@ def classifier():
     return ["--config=finetune", *flags, "--config.model.num_classes=10"]
 
 
-def poisoned(batches, first_step, nan_step):
-    """Yield the batches after `first_step` steps; the weights of `nan_step` are NaN."""
-    for step, batch in enumerate(batches, first_step + 1):
+def poisoned(batches, steps_done, nan_step):
+    """Yield the batches after `steps_done` steps; the weights of `nan_step` are NaN."""
+    for step, batch in enumerate(batches, steps_done + 1):
         weight = batch["weight"] * np.float32(np.nan if step == nan_step else 1)
         yield batch | {"weight": weight}
 
@@ -162,7 +162,8 @@ def test_interrupted_and_diverging_run_resumes_bit_identically(
     assert "SIGTERM: finishing the step and saving; a second signal kills" in out
     assert f"SIGTERM: step 6 of {STEPS} is saved in {tmp_path}; run" in err
     assert not watch.signals
-    # The default handlers are restored, so that a second signal kills the process.
+    # The first signal sets both handlers to the system's default, so that a second
+    # signal kills the process.
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         assert signal.getsignal(signal_number) is signal.SIG_DFL
     assert mini_runs.saved_steps(tmp_path) == [5, 6]  # step 5 is the best
@@ -199,10 +200,11 @@ def test_interrupted_and_diverging_run_resumes_bit_identically(
 def test_resumed_run_repeats_failed_evaluations(finished, watch, tmp_path, monkeypatch):
     """Metrics contain the result of each evaluation once."""
     command, metrics = [*COMMAND, f"--workdir={tmp_path}"], tmp_path / "metrics.jsonl"
-    original_evaluate, successes = evaluate.evaluate, [True, False, True, False]
+    # True: the evaluation succeeds.
+    original_evaluate, outcomes = evaluate.evaluate, [True, False, True, False]
 
     def failing(*arguments):
-        if successes and not successes.pop(0):
+        if outcomes and not outcomes.pop(0):
             raise DataError("cannot access the images")
         return original_evaluate(*arguments)
 
@@ -212,7 +214,7 @@ def test_resumed_run_repeats_failed_evaluations(finished, watch, tmp_path, monke
         assert main.main(command) == 4
         assert mini_runs.saved_steps(tmp_path) == [5, step]
         assert list(mini_runs.logged(tmp_path, "eval/loss")) == recorded
-    assert not successes
+    assert not outcomes
     expected = mini_runs.logged(finished[0], "eval/loss")
     for lost_bytes in (0, 40):  # a kill may also truncate the last line
         metrics.write_bytes(metrics.read_bytes()[: -lost_bytes or None])

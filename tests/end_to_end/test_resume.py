@@ -14,13 +14,16 @@ STEPS, CHECKPOINT_EVERY = 44, 15
 
 @pytest.fixture(scope="module")
 def environment(without_tensorboard):
-    """Return environment variables that disable TensorBoard and the shared cache."""
+    """Return environment variables that disable TensorBoard and the session's cache.
+
+    The runs use the compilation cache of `options` instead.
+    """
     return without_tensorboard | {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """Return overrides with a compilation cache that all tests share."""
+    """Return overrides with a new compilation cache for the tests of this file."""
     return dict(
         total_steps=STEPS,
         checkpoint_every=CHECKPOINT_EVERY,
@@ -55,9 +58,10 @@ def uninterrupted(tmp_path_factory, environment):
 
 
 def interrupt(workdir, source, signal_number, after, environment, **overrides):
-    """Start a run; send a signal after `after` more steps.
+    """Start or resume a run, and send it a signal.
 
-    The signal also waits for the checkpoints that are due before step `after`.
+    Before the signal, the run must have logged `after` more steps, and the checkpoints
+    that are due from step 1 to step `after` - 1 of the whole run must be saved.
 
     Returns:
       (exit code, stdout, stderr).

@@ -21,10 +21,10 @@ from hivit_jax.tree import split
 
 # The grid has an odd number of tokens, and 2x2 windows do not fill it.
 BLOCK_GRID, WINDOW = (3, 5), 2
-# Special property of a block -> arguments of the model. A key mask and padded windows
-# exclude the TPU kernel for attention.
+# Special property of a block, or "ordinary" -> arguments of the model. A key mask and
+# padded windows exclude the TPU kernel for attention.
 SPECIAL = {
-    "nothing": {},
+    "ordinary": {},
     "key mask": {},
     "windows": {"window_size": WINDOW},
     "relative bias": {"relative_position": True},

@@ -273,7 +273,7 @@ def test_each_backend_runs_its_kernels(platform, dtype, on_platform):
         without_attention = [x for x in expected if x in (MLP, NORM)]
         with mesh_of(data=1):
             for tokens in (15, 16):
-                assert kernels_of_block("nothing", choice, tokens) == expected, (
+                assert kernels_of_block("ordinary", choice, tokens) == expected, (
                     choice,
                     tokens,
                 )
@@ -288,9 +288,9 @@ def test_each_backend_runs_its_kernels(platform, dtype, on_platform):
             assert kernels_of_block("windows", choice, 16) == four_windows, choice
         with mesh_of(data=1, tensor=2):
             only_cudnn = [kernel for kernel in expected if kernel == CUDNN_16_TOKENS]
-            assert kernels_of_block("nothing", choice) == only_cudnn, choice
+            assert kernels_of_block("ordinary", choice) == only_cudnn, choice
         # Without a mesh, shardings on these eight devices are unknown.
-        assert kernels_of_block("nothing", choice) == only_cudnn, choice
+        assert kernels_of_block("ordinary", choice) == only_cudnn, choice
 
 
 @pytest.mark.slow
@@ -298,7 +298,7 @@ def test_each_backend_runs_its_kernels(platform, dtype, on_platform):
     ("special", "platform", "dtype", "tolerance"),
     [
         *((special, "cpu", "float32", 1e-5) for special in SPECIAL),
-        ("nothing", "gpu", "bfloat16", 0.03),
+        ("ordinary", "gpu", "bfloat16", 0.03),
         ("relative bias", "gpu", "bfloat16", 0.03),
     ],
 )

@@ -156,7 +156,7 @@ def test_blocks_with_relative_positions_run_the_flash_kernel(monkeypatch):
 
     monkeypatch.setattr(dispatch, "find_target", find_small_target)
     sizes = dict(grid=(16, 16), relative_position=True, mlp_ratio=0.5)
-    *block, _ = main_stage_block("nothing", 2, **sizes)
+    *block, _ = main_stage_block("ordinary", 2, **sizes)
     x, cotangent = random_arrays((2, 256, 128), (2, 256, 128))
     with mesh_of(data=1):
         assert_fused_equals_unfused(block, 3 * x, cotangent, [KERNEL])

@@ -36,7 +36,7 @@ def test_recipes_give_no_warnings(name):
 def test_small_folders_give_only_warnings_about_curves(name, images):
     """Datasets may be smaller than the batch.
 
-    With the printed flags, even these warnings disappear.
+    With the flags that the warnings suggest, there are no warnings.
     """
     if name == "folder_linear" and images < 50:
         pytest.skip("the warning about the learning rate of short probes is justified")

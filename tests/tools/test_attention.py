@@ -1,4 +1,4 @@
-"""Tests of the command that draws attention."""
+"""Tests of the command that draws attention maps."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ VIT = dict(embed_dim=16, num_heads=2, depth=2, image_size=(32, 48), num_classes=
 
 
 def test_maps_are_rows_of_the_attention():
-    """Each head's map is the row of a unit's weights, reshaped to the grid."""
+    """Each map is the query unit's row of a head's attention matrix, as a grid."""
     model, images = mini(image_size=(48, 80)), random_array((2, 48, 80, 3))
     layers = model.layers(images, attention=True)
     for options, block, query in (
@@ -127,13 +127,16 @@ def test_unreadable_images_are_skipped(tmp_path, capsys):
 
 
 def test_images_of_a_directory_are_drawn(tmp_path, capsys, monkeypatch):
-    """Of too many images, evenly spaced images are drawn; a line states how many."""
+    """Of a directory with too many images, evenly spaced images are drawn.
+
+    A line states their number.
+    """
     hivit_jax.save_pretrained(mini("hivit_base"), tmp_path / "model")
     (tmp_path / "photos" / "deep").mkdir(parents=True)
     for name in ("0.png", "1.png", "2.png", "3.png", "deep/4.png"):
         write_image(tmp_path / "photos" / name)
     (tmp_path / "photos" / "notes.txt").write_text("")
-    monkeypatch.setattr(files, "MAX_DRAWN", 3)
+    monkeypatch.setattr(files, "MAX_DRAWN_PER_DIRECTORY", 3)
     single = write_image(tmp_path / "a.png")
     names = [path.name for path in files.images_to_draw([single, tmp_path / "photos"])]
     assert names == ["a.png", "0.png", "2.png", "4.png"]

@@ -54,13 +54,13 @@ def options_of(facts, **keys):
     )
 
 
-def training_setup(fixture, helper):
+def training_setup(fixture_name, helper):
     """Return model, loss function, parameters, and converter to official names."""
-    model, _ = helper.build(fixture)
+    model, _ = helper.build(fixture_name)
     graphdef, params, tables = split_params(model)
-    input_facts = helper.FIXTURES[fixture]["input"]
+    input_facts = helper.FIXTURES[fixture_name]["input"]
     if helper is swin:
-        images = swin.fixture_images(fixture)
+        images = swin.fixture_images(fixture_name)
     else:
         images = jnp.asarray(vit.images(*input_facts["images"]))
     noise = (
@@ -110,11 +110,11 @@ def test_eight_steps_equal_the_official_ones(recipe):
 
     opt_state, losses, norms = transform.init(params), [], []
     for _ in range(9):  # of the ninth step only the loss counts
-        final_params = params
+        previous_params = params
         params, opt_state, loss, norm = step(params, opt_state)
         losses.append(loss)
         norms.append(norm)
-    final = official(final_params)
+    final = official(previous_params)  # after eight steps
     # In float32, 1 - 0.999 ** step of Adam's bias correction has an error of 3e-5.
     atol = 5e-6 if options.betas[1] == 0.95 else 3e-5
     np.testing.assert_allclose(losses, arrays[f"{prefix}_losses"], atol=atol)

@@ -65,12 +65,12 @@ def test_ten_steps_equal_the_official_adamw(
     assert dtypes == [{first_moment}, {"float32"}]
     for number in range(11):
         noise = jnp.asarray(reference.noise(f"traj{number}", 4, 16))
-        final_params = params
+        previous_params = params
         params, opt_state, loss = step(params, opt_state, noise)
         losses.append(loss)  # of the eleventh step only the loss counts
     np.testing.assert_allclose(losses, facts["loss_f64"], atol=loss_tolerance, rtol=0)
 
-    final = to_official(final_params | tables, model)
+    final = to_official(previous_params | tables, model)  # after ten steps
     assert {f"final/{name}" for name in final} == {k for k in arrays if "final/" in k}
     for name, array in final.items():
         difference = np.abs(array - arrays[f"final/{name}"])

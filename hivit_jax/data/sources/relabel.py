@@ -31,7 +31,8 @@ class Relabeled(DerivedSource):
     def __init__(self, source: Source, classes: Sequence[str], new_labels: np.ndarray):
         super().__init__(source)
         self.classes, self._new_labels = tuple(classes), new_labels
-        # Empty, because tf.train.Example records of `source` contain the old labels.
+        # Empty, because `record` returns no tf.train.Example records: they contain the
+        # old labels.
         self.example_keys = ()
         if self.labels is not None:
             labels = np.asarray(self.labels)
@@ -86,16 +87,17 @@ def match_classes(source: Source, classes: Sequence[str], directory: str) -> Sou
     """Return a source whose labels refer to the class names of a trained model.
 
     Classes are matched by name. If the model lacks the name of a class with images, the
-    labels stay unchanged in two cases: the class names of the source are numbers, or
-    those of the model are and both have equally many classes. A source without labels
-    is returned unchanged.
+    labels stay unchanged in two cases: if the source's class names are numbers, or if
+    the model's class names are numbers and both have the same number of classes. A
+    source without labels is returned unchanged.
 
     Args:
       classes: class names of the model.
       directory: `data.dir`, for the error.
 
     Raises:
-      ConfigError: images belong to a class that the model does not have.
+      ConfigError: images belong to a class that the model does not have, and neither
+        of the two cases applies.
     """
     names = [*source.classes]
     if not names or not source.labeled or names == [*classes]:

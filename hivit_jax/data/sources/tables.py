@@ -145,17 +145,21 @@ class Table(FileSource):
         return [os.path.normpath(path) for path in self._paths]
 
 
-def table_path(directory: str, name: str) -> Path:
-    """Return the path of a file in `directory`, or `directory` if `name` is "".
+def table_path(location: str, name: str) -> Path:
+    """Return the path of the file of a table.
+
+    Args:
+      location: `data.dir`: a directory, or the file itself if `name` is "".
+      name: path of the file in the directory, or "".
 
     Raises:
       DataError: there is no such file.
     """
-    path = Path(expand(directory)) / name
+    path = Path(expand(location)) / name
     if not path.is_file():
         raise DataError(
             f"{path}: expected a CSV file or a list of paths; "
-            f"{describe_content(directory)}\n"
+            f"{describe_content(location)}\n"
             "Set data.dir=FILE, or data.dir=DIRECTORY with data.train_split=FILE and "
             "data.eval_split=FILE"
         )
