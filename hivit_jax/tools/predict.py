@@ -29,10 +29,10 @@ IMAGE|DIRECTORY
               images; directories are searched recursively. Default: the test split of
               the training's dataset
 --out         for a classifier, a file that ends in .csv or .jsonl, or a directory for
-              predictions.csv; for your own task, a directory. The label of an image
-              is the class after which a directory above it is named. With labels,
-              accuracy, class table, confusion matrix and worst images are written
-              beside the file
+              predictions.csv; for your own task, a directory. An image below a
+              directory with the name of a class has this class as its label. With
+              labels, accuracy, class table, confusion matrix and worst images are
+              written beside the file
 --batch_size  default: batch_size of the training config, at most 64
 
 exit codes: 0 finished, 2 bad flag or path, 4 no image could be read,
