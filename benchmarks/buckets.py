@@ -6,8 +6,9 @@ The benchmark writes 420 photographs of 500x375 pixels as class folders and as t
 files. A server on this machine stands in for the bucket and delays each answer. The CPU
 time of the server is not counted. Batches are read with two threads. The first batches
 of each round are not counted, because during these batches tf.data traces its
-functions. The table contains medians of interleaved rounds, and the components that
-read and decode. Without tensorflow, the tf.data rows are skipped.
+functions. The table contains medians over interleaved rounds. Its last column names
+the components that read and decode the images. Without tensorflow, the tf.data rows are
+skipped.
 """
 
 import argparse
@@ -36,7 +37,10 @@ WARMUP = 3  # batches at the start of a round that are not counted
 
 
 def write_tars(root: Path) -> None:
-    """Write the photographs in `root`/train as WebDataset tar files of both splits."""
+    """Write WebDataset tar files to `root`.
+
+    Both splits contain the photographs in `root`/train.
+    """
     paths = sorted(root.glob("train/*/*"))
     for split in ("train", "val"):
         for shard in range(SHARDS):

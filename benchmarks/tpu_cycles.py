@@ -59,18 +59,18 @@ def count_bundles(listing: str) -> int:
 
     A kernel has one loop over its grid, and may have an inner loop. The grid loop has
     two more iterations than the grid, because tiles are fetched one iteration ahead
-    and stored one iteration later. The two extra iterations skip the region that
-    computes. Regions nested in this region, such as the initialization of sums, run
-    only once.
+    and stored one iteration later. The two extra iterations are not counted, because
+    they skip the region that computes. Regions nested in this region, such as the
+    initialization of sums, run only once.
     """
-    iterations, nesting, counts = {}, 0, Counter()
+    iterations, open_regions, counts = {}, 0, Counter()
     for line in listing.splitlines():
         if match := BUNDLE.match(line):
-            nesting -= match[1] == "PF"
+            open_regions -= match[1] == "PF"
             depth = match[2].count(">")
-            runs_once = nesting > 1
+            runs_once = open_regions > 1
             counts[depth, runs_once] += 1
-            nesting += bool(SKIP.search(line))
+            open_regions += bool(SKIP.search(line))
             if end := LOOP_END.search(line):
                 iterations[depth] = int(end[1])
     grid = iterations[1] - 2

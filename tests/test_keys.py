@@ -164,7 +164,7 @@ def test_values_are_converted_to_the_type_of_the_key():
 
 
 def test_default_of_a_tuple_key_without_limits_determines_its_elements():
-    """If the default contains only numbers, all elements must be finite numbers.
+    """If the default is a non-empty tuple of numbers, elements must be finite numbers.
 
     Otherwise, any elements are accepted.
     """

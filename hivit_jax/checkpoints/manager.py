@@ -118,11 +118,11 @@ class Checkpoints:
         json_items = {"config": json.loads(config), "digests": digests(arrays)}
         json_items |= {"dataset": self._dataset} if self._dataset else {}
         items |= {name: ocp.args.JsonSave(x) for name, x in json_items.items()}
-        with self._write_errors():
+        with self._errors_as_config_error():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=results)
 
     @contextmanager
-    def _write_errors(self) -> Iterator[None]:
+    def _errors_as_config_error(self) -> Iterator[None]:
         """Context manager that converts any exception to ConfigError."""
         try:
             yield
@@ -225,7 +225,7 @@ class Checkpoints:
         Raises:
           ConfigError: a write failed.
         """
-        with self._write_errors():
+        with self._errors_as_config_error():
             self._manager.wait_until_finished()
             self._manager.close()
 
@@ -242,8 +242,8 @@ def _restore_item(
     Args:
       expected: shapes, dtypes and shardings by name.
       variables: names of the model's parameters and model state.
-      droppable: names of variables. An unexpected array with such a name is dropped,
-        also after a prefix, as in ``opt_state/0/mu/NAME``.
+      droppable: names of variables. An unexpected array is dropped if its name is one
+        of these, or ends with one of them, as in ``opt_state/0/mu/NAME``.
     """
     with errors_as_damage(step_path):
         metadata = item_metadata(step_path, item)

@@ -12,7 +12,8 @@ def figure_path(flag: str, path: str | Path, inputs: Iterable[str | Path]) -> Pa
     """Return the path of a PNG file to write; see `output_path`.
 
     Raises:
-      ConfigError: the path is an input or a directory, or does not end in .png.
+      ConfigError: as in `output_path`; or the path is a directory or does not end in
+        .png.
     """
     output = output_path(flag, path, inputs)
     if output.is_dir():
@@ -30,7 +31,7 @@ def output_path(flag: str, path: str | Path, inputs: Iterable[str | Path]) -> Pa
       inputs: files and directories that the command reads.
 
     Raises:
-      ConfigError: the path is an input, or a model's file in an input directory.
+      ConfigError: the path is an input file, or a model's file in an input directory.
     """
     output = Path(expand(str(path)))
     for source in (Path(expand(str(each))) for each in inputs):

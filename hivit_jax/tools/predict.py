@@ -29,9 +29,10 @@ IMAGE|DIRECTORY
               images; directories are searched recursively. Default: the test split of
               the training's dataset
 --out         for a classifier, a file that ends in .csv or .jsonl, or a directory for
-              predictions.csv; for your own task, a directory. Images below a directory
-              with the name of a class are labeled. With labels, accuracy, class table,
-              confusion matrix and worst images are written beside the file
+              predictions.csv; for your own task, a directory. An image below a
+              directory with the name of a class has this class as its label. With
+              labels, accuracy, class table, confusion matrix and worst images are
+              written beside the file
 --batch_size  default: batch_size of the training config, at most 64
 
 exit codes: 0 finished, 2 bad flag or path, 4 no image could be read,
@@ -82,10 +83,10 @@ def predict(
             num_readable += int((rows["error"] == "").sum())
             yield rows
 
-    rows = files.compute(config, task, source, partial(step, variables), "predict")
+    batches = files.compute(config, task, source, partial(step, variables), "predict")
     try:
-        written = task.stream_predictions(count_readable(rows), out, source) or out
-    except BrokenPipeError:  # of stdout, which receives progress lines
+        written = task.stream_predictions(count_readable(batches), out, source) or out
+    except BrokenPipeError:  # an OSError of stdout, not of `out`
         raise
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}") from error

@@ -14,8 +14,8 @@ from hivit_jax.progress import counted
 
 # Records are not compressed, because JPEGs would be slower to read but not smaller.
 OPTIONS = "group_size:1,uncompressed"
-# Split -> (key, example) of each image, and the largest possible number of images for a
-# progress bar; None: unknown.
+# Split -> (key, example) of each image, and an upper bound of the number of images, or
+# None if unknown. Only a progress bar uses the bound.
 Splits = Mapping[str, tuple[Iterable[tuple[Any, Mapping[str, Any]]], int | None]]
 
 
@@ -36,8 +36,8 @@ def write_dataset(
     The directory has the suffix ``.incomplete`` until all splits are written.
 
     Args:
-      info: DatasetInfo of TFDS. This function sets its splits. If the dataset is
-        already complete, the caller must have read them instead.
+      info: DatasetInfo of TFDS. If the dataset is already complete, `info` must contain
+        its splits; otherwise, this function sets them.
       short_side: training images whose short side exceeds this number of pixels are
         shrunk to it, unless they have more than 8 bits per channel; 0: no shrinking.
       shard_size: images per shard. An interruption loses at most one shard.

@@ -70,9 +70,8 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
         ``hf://ORGANIZATION/NAME[@REVISION][/FILE]``. Directories and repositories of
         timm and transformers, with a config.json, are accepted too.
       averaged: prefer averaged weights (EMA) if they were saved.
-      overrides: arguments of `create_model`. For a file of another program,
-        `NOT_IN_STATE_DICT` and image_size are used, the latter as in `infer`. All other
-        overrides are ignored.
+      overrides: arguments of `create_model`, used only to read a file of another
+        program, and only image_size (see `infer`) and those in `NOT_IN_STATE_DICT`.
 
     Raises:
       CheckpointError: there is no model at the path, the file is damaged or unsafe, or
@@ -208,15 +207,18 @@ def _read_checkpoint(path: Path, averaged: bool) -> Pretrained:
 
 
 def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `make_info` that a recipe contains."""
+    """Return the arguments of `make_info` that a recipe's data keys determine."""
     data = recipe.get("data") or {}
     found = {name: data[key] for key, name in DATA_KEYS.items() if key in data}
-    white = data.get("scale") or MAXIMUM[data.get("dtype", "uint8")]
-    return found if white in (255, math.inf) else found | {"scale": 1 / white}
+    divisor = data.get("scale") or MAXIMUM[data.get("dtype", "uint8")]
+    return found if divisor in (255, math.inf) else found | {"scale": 1 / divisor}
 
 
 def read_for(model_keys: Mapping[str, Any], path: str | Path) -> Pretrained:
-    """Read a pretrained model with the numbers of heads in a recipe's `model` keys."""
+    """Read a pretrained model for a recipe with these `model` keys.
+
+    Numbers of heads in the keys are overrides; see `read`.
+    """
     heads = {key: model_keys.get(key) for key in ("num_heads", "decoder_num_heads")}
     return read(path, **{key: value for key, value in heads.items() if value})
 

@@ -16,8 +16,8 @@ STATE_DICT_KEYS = ("", "model", "state_dict", "module", "model_state_dict")
 # the prefix of a wrapper.
 ANCHOR = "patch_embed.proj.weight"
 # Names that PyTorch inserts for DistributedDataParallel, torch.compile,
-# FullyShardedDataParallel and activation checkpointing. At the start of a name, such a
-# component counts as part of the prefix instead.
+# FullyShardedDataParallel and activation checkpointing. The pattern does not match at
+# the start of a name, where such a component is part of the prefix.
 WRAPPERS = re.compile(
     r"(?<=\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )

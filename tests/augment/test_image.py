@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import sample_keys
+from networks import keys_per_sample
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.augment import image
@@ -21,7 +21,7 @@ def test_pixels_are_scaled_to_1_and_normalized():
 @pytest.mark.slow
 def test_half_of_the_images_are_flipped():
     """The key of an image alone determines whether the image is flipped."""
-    keys = sample_keys(1000)
+    keys = keys_per_sample(1000)
     images = np.random.RandomState(0).rand(1000, 2, 3, 1).astype(np.float32)
     out = np.asarray(image.random_flip(jnp.asarray(images), keys))
     flipped = (out == images[:, :, ::-1]).all((1, 2, 3))
@@ -44,7 +44,7 @@ def test_erased_rectangles_follow_their_distributions():
     count, side = 1500, 40
     images = jnp.full((count, side, side, 3), 7.0)
     erase = jax.jit(image.random_erasing, static_argnums=2)
-    out = np.asarray(erase(images, sample_keys(count), 0.25))
+    out = np.asarray(erase(images, keys_per_sample(count), 0.25))
     erased_pixels = (out != 7).all(-1)
     assert_array_equal(erased_pixels, (out != 7).any(-1))
     erased_images = erased_pixels.any((1, 2))
@@ -68,6 +68,6 @@ def test_erased_rectangles_follow_their_distributions():
     assert values.mean() == pytest.approx(0, abs=0.01)
     assert values.std() == pytest.approx(1, abs=0.01)
     order = np.random.RandomState(1).permutation(count)[:16]
-    part = image.random_erasing(images[order], sample_keys(count)[order], 0.25)
+    part = image.random_erasing(images[order], keys_per_sample(count)[order], 0.25)
     assert_allclose(part, out[order], atol=1e-6)
-    assert_array_equal(erase(images[:8], sample_keys(8), 0.0), images[:8])
+    assert_array_equal(erase(images[:8], keys_per_sample(8), 0.0), images[:8])

@@ -34,14 +34,15 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
         # 8-bit values in a 16-bit file are divided by 257 and become 0 or 1.
         (PHOTO[..., 0].astype(np.uint16), (), "2 of "),
         (UNIT, (0, 100), "4 of 3072 levels remain"),
-        (UNIT + 2, (0, 1), "1 of 3072 levels remain; values are 2 to 3, black"),
+        (UNIT + 2, (0, 1), "1 of 3072 levels remain; values are 2 to 3"),
         (PHOTO[..., 0].astype(np.int32), (-(2**31), 2**31), "1 of "),
     ],
 )
 def test_images_that_lose_levels_are_reported(values, value_range, detail):
-    """An image loses levels if fewer than 64 and under a quarter of its levels remain.
+    """An image is reported if few of its levels remain.
 
-    An image also loses levels if only one of several remains.
+    Either only one of several levels remains, or the remaining levels are fewer than 64
+    and less than a quarter of all levels.
     """
     reported = findings(values, value_range)
     assert reported[LOST].startswith(detail)

@@ -8,8 +8,6 @@ import pytest
 from hivit_jax.distributed import sharding
 from hivit_jax.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("minimal_output")
-
 
 def test_slices_lie_along_the_first_divisible_axis():
     """Two slices lie along the first of replica, data and fsdp with an even size.

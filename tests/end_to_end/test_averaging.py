@@ -46,7 +46,8 @@ SIZES = dict(
 )
 
 
-# All arguments of the network; the last two are as in the recipe `linear`
+# All arguments of the network except num_classes; the last two are as in the recipe
+# `linear`
 NETWORK = SIZES | dict(relative_position=False, running_norm=True)
 
 
@@ -130,9 +131,10 @@ def averaged_variables(items):
 
 @pytest.fixture(scope="module")
 def evaluate_in_numpy(checkpoints):
-    """Return a function from parameters to the test split's (loss, top-1, top-5).
+    """Return a function that computes (loss, top-1, top-5) of the test split.
 
-    The function computes the head in numpy, from the features of the frozen encoder.
+    Its argument is {name: parameter or statistic}. The function computes the head in
+    numpy, from the features of the frozen encoder.
     """
     batches = list(inputs.eval_batches(probe()))
     pixels, labels, weight = (
@@ -155,10 +157,10 @@ def evaluate_in_numpy(checkpoints):
     labels = labels[weight > 0]
     assert len(features) == 64
 
-    def evaluate(params):
-        normalized = features - params["fc_norm/mean"]
-        normalized /= np.sqrt(params["fc_norm/var"] + 1e-6)
-        logits = normalized @ params["head/kernel"] + params["head/bias"]
+    def evaluate(variables):
+        normalized = features - variables["fc_norm/mean"]
+        normalized /= np.sqrt(variables["fc_norm/var"] + 1e-6)
+        logits = normalized @ variables["head/kernel"] + variables["head/bias"]
         true_logits = logits[np.arange(64), labels]
         loss = np.log(np.exp(logits - true_logits[:, None]).sum(1)).mean()
         rank = (logits > true_logits[:, None]).sum(1)
@@ -294,16 +296,16 @@ def damaged(run, tmp_path_factory):
 
 def commands(workdir, tmp_path):
     """Return {name: function that runs a command and returns its exit code}."""
-    new_workdir = ["--workdir", str(tmp_path / "new")]
+    workdir_flags = ["--workdir", str(tmp_path / "new")]
     step = workdir / "checkpoints" / "4"
     out = ["--out", str(tmp_path / "out")]
     return {
         "eval": lambda: main([*flags(), "--mode=eval", f"--workdir={workdir}"]),
         "eval of a checkpoint": lambda: main(
-            [*flags(), f"--checkpoint={step}", "--mode=eval", *new_workdir]
+            [*flags(), f"--checkpoint={step}", "--mode=eval", *workdir_flags]
         ),
         "knn": lambda: main([*flags(init_from=workdir), "--mode=knn"]),
-        "init_from": lambda: main([*flags(init_from=step), *new_workdir]),
+        "init_from": lambda: main([*flags(init_from=step), *workdir_flags]),
         "convert": lambda: convert.main([str(step), str(tmp_path / "x.safetensors")]),
         "inspect": lambda: convert.main(["--inspect", str(workdir)]),
         "export": lambda: export.main(["--checkpoint", str(workdir), *out]),

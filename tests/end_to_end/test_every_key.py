@@ -63,7 +63,7 @@ def test_recorded_steps_include_mixup_and_cutmix():
     """The recorded run is the classifier."""
     uses_cutmix = set()
     for step in range(STEPS):
-        key = oracle.sample_keys(5, "train", step * recorded_runs.BATCH, 1)[0]
+        key = oracle.keys_per_sample(5, "train", step * recorded_runs.BATCH, 1)[0]
         kind_key = jax.random.split(oracle.fold(key, "step"), 4)[0]
         uses_cutmix.add(bool(jax.random.bernoulli(kind_key)))
     assert uses_cutmix == {True, False}

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 
 import hivit_jax
 from hivit_jax import evaluate, inputs
-from hivit_jax import train as training
+from hivit_jax import train as train_module
 from hivit_jax.checkpoints.manager import Checkpoints
 from hivit_jax.distributed import sharding
 from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
@@ -73,11 +73,11 @@ class Run:
             record(state)
             original_save(checkpoints, state, *rest)
 
-        original_compile, original_save = training.compile_steps, Checkpoints.save
+        original_compile, original_save = train_module.compile_steps, Checkpoints.save
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "compile_steps", compile_steps)
+            patch.setattr(train_module, "compile_steps", compile_steps)
             patch.setattr(Checkpoints, "save", save)
-            self.results = training.train(config, workdir)
+            self.results = train_module.train(config, workdir)
 
     def initial_params(self):
         """Return {name: array} of the initial parameters."""
@@ -258,7 +258,7 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "train_batches", poisoned)
     config = mini_runs.mae(log_every=6, checkpoint_every=3)
     with pytest.raises(DivergedError, match="^step 5: loss nan.*\n.*of step 4, is sav"):
-        training.train(config, tmp_path)
+        train_module.train(config, tmp_path)
     steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert steps == {3, 4}
     reference_run = trained(mini_runs.mae, **EVERY_STEP)
@@ -282,7 +282,7 @@ def test_computed_steps_are_saved_before_a_data_error(tmp_path, monkeypatch):
     original_batches = inputs.train_batches
     monkeypatch.setattr(inputs, "train_batches", failing)
     with pytest.raises(DataError, match="no answer"):
-        training.train(mini_runs.mae(eval_every=3, checkpoint_every=3), tmp_path)
+        train_module.train(mini_runs.mae(eval_every=3, checkpoint_every=3), tmp_path)
     assert list(mini_runs.logged(tmp_path)) == [1, 2, 3]
     assert list(mini_runs.logged(tmp_path, "eval/loss")) == [3]
     assert mini_runs.saved_steps(tmp_path) == [3]
@@ -309,7 +309,7 @@ def test_unreadable_images_do_not_affect_training(tmp_path, monkeypatch):
     for fill in (0, 200):
         config = mini_runs.mae(data__max_unreadable=0.1)
         with pytest.raises(DataError, match="8 images .* 12.50% of .* allows 10.00%"):
-            training.train(config, tmp_path / str(fill))
+            train_module.train(config, tmp_path / str(fill))
     black, bright = tmp_path / "0", tmp_path / "200"
     # The count includes prefetched batches, so that the run may end before step 4.
     last = mini_runs.saved_steps(black)[-1]
@@ -361,7 +361,7 @@ def test_pretrained_model_of_another_width_is_refused(recipe, trained, tmp_path)
     pretrained = trained(mini_runs.mae, **EVERY_STEP).workdir
     config = recipe(init_from=str(pretrained), model__embed_dim=32)
     with pytest.raises(ConfigError, match=r"different model: .* shape .*; expected"):
-        training.train(config, tmp_path)
+        train_module.train(config, tmp_path)
 
 
 # Evaluation
@@ -404,8 +404,8 @@ def test_resuming_with_first_epoch_1_skips_an_epoch(tmp_path):
     config = mini_runs.mae(optimizer__first_epoch=1)
     requests = iter([None, None, "stop"])
     with pytest.raises(Interrupted, match="step 2 of 8"):
-        training.train(config, tmp_path, lambda step: next(requests))
-    training.train(config, tmp_path)
+        train_module.train(config, tmp_path, lambda step: next(requests))
+    train_module.train(config, tmp_path)
     logged = mini_runs.logged(tmp_path, "learning_rate")
     assert list(logged) == [1, 2, 7, 8]
     schedule = make_schedule(config.optimizer, config.batch_size, 4.0, 8)

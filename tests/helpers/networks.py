@@ -102,7 +102,7 @@ def random_array(shape, tag="pictures"):
     return jnp.asarray(reference.normal(tag, shape))
 
 
-def sample_keys(count, seed=0):
+def keys_per_sample(count, seed=0):
     """Return PRNG keys, one per sample, [count]."""
     return jax.random.split(jax.random.key(seed), count)
 

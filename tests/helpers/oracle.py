@@ -49,7 +49,7 @@ def fold(key, purpose):
     return jax.random.fold_in(key, zlib.crc32(purpose.encode()))
 
 
-def sample_keys(seed, purpose, first, count):
+def keys_per_sample(seed, purpose, first, count):
     """Return the keys of `count` samples from position `first` on."""
     base = fold(jax.random.key(seed), purpose)
     return [jax.random.fold_in(base, first + i) for i in range(count)]

@@ -218,7 +218,7 @@ class RecordedRun:
             draws = oracle.uniforms(seed, int(epoch), int(index), 30)
             images.append(oracle.prepare_image(path.read_bytes(), config, draws))
             labels.append(label if images[-1] is not None else 0)
-        keys = oracle.sample_keys(seed, "train", step * size, size)
+        keys = oracle.keys_per_sample(seed, "train", step * size, size)
         images, weight = oracle.make_batch(images, config)
         images = oracle.flip(images, keys) if config.data.flip else images
         return images, weight, np.array(labels), keys
@@ -230,7 +230,8 @@ class RecordedRun:
         padding = BATCH - len(files)
         images, weight = oracle.make_batch(images + [None] * padding, config)
         labels = np.array([label for _, label in files] + [0] * padding)
-        return images, weight, labels, oracle.sample_keys(config.seed, "eval", 0, BATCH)
+        keys = oracle.keys_per_sample(config.seed, "eval", 0, BATCH)
+        return images, weight, labels, keys
 
     def drop_path_scales(self, keys, config):
         """Return the drop-path factors [B, branches] of a training step."""

@@ -99,7 +99,7 @@ def test_decoder_sizes_of_zero_are_refused(overrides):
         create_model("mae_hivit_base", **MAE | overrides)
 
 
-def test_numpy_depths_are_saved_like_python_depths():
+def test_numpy_depths_become_python_integers():
     sizes = MINI | dict(embed_dim=np.int64(64), depths=np.array(MINI["depths"]))
     model = abstract_model("hivit_base", **MINI)
     config = configure("hivit_base", **sizes)[1]
@@ -212,7 +212,7 @@ def test_methods_refuse_arrays_of_wrong_shape_or_dtype(method, arrays, name):
         call_autoencoder(method, *arrays)
 
 
-def test_batch_norm_refuses_weights_of_wrong_shape():
+def test_batch_norm_refuses_example_weights_of_wrong_shape():
     norm, x = BatchNorm(3), jnp.ones((4, 3))
     for weight in (jnp.ones(1), jnp.ones(2), jnp.ones((4, 1))):
         with pytest.raises(ConfigError, match="weight"):

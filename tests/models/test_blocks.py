@@ -17,9 +17,6 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import target
 from hivit_jax.tree import named_leaves, split
 
-pytestmark = pytest.mark.usefixtures("minimal_output")
-
-
 MODELS = {
     "hivit_base": dict(num_classes=10, drop_path_rate=0.5),
     "mae_hivit_base": dict(

@@ -9,9 +9,9 @@ from networks import (
     abstract_model,
     abstract_outputs,
     jit_model,
+    keys_per_sample,
     mini,
     random_array,
-    sample_keys,
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -20,15 +20,15 @@ from hivit_jax.models import blocks, layers
 
 def test_drop_path_without_rate_or_keys_changes_nothing():
     x = random_array((6, 4), "rows")
-    assert_array_equal(layers.drop_path(x, 0.0, sample_keys(3), 0), x)
-    assert layers.drop_path(x, None, sample_keys(3), 0) is x
+    assert_array_equal(layers.drop_path(x, 0.0, keys_per_sample(3), 0), x)
+    assert layers.drop_path(x, None, keys_per_sample(3), 0) is x
     assert layers.drop_path(x, 0.7, None, 0) is x
 
 
 @pytest.mark.parametrize("shape", [(64 * 3, 5), (64, 3, 5)])
 def test_drop_path_drops_or_scales_whole_samples(shape):
     x = random_array(shape, "rows")
-    out = layers.drop_path(x, 0.75, sample_keys(64), 3)
+    out = layers.drop_path(x, 0.75, keys_per_sample(64), 3)
     assert out.shape == x.shape
     before, after = (np.asarray(a).reshape(64, 3, 5) for a in (x, out))
     kept = after.any((1, 2))
@@ -40,7 +40,7 @@ def test_drop_path_drops_or_scales_whole_samples(shape):
 @pytest.mark.slow
 def test_dropping_depends_on_key_and_branch_index_alone():
     """A quarter of the samples is dropped, and branches drop samples independently."""
-    keys, ones = sample_keys(4000), jnp.ones((4000, 1))
+    keys, ones = keys_per_sample(4000), jnp.ones((4000, 1))
 
     def factors(keys, branch_index=0):
         return np.asarray(layers.drop_path(ones[: len(keys)], 0.25, keys, branch_index))
@@ -59,7 +59,7 @@ def test_dropping_depends_on_key_and_branch_index_alone():
 
 @pytest.mark.slow
 def test_models_drop_branches_only_with_a_rate_and_keys():
-    images, keys = random_array((2, 64, 64, 3)), sample_keys(2)
+    images, keys = random_array((2, 64, 64, 3)), keys_per_sample(2)
 
     def run(model, images):
         return model(images), model(images, drop_path_keys=keys)
@@ -79,7 +79,7 @@ def test_models_drop_branches_only_with_a_rate_and_keys():
 def test_drop_path_of_a_sample_depends_on_its_key_alone():
     model = mini(drop_path_rate=0.9)
     images = jnp.tile(random_array((1, 64, 64, 3)), (8, 1, 1, 1))
-    keys, order = sample_keys(8), np.array([3, 1, 4, 0, 5, 2, 6, 7])
+    keys, order = keys_per_sample(8), np.array([3, 1, 4, 0, 5, 2, 6, 7])
     run = jit_model(model, lambda model, keys: model(images, drop_path_keys=keys))
     out = np.asarray(run(keys))
     assert len(np.unique(out.round(4), axis=0)) > 4
@@ -101,7 +101,7 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
     monkeypatch.setattr(blocks.target, "platform", lambda: "tpu")
     images = jnp.zeros((2, 224, 224, 3))
     abstract_outputs(
-        lambda model: model(images, drop_path_keys=sample_keys(2)),
+        lambda model: model(images, drop_path_keys=keys_per_sample(2)),
         abstract_model("hivit_tiny", drop_path_rate=0.05),
     )
     linear = [0.05 * block / 13 for block in range(14)]  # 2 + 2 + 10 residual blocks
@@ -125,7 +125,7 @@ def test_decoder_has_no_drop_path(monkeypatch):
     monkeypatch.setattr(blocks.target, "platform", lambda: "tpu")
     images, noise = jnp.zeros((2, 64, 64, 3)), jnp.zeros((2, 16))
     abstract_outputs(
-        lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model
+        lambda m: m(images, noise=noise, drop_path_keys=keys_per_sample(2)), model
     )
     # Each of the stem's four blocks has one branch, each of the other blocks two.
     encoder_calls, decoder_calls = calls[:-2], calls[-2:]

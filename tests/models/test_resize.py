@@ -12,7 +12,7 @@ from hivit_jax.models import resize
 from hivit_jax.tree import split
 
 
-def number_map(grid, channels=1):
+def irregular_map(grid, channels=1):
     """Return irregular numbers in [-0.5, 0.5), [rows, columns, channels].
 
     The sequence of numbers repeats after 1,009.
@@ -28,7 +28,7 @@ GRIDS = [((14, 14), (24, 24)), ((14, 14), (7, 7)), ((3, 5), (4, 7)), ((4, 3), (9
     ("grid", "new_grid"), [*GRIDS, ((5, 2), (1, 1)), ((1, 2), (3, 2))]
 )
 def test_grid_table_is_resized_bicubically(grid, new_grid):
-    maps = number_map(grid, 3)
+    maps = irregular_map(grid, 3)
     table = resize.resize_grid_table(maps.reshape(-1, 3), grid, new_grid)
     assert table.shape == (new_grid[0] * new_grid[1], 3)
     assert_allclose(
@@ -43,7 +43,7 @@ def test_grid_table_is_resized_bicubically(grid, new_grid):
 def test_tables_equal_those_resized_by_torch(grid, new_grid):
     with np.load(reference.GOLDEN / "bicubic.npz") as arrays:
         expected = arrays["{}x{}_{}x{}".format(*grid, *new_grid)].reshape(-1, 1)
-    table = number_map(grid).reshape(-1, 1)
+    table = irregular_map(grid).reshape(-1, 1)
     assert_allclose(
         resize.resize_grid_table(table, grid, new_grid), expected, atol=5e-8
     )
@@ -57,7 +57,7 @@ def test_relative_table_is_resized_as_a_map_of_differences(grid, new_grid):
     table_sizes = [
         (2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new_grid)
     ]
-    table = number_map(table_sizes[0], 2).reshape(-1, 2)
+    table = irregular_map(table_sizes[0], 2).reshape(-1, 2)
     resized = resize.resize_relative_table(table, grid, new_grid)
     assert_array_equal(resized, resize.resize_grid_table(table, *table_sizes))
     assert len(resized) == (2 * new_grid[0] - 1) * (2 * new_grid[1] - 1)
@@ -69,15 +69,18 @@ def test_resized_constants_stay_constant():
     assert_allclose(resized, 0.7, rtol=1e-14)
 
 
-# PyTorch's cubic filter (a = -0.75) reproduces a ramp at samples and halfway between
-# two samples. All positions of the 4x6 grid are halfway between samples. At other
-# positions, such as many of the 16x18 grid, the result deviates by less than 4.9 % of a
-# step on each axis. With a = -0.5, no result would deviate.
+# PyTorch's cubic filter (a = -0.75) reproduces a ramp at the positions of the old 8x12
+# grid and halfway between two of them. All positions of the 4x6 grid are halfway. At
+# other positions, such as many of the 16x18 grid, the result deviates on each axis by
+# less than 4.9 % of the step between neighboring values of the old grid. With a = -0.5,
+# no result would deviate.
 @pytest.mark.parametrize(("new_grid", "deviation"), [((4, 6), 0), ((16, 18), 0.049)])
 def test_resized_ramps_stay_ramps_inside(new_grid, deviation):
     def ramp(grid):
         axes = [(np.arange(n) + 0.5) / n for n in grid]
-        return 24 * axes[0][:, None] - 24 * axes[1] + 1  # steps of 3 and 2 in 8x12
+        return (
+            24 * axes[0][:, None] - 24 * axes[1] + 1
+        )  # differences of 3 and 2 in 8x12
 
     table = ramp((8, 12)).reshape(-1, 1)
     resized = resize.resize_grid_table(table, (8, 12), new_grid).reshape(new_grid)
@@ -89,8 +92,8 @@ def test_resized_ramps_stay_ramps_inside(new_grid, deviation):
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_resizing_to_an_equal_size_keeps_every_byte(dtype):
-    table = np.asarray(number_map((7, 9), 2).reshape(-1, 2), dtype)
-    kernel = np.asarray(number_map((4 * 4 * 3, 8))[..., 0], dtype)
+    table = np.asarray(irregular_map((7, 9), 2).reshape(-1, 2), dtype)
+    kernel = np.asarray(irregular_map((4 * 4 * 3, 8))[..., 0], dtype)
     for before, after in (
         (table, resize.resize_grid_table(table, (7, 9), (7, 9))),
         (table, resize.resize_relative_table(table, (4, 5), (4, 5))),
@@ -106,7 +109,7 @@ def test_resizing_to_an_equal_size_keeps_every_byte(dtype):
 @pytest.mark.parametrize("new_side", [2, 5, 8])
 def test_patch_kernel_is_resized_per_channel_and_output(new_side):
     """The weights of each channel and output are resized as an image of their own."""
-    kernel = number_map((4 * 4 * 3, 5))[..., 0]
+    kernel = irregular_map((4 * 4 * 3, 5))[..., 0]
     resized = resize.resize_patch_kernel(kernel, 4, new_side)
     assert resized.shape == (new_side * new_side * 3, 5)
     pixels = kernel.reshape(4, 4, 3, 5)

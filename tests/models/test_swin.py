@@ -8,7 +8,7 @@ import pytest
 import swin
 from flax import nnx
 from kernel_cases import kernels_in, mesh_of
-from networks import abstract_model, abstract_outputs, sample_keys
+from networks import abstract_model, abstract_outputs, keys_per_sample
 from vit import by_official_name
 
 from hivit_jax import inputs
@@ -70,7 +70,7 @@ def test_maps_and_layers_have_the_shapes_of_their_stages():
         lambda m: (
             m.features(images),
             m.layers(images, attention=True),
-            m(images, drop_path_keys=sample_keys(2)),
+            m(images, drop_path_keys=keys_per_sample(2)),
         ),
         model,
     )

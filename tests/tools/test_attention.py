@@ -37,7 +37,7 @@ def test_maps_are_rows_of_the_attention():
 
 
 def test_class_token_is_the_default_query():
-    """A unit can be selected instead."""
+    """The class token is the query unless a unit is selected."""
     model = hivit_jax.create_model("vit_base", **VIT)
     images = random_array((1, 32, 48, 3))
     weights = np.asarray(model.layers(images, attention=True)[-1].attention)

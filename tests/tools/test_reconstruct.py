@@ -135,7 +135,7 @@ def test_panels_use_mean_std_and_mask_ratio_of_the_recipe(tmp_path):
             assert is_close(panel, hidden).mean() == pytest.approx(ratio, abs=0.05)
             assert is_close(panel, color).mean() == pytest.approx(1 - ratio, abs=0.05)
         masks.append(is_close(masked, gray))
-    # Another seed masks other units, not only more of them.
+    # More units are masked, but with the other seed, some units become visible.
     assert not masks[1][masks[0]].all()
 
 
@@ -192,7 +192,7 @@ def test_mask_ratio_out_of_range_is_an_error(ratio, saved, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
+def test_unsuitable_output_path_is_an_error(saved, tmp_path, capsys):
     image = write_noise(tmp_path / "a.png")
     before, directory = image.read_bytes(), saved / "mae_hivit_base"
     for out in (image, directory / "model.safetensors", directory, tmp_path):

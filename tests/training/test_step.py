@@ -65,8 +65,7 @@ def test_step_with_a_non_finite_new_state_changes_nothing(case):
     """
     state, step = make_state_and_step(OPTIMIZERS[case])
     if case == "parameters overflow":
-        # The update (-3e38) is finite. Only the sum of the update and the parameters
-        # (-2e38) overflows.
+        # The update is -3e38, and the parameters are -2e38. Only their sum overflows.
         kernel = jnp.full_like(state["params"]["kernel"], -2e38)
         state["params"] = state["params"] | {"kernel": kernel}
     before = jax.device_get(state)

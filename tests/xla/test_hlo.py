@@ -8,9 +8,6 @@ import pytest
 
 from hivit_jax.xla import cost
 
-pytestmark = pytest.mark.usefixtures("minimal_output")
-
-
 # HLO text in the form of the TPU compiler, with tiles, memory spaces and a loop without
 # a trip count.
 ASYNCHRONOUS = """\

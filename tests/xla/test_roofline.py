@@ -1,10 +1,6 @@
 """Tests of the bound on the speed of a program."""
 
-import pytest
-
 from hivit_jax.xla import chips, roofline
-
-pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_slowest_resource_bounds_the_throughput():

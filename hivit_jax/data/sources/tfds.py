@@ -290,7 +290,7 @@ def _prepared_path(name: str, directory: str) -> str:
     near = get_close_matches(base, KNOWN_DATASETS, cutoff=0.8)
     if near and base not in near:
         raise unknown("data.name", base, KNOWN_DATASETS)
-    # In a bucket, `directory` is not listed, because it may contain very many files.
+    # In a bucket, only `base` is reported, because `directory` may be very large.
     found = describe_content(directory, [base] * bool(names))
     raise DataError(
         f"{name} is not prepared in {root}: expected VERSION/dataset_info.json, found "
