@@ -30,7 +30,7 @@ lint: install
 	.venv/bin/ruff format --check .
 
 # Fast tests, for use between two edits. They take about one minute on 2 cores, and
-# `make test` takes about 10 minutes.
+# `make test` takes about 8 minutes.
 quick: install
 	$(PYTEST) -m "not slow and not processes and $(PLAIN)"
 
