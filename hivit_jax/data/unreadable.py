@@ -66,9 +66,10 @@ class UnreadableImages:
         """Yield this process's batches unchanged and note their unreadable images."""
         for batch in batches:
             is_bad = batch["unreadable"] > 0
-            readable = batch["index"][~is_bad].tolist()
-            self._recovered |= self.indices.intersection(readable)
-            self._failed.difference_update(readable)
+            if self.indices or self._failed:
+                readable = batch["index"][~is_bad].tolist()
+                self._recovered |= self.indices.intersection(readable)
+                self._failed.difference_update(readable)
             self._failed.update(batch["index"][is_bad].tolist())
             if is_bad.any():
                 self._announce_end()

@@ -48,9 +48,8 @@ def flash_attention(
     tokens = plan.tokens
     padding, unpadded = (0, padded_tokens(tokens) - tokens), (0, 0)
     token_padding = unpadded, padding, unpadded
-    arrays = [
-        jnp.pad(x.reshape(k.shape), token_padding) for x in (q, k, v)
-    ]  # [B, N', C]
+    # [B, N', C] each
+    arrays = [jnp.pad(x.reshape(k.shape), token_padding) for x in (q, k, v)]
     # Without this bias, queries would attend to the padding.
     bias = jnp.pad(bias, (unpadded, unpadded, padding), constant_values=MASKED)
     bias = jnp.pad(bias, token_padding)  # [heads, N', N']

@@ -8,7 +8,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-import jax
 import mini_runs
 import numpy as np
 import pytest
@@ -118,12 +117,12 @@ def run(words):
     return import_module(name).main(words[2:])
 
 
-def test_documented_commands_succeed(directory, monkeypatch, capfd, minimal_output):
+# A single device, because eight devices cannot share a batch of 25.
+@pytest.mark.usefixtures("minimal_output", "single_device")
+def test_documented_commands_succeed(directory, monkeypatch, capfd):
     for package in ("sklearn", "matplotlib"):
         pytest.importorskip(package)
     monkeypatch.setattr(sys, "path", [str(mini_runs.ROOT), *sys.path])
-    devices = jax.devices()[:1]  # because eight devices cannot share a batch of 25
-    monkeypatch.setattr(jax, "devices", lambda: devices)
     # The default takes 3 CPU seconds, or minutes on a busy machine.
     monkeypatch.setattr(check_data, "TIMING_SECONDS", 0.1)
     counts, failed, done = {"run": 0}, [], []

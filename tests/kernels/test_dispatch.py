@@ -96,10 +96,9 @@ def test_fused_network_equals_plain(one_device):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_train_step_with_kernels_on_a_mesh_equals_plain(monkeypatch):
+@mini_runs.visible_devices(2)
+def test_train_step_with_kernels_on_a_mesh_equals_plain():
     """Each of two devices has half of the batch; gradients are accumulated."""
-    two_devices = jax.devices()[:2]
-    monkeypatch.setattr(jax, "devices", lambda *_: two_devices)
     results, accumulate_steps = {}, 2
     for choice in ("plain", "fused"):
         config = mini_runs.mae(batch_size=32 * accumulate_steps, data__name="synthetic")
